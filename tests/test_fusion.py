@@ -1,0 +1,308 @@
+"""What holds for every method, on every kind of timm ViT."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock, VisionTransformer
+
+import tokbench
+from tokbench.fusion.core import Assignment, bipartite_match, merge
+
+METHODS = [name for name in tokbench.list_methods() if name != "none"]
+TINY = dict(img_size=32, patch_size=4, embed_dim=24, depth=4, num_heads=3, num_classes=10)
+VARIANTS = {
+    "plain": dict(),
+    "no class token": dict(class_token=False, global_pool="avg"),
+    "average pooling": dict(global_pool="avg"),
+    "average and maximum": dict(global_pool="avgmax"),
+    "maximum pooling": dict(global_pool="max"),
+    "attention pooling": dict(class_token=False, global_pool="map"),
+    "registers": dict(reg_tokens=3, no_embed_class=True),
+    "layer scale and q/k norm": dict(init_values=0.1, qk_norm=True),
+    "pre-norm": dict(pre_norm=True),
+    "post-norm blocks": dict(block_fn=ResPostBlock),
+    "rectangular": dict(img_size=(24, 36)),
+}
+
+
+def tiny(**changes) -> VisionTransformer:
+    model = VisionTransformer(**(TINY | changes)).eval()
+    for parameter in model.parameters():  # timm's initial weights are so small that all tokens look alike
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def images(model, batch: int = 3, **kind) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, 3, *model.patch_embed.img_size, generator=generator).to(**kind)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_runs_on_every_kind_of_vit_and_leaves_no_trace(method, variant):
+    model = tiny(**VARIANTS[variant])
+    x = images(model)
+    before, state = model(x), copy.deepcopy(model.state_dict())
+    tokbench.apply(model, method, 5)
+    out = model(x)
+    assert out.shape == before.shape and not torch.equal(out, before)
+    first = model.patch_embed.num_patches + model.num_prefix_tokens
+    assert tokbench.tokens_per_block(model) == [first - 5, first - 10, first - 15, first - 20]
+    assert list(model.state_dict()) == list(state)
+    tokbench.remove(model)
+    assert type(model) is VisionTransformer and torch.equal(model(x), before)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert vars(model).keys() == vars(tiny(**VARIANTS[variant])).keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_distilled_model_keeps_both_prefix_tokens(method):
+    model = VisionTransformerDistilled(**TINY).eval()
+    x = images(model)
+    before = model(x)
+    tokbench.apply(model, method, 6, trace=True)
+    model(x)
+    assert torch.equal(tokbench.token_map(model)[:, :2], torch.tensor([[0, 1]] * 3))
+    assert torch.equal(tokbench.remove(model)(x), before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_to_remove_is_the_unreduced_model_bit_for_bit(method):
+    model = tiny()
+    x = images(model)
+    before = model(x)
+    assert torch.equal(tokbench.apply(model, method, 0)(x), before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_applying_again_replaces_the_method(method):
+    model = tiny()
+    x = images(model)
+    expected = tokbench.apply(tiny_copy := copy.deepcopy(model), method, "keep:0.5@1")(x)
+    tokbench.apply(tokbench.apply(model, "random", 9), method, "keep:0.5@1")
+    assert torch.equal(model(x), expected)
+    assert tokbench.tokens_per_block(model) == tokbench.tokens_per_block(tiny_copy)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), tokbench.fork])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_copy_is_a_model_of_its_own(method, copied):
+    model = tokbench.apply(tiny(), method, 5)
+    x = images(model)
+    expected = model(x)
+    other = copied(model)
+    assert torch.equal(other(x), expected)
+    tokbench.remove(other)
+    assert torch.equal(model(x), expected)
+
+
+def test_fork_shares_every_parameter():
+    model = tiny()
+    for ours, theirs in zip(model.parameters(), tokbench.fork(model).parameters(), strict=True):
+        assert ours is theirs
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_image_does_not_depend_on_its_batch(method):
+    model = tokbench.apply(tiny().double(), method, 5)
+    x = images(model, 4, dtype=torch.float64)
+    together = model(x)
+    torch.testing.assert_close(torch.cat([model(one) for one in x.split(1)]), together, rtol=0, atol=1e-9)
+    torch.testing.assert_close(model(x.flip(0)), together.flip(0), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_large_r_leaves_a_patch_and_is_recorded(method):
+    model = tokbench.apply(tiny(), method, 10_000)
+    assert model(images(model)).isfinite().all()
+    assert tokbench.tokens_per_block(model)[-1] >= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision_weights(method, dtype):
+    model = tiny(global_pool="avg").to(dtype)
+    out = tokbench.apply(model, method, 5)(images(model, dtype=dtype))
+    assert out.dtype == dtype and out.isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast(method):
+    model = tokbench.apply(tiny(), method, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(images(model))
+    assert out.dtype == torch.bfloat16 and out.isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiles_without_a_graph_break(method):
+    model = tokbench.apply(tiny(), method, 5)
+    x = images(model)
+    with torch.inference_mode():
+        expected = model(x)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+        torch.testing.assert_close(compiled(x), expected)
+        torch.testing.assert_close(compiled(x + 1), model(x + 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_on_a_gpu_it_is_what_it_is_on_the_cpu(method):
+    model = tokbench.apply(tiny().double(), method, 5)
+    x = images(model, dtype=torch.float64)
+    expected = model(x)
+    torch.testing.assert_close(model.cuda()(x.cuda()).cpu(), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_flow_to_the_first_layer(method):
+    model = tokbench.apply(tiny(), method, 5).train()
+    model(images(model)).sum().backward()
+    gradient = model.patch_embed.proj.weight.grad
+    assert gradient.isfinite().all() and gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_token_map_composes_and_numbers_the_final_tokens(method):
+    model = tokbench.apply(tiny(), method, 7, trace=True)
+    model(images(model))
+    final = tokbench.token_map(model)
+    last = tokbench.tokens_per_block(model)[-1]
+    for row in final:
+        assert set(row.tolist()) - {-1} == set(range(last))
+
+
+def test_sizes_sum_to_the_patches_and_average_pooling_weights_by_them():
+    model = tiny(class_token=False, global_pool="avg").double()
+    x = images(model, dtype=torch.float64)
+    tokbench.apply(model, "tome", 9, trace=True)
+    features = model.forward_features(x)
+    size, where = model.fusion.state.size, tokbench.token_map(model)
+    assert torch.equal(size.sum(1), torch.full((3,), 64.0, dtype=torch.float64))
+    for image in range(3):
+        members = torch.bincount(where[image], minlength=features.shape[1])
+        assert torch.equal(size[image], members.double())
+        mean = sum(features[image, where[image, patch]] for patch in range(64)) / 64
+        torch.testing.assert_close(model.pool(features)[image], mean, rtol=0, atol=1e-12)
+
+
+def test_attention_pooling_sees_a_merged_token_as_its_members():
+    model = tiny(class_token=False, global_pool="map").double()
+    x = images(model, dtype=torch.float64)
+    tokbench.apply(model, "tome", 9, trace=True)
+    features, where = model.forward_features(x), tokbench.token_map(model)
+    unmerged = features.gather(1, where.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
+    torch.testing.assert_close(model.pool(features), model.attn_pool(unmerged), rtol=0, atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 5), st.integers(2, 30), st.data())
+def test_bipartite_matching_equals_its_definition(prefix, patches, data):
+    r = data.draw(st.integers(1, max(1, patches // 2)))
+    tokens = prefix + patches
+    metric = torch.randn(2, tokens, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(tokens * 31 + r))
+    kept, source, slot = bipartite_match(metric, prefix, r)
+    for image in range(2):
+        a = [i for i in range(prefix, tokens) if i % 2 == 0]
+        b = [i for i in range(prefix, tokens) if i % 2 == 1]
+        cosine = torch.nn.functional.cosine_similarity(metric[image, :, None], metric[image, None], dim=-1)
+        proposals = {i: max(b, key=lambda j, i=i: cosine[i, j].item()) for i in a}
+        best = sorted(a, key=lambda i: -cosine[i, proposals[i]].item())[:r]
+        assert kept[image].tolist() == [*range(prefix), *(i for i in a if i not in best), *b]
+        assert source[image].tolist() == best
+        assert [kept[image, s].item() for s in slot[image]] == [proposals[i] for i in best]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 4), st.integers(4, 24))
+def test_merging_conserves_the_weighted_sum_and_leaves_others_alone(prefix, patches):
+    generator = torch.Generator().manual_seed(patches)
+    tokens, r = prefix + patches, patches // 2
+    x = torch.randn(2, tokens, 3, dtype=torch.float64, generator=generator)
+    size = torch.randint(1, 9, (2, tokens), generator=generator).double()
+    plan = Assignment(*bipartite_match(torch.randn(2, tokens, 4, generator=generator), prefix, r))
+    merged, sizes = merge(x, plan, size), plan.total(size)
+    torch.testing.assert_close((merged * sizes[..., None]).sum(1), (x * size[..., None]).sum(1), rtol=0, atol=1e-10)
+    assert torch.equal(sizes.sum(1), size.sum(1))
+    assert torch.equal(merged[:, :prefix], x[:, :prefix])
+    alone = torch.ones(merged.shape[:2], dtype=torch.bool).scatter(1, plan.slot, False)
+    assert torch.equal(merged[alone], x.gather(1, plan.kept[..., None].expand(-1, -1, 3))[alone])
+
+
+def test_random_draws_differ_by_seed_and_block_but_not_by_image():
+    def kept(**params):
+        model = tokbench.apply(tiny(), "random", 10, trace=True, **params)
+        model(images(model))
+        return tokbench.token_map(model)
+
+    assert torch.equal(kept(), kept(seed=0)) and not torch.equal(kept(), kept(seed=1))
+    assert (kept() == kept()[0]).all()
+
+
+def test_topk_without_a_class_token_keeps_the_most_attended():
+    model = tiny(class_token=False, global_pool="avg").double()
+    x = images(model, dtype=torch.float64)
+    tokens = model.patch_embed(x) + model.pos_embed
+    attention, normed = model.blocks[0].attn, model.blocks[0].norm1(tokens)
+    received = []
+    for image in normed:
+        q, k, _ = attention.qkv(image).reshape(64, 3, 3, 8).permute(1, 2, 0, 3)
+        rows = [(q[h] @ k[h].T / 8**0.5).softmax(-1) for h in range(3)]
+        received.append(sum(row.mean(0) for row in rows) / 3)
+    tokbench.apply(model, "topk", "keep:0.25@0", trace=True)
+    model(x)
+    for image, where in enumerate(tokbench.token_map(model)):
+        best = received[image].argsort(descending=True)[:16]
+        assert torch.equal(where[best], torch.arange(16))
+
+
+@pytest.mark.parametrize("goal", [0.8, 0.5])
+@pytest.mark.parametrize("method", METHODS)
+def test_flops_schedule_comes_as_near_as_whole_tokens_allow(method, goal):
+    model = tiny(img_size=56, depth=6)
+    whole = tokbench.count_flops(model).total
+    tokbench.apply(model, method, f"flops:{goal}")
+    assert abs(tokbench.count_flops(model).total / whole - goal) < 0.01
+
+
+def test_wrong_names_are_answered_with_the_nearest_right_one():
+    model = tiny()
+    for arguments, params, words in [
+        (("tomme", 5), {}, "Did you mean 'tome'"),
+        (("tome", 5), {"prop_atn": True}, "Did you mean 'prop_attn'"),
+        (("tome", 5), {"prop_attn": "yes"}, "prop_attn='yes'"),
+        (("random", 5), {"seed": 0.5}, "seed=0.5"),
+        (("none", 5), {"seed": 1}, "seed"),
+        (("topk", "keep:0.5@9"), {}, "blocks are 0 to 3"),
+    ]:
+        with pytest.raises(tokbench.UserError, match=words):
+            tokbench.apply(model, *arguments, **params)
+
+
+def test_other_models_are_refused_with_what_was_found():
+    import timm
+
+    for model, words in [
+        (timm.create_model("resnet18"), "ResNet is not a plain ViT"),
+        (VisionTransformer(**TINY, block_fn=ParallelThingsBlock), "block 0 is a ParallelThingsBlock"),
+        (VisionTransformer(**TINY, attn_layer="diff"), "DiffAttention"),
+        (VisionTransformer(**TINY, patch_drop_rate=0.5), "patch_drop_rate"),
+    ]:
+        with pytest.raises(tokbench.UnsupportedModelError, match=words):
+            tokbench.apply(model, "tome", 3)
+
+
+def test_asking_too_early_is_answered():
+    model = tokbench.apply(tiny(), "tome", 3)
+    with pytest.raises(tokbench.UserError, match="no forward pass"):
+        tokbench.tokens_per_block(model)
+    with pytest.raises(tokbench.UserError, match="trace=True"):
+        tokbench.token_map(model)

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokbench.schedules import GRAMMAR, Schedule, ScheduleError, parse_schedule
+
+
+def removals(text: str | int, depth: int = 12, patches: int = 196) -> list[int]:
+    schedule, removed = parse_schedule(text), []
+    for block in range(depth):
+        removed.append(schedule.removals(block, depth, patches))
+        patches -= removed[-1]
+    return removed
+
+
+def test_constant_removes_the_same_everywhere():
+    assert removals("constant:13") == removals("13") == removals(13) == [13] * 12
+
+
+def test_linear_falls_rises_or_stays():
+    assert removals("linear:13,-1") == [26, 23, 21, 18, 16, 14, 11, 9, 7, 4, 2, 0]
+    assert removals("linear:13,1") == [0, 2, 4, 7, 9, 11, 14, 16, 18, 21, 23, 26]
+    assert removals("linear:13,0") == [13] * 12
+
+
+def test_list_is_by_block_number_and_zero_after_its_end():
+    assert removals("list:8,8,0,4", depth=6) == [8, 8, 0, 4, 0, 0]
+
+
+def test_keep_acts_at_its_blocks_and_rounds_what_stays_up():
+    assert removals("keep:0.7@3,6,9") == [0, 0, 0, 58, 0, 0, 41, 0, 0, 29, 0, 0]
+
+
+def test_ratio_rounds_what_goes_down():
+    assert removals("ratio:0.9", depth=3) == [19, 17, 16]
+
+
+@pytest.mark.parametrize("example", [example for example, _ in GRAMMAR.values()])
+def test_canonical_text_parses_to_the_same_schedule(example):
+    assert parse_schedule(str(parse_schedule(example))) == parse_schedule(example)
+
+
+@given(st.floats(0.01, 1.0), st.integers(1, 2000))
+def test_keep_never_removes_everything(rate, patches):
+    assert 0 <= Schedule("keep", (rate,), (0,)).removals(0, 12, patches) < patches
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("thirteen", "thirteen"),
+        ("keep", "keep:0.7@3,6,9"),
+        ("constant:1.5", "1.5"),
+        ("constant:-3", "-3"),
+        ("constnat:13", "constant"),
+        ("linear:13", "slope"),
+        ("linear:13,2", "2"),
+        ("list:8,x,0", "'x'"),
+        ("keep:0.7", "@"),
+        ("keep:0.7@3,b", "'b'"),
+        ("keep:0.7@3,3", "once"),
+        ("keep:1.7@3", "1.7"),
+        ("keep:0@3", "'0'"),
+        ("ratio:nan", "nan"),
+        ("flops:50", "50"),
+        ("", "constant:13"),
+    ],
+)
+def test_what_does_not_parse_is_pointed_at_in_one_line(text, part):
+    with pytest.raises(ScheduleError) as error:
+        parse_schedule(text)
+    assert part in str(error.value) and f"'{text}'" in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,50 @@
+"""tokbench: how much speed token fusion buys on your Vision Transformer, and what it costs. See README.md."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "apply": "tokbench.resolve",
+    "list_methods": "tokbench.resolve",
+    "remove": "tokbench.fusion.patch",
+    "fork": "tokbench.fusion.patch",
+    "tokens_per_block": "tokbench.fusion.patch",
+    "token_map": "tokbench.fusion.patch",
+    "UnsupportedModelError": "tokbench.fusion.patch",
+    "register_method": "tokbench.fusion.core",
+    "count_flops": "tokbench.measure.flops",
+    "measure_speed": "tokbench.measure.speed",
+    "load_model": "tokbench.models",
+    "open_dataset": "tokbench.data",
+    "run": "tokbench.runner",
+    "UserError": "tokbench.errors",
+    "ScheduleError": "tokbench.schedules",
+}
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from tokbench.resolve import apply, list_methods
+    from tokbench.data import open_dataset
+    from tokbench.errors import UserError
+    from tokbench.fusion.core import register_method
+    from tokbench.fusion.patch import UnsupportedModelError, fork, remove, token_map, tokens_per_block
+    from tokbench.measure.flops import count_flops
+    from tokbench.measure.speed import measure_speed
+    from tokbench.models import load_model
+    from tokbench.runner import run
+    from tokbench.schedules import ScheduleError
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use: `import tokbench` alone does not import torch."""
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'tokbench' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

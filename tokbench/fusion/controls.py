@@ -1,0 +1,59 @@
+"""Controls: what any method should beat. `topk` drops the least attended tokens, `random` drops any."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokbench.fusion.core import Assignment, Method, View, keep_only, register_method
+
+
+@register_method
+@dataclass(frozen=True)
+class TopK(Method):
+    """Keep the patch tokens that the class token attends to most, by falling attention, and drop the rest.
+
+    EViT (arXiv 2202.07800, section 3) without its fused token.
+    """
+
+    name = "topk"
+    paper = "control: EViT's selection (Liang et al., ICLR 2022, arXiv 2202.07800) without the fused token"
+    tracks_size = False
+    flops_shape = "keep"
+
+    def plan(self, view: View, r: int) -> Assignment:
+        attention = view.class_attention()[:, view.prefix :]
+        ranked = attention.argsort(dim=-1, descending=True, stable=True)
+        return keep_only(ranked[:, : ranked.shape[1] - r], view.prefix)
+
+
+@register_method
+@dataclass(frozen=True)
+class Random(Method):
+    """Drop r random patch positions: one draw for each (seed, block), the same for every image."""
+
+    name = "random"
+    paper = "control"
+    tracks_size = False
+
+    seed: int = 0
+
+    def plan(self, view: View, r: int) -> Assignment:
+        kept = draw_kept(self.seed, view.block, view.patches, r, view.x.device)
+        return keep_only(kept.expand(view.x.shape[0], -1), view.prefix)
+
+
+@torch.compiler.assume_constant_result
+def draw_kept(seed: int, block: int, patches: int, r: int, device: torch.device) -> Tensor:
+    """The positions that stay when r of `patches` are dropped at random: (patches − r,) ascending."""
+    return _drawn(seed, block, patches, r, device)
+
+
+@lru_cache(maxsize=4096)
+def _drawn(seed: int, block: int, patches: int, r: int, device: torch.device) -> Tensor:
+    kept = np.random.RandomState([seed % 2**32, block]).permutation(patches)[r:]
+    return torch.from_numpy(np.sort(kept)).to(device)

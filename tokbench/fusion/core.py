@@ -1,0 +1,257 @@
+"""What every fusion method shares: the plan (`Assignment`), the one routine that carries it out, and the registry.
+
+Symbols: B images, N tokens, P prefix tokens, T = N − P patch tokens, M tokens after the reduction, R tokens merged
+away, H heads, d channels a head, C channels of the residual stream, s token sizes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokbench.errors import UserError, nearest
+
+
+@dataclass
+class Assignment:
+    """What becomes of each token of one block. Tokens named in neither `kept` nor `source` are dropped.
+
+    kept: (B, M) long, the input token that each output token continues, in output order.
+    source, slot: (B, R) long, tokens merged away, and the output token that each of them joins.
+    weight: (B, N), the tokens' weights in the merge; None: their sizes.
+    combine: how members of an output token become one: their weighted "mean", their weighted "sum", or "mlerp",
+        the direction of their weighted sum with the length of the longest member (ToFu, arXiv 2312.01026, eq. 4).
+    """
+
+    kept: Tensor
+    source: Tensor | None = None
+    slot: Tensor | None = None
+    weight: Tensor | None = None
+    combine: Literal["mean", "sum", "mlerp"] = "mean"
+
+    def target(self, tokens: int) -> Tensor:
+        """The output token that each of the N input tokens goes to: (B, N) long, −1 where it is dropped."""
+        batch, outputs = self.kept.shape
+        target = self.kept.new_full((batch, tokens), -1)
+        target = target.scatter(1, self.kept, torch.arange(outputs, device=self.kept.device).expand(batch, -1))
+        if self.source is None or self.slot is None:
+            return target
+        return target.scatter(1, self.source, self.slot)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum of `values` (B, N) over the members of each output token: (B, M)."""
+        kept = values.gather(1, self.kept)
+        if self.source is None or self.slot is None:
+            return kept
+        return kept.scatter_add(1, self.slot, values.gather(1, self.source))
+
+
+def merge(x: Tensor, plan: Assignment, size: Tensor | None) -> Tensor:
+    """Carry out `plan` on the tokens x: (B, N, C) → (B, M, C). Tokens that nothing joins are passed on bit for bit.
+
+    size: (B, N) token sizes, None where all are 1.
+    """
+    kept = pick(x, plan.kept)
+    if plan.source is None or plan.slot is None:
+        return kept
+    weight = plan.weight if plan.weight is not None else size
+    if weight is None:
+        weight = torch.ones(x.shape[:2], dtype=score_dtype(x), device=x.device)
+    own, others = weight.gather(1, plan.kept), weight.gather(1, plan.source)
+    if plan.combine != "sum":
+        # Shares that sum to 1, so that no intermediate is larger than a token: float16 can't overflow here.
+        total = own.scatter_add(1, plan.slot, others)
+        own, others = own / total, others / total.gather(1, plan.slot)
+    sources = pick(x, plan.source)
+    joined = kept * own.unsqueeze(-1).to(x.dtype)
+    joined = joined.scatter_add(1, wide(plan.slot, x), sources * others.unsqueeze(-1).to(x.dtype))
+    if plan.combine == "mlerp":
+        joined = _lengthen(joined, kept, sources, plan.slot)
+    return joined
+
+
+def _lengthen(joined: Tensor, kept: Tensor, sources: Tensor, slot: Tensor) -> Tensor:
+    """Give each merged token the norm of its longest member; leave the others alone."""
+    precise = score_dtype(joined)
+    longest = kept.to(precise).norm(dim=-1)
+    longest = longest.scatter_reduce(1, slot, sources.to(precise).norm(dim=-1), "amax")
+    merged = torch.zeros_like(longest, dtype=torch.bool).scatter(1, slot, True)
+    length = joined.to(precise).norm(dim=-1).clamp_min(torch.finfo(precise).tiny)
+    return torch.where(merged.unsqueeze(-1), joined * (longest / length).unsqueeze(-1).to(joined.dtype), kept)
+
+
+def wide(index: Tensor, x: Tensor) -> Tensor:
+    """An index (B, M) repeated over the channels of x (B, N, C), for gather and scatter."""
+    return index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+
+
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens of x (B, N, C) at index (B, M): (B, M, C)."""
+    return x.gather(1, wide(index, x))
+
+
+def score_dtype(x: Tensor) -> torch.dtype:
+    """Scores, sizes and weights are float32 at least, float64 for float64 models."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+@dataclass
+class View:
+    """What a method may look at in one block. Everything costly is computed when asked for.
+
+    x: (B, N, C) residual stream: `prefix` tokens, then `patches`. queries, keys: (B, H, N, d) of this block's
+    attention, after any q/k norm and before any rotation. size: (B, N), None where all are 1; log_size: (B, N) where
+    the block's attention uses it. block counts from 0. token_map: (B, N₀), where each of the model's first tokens is
+    now, −1 dropped; only for methods that set `needs_map`. grid: (rows, columns) of patches at the start.
+    """
+
+    x: Tensor
+    prefix: int
+    patches: int
+    block: int
+    depth: int
+    queries: Tensor
+    keys: Tensor
+    scale: float
+    has_class_token: bool
+    grid: tuple[int, int]
+    size: Tensor | None = None
+    log_size: Tensor | None = None
+    token_map: Tensor | None = None
+
+    def mean_keys(self) -> Tensor:
+        """k̄: keys averaged over heads, (B, N, d), float32 at least."""
+        return self.keys.to(score_dtype(self.keys)).mean(1)
+
+    def attention(self, queries: slice = slice(None)) -> Tensor:
+        """A = softmax(Q Kᵀ/√d, + log s where the block uses it), (B, H, N, N), or the rows in `queries` only."""
+        precise = score_dtype(self.keys)
+        logits = (self.queries[:, :, queries].to(precise) * self.scale) @ self.keys.to(precise).mT
+        if self.log_size is not None:
+            logits = logits + self.log_size[:, None, None, :]
+        return logits.softmax(-1)
+
+    def class_attention(self) -> Tensor:
+        """Attention that each token gets from the class token, mean over heads: (B, N).
+
+        Without a class token: the attention it receives, mean over heads and queries (METHODS.md).
+        """
+        rows = self.attention(slice(0, 1)) if self.has_class_token else self.attention()
+        return rows.mean((1, 2))
+
+
+class Method:
+    """A fusion method. Subclass it as a frozen dataclass: its fields are the method's parameters.
+
+    `plan` is all a method has to write; it is called for the blocks in which the schedule removes something.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str] = ""
+    proportional: bool = False  # add log s to the attention logits once anything has merged
+    tracks_size: ClassVar[bool] = True
+    needs_map: ClassVar[bool] = False
+    flops_shape: ClassVar[Literal["constant", "keep"]] = "constant"  # which schedule `flops:` scales
+
+    def acts_in(self, block: int, depth: int) -> bool:
+        """Whether the method ever removes anything in this block."""
+        return True
+
+    def limit(self, patches: int, prefix: int) -> int:
+        """The most tokens that may be removed from T = `patches` patch tokens. At least one must remain."""
+        return patches - 1
+
+    def plan(self, view: View, r: int) -> Assignment:
+        """Choose what becomes of each token when r are to go, 1 ≤ r ≤ `limit`."""
+        raise NotImplementedError
+
+    def parameters(self) -> dict[str, Any]:
+        """The method's parameters by name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+
+METHODS: dict[str, type[Method]] = {}
+M = TypeVar("M", bound=type[Method])
+
+
+def register_method(method: M) -> M:
+    """Class decorator: make a method known under its `name`, to `apply`, the grid and the command line."""
+    METHODS[method.name] = method
+    return method
+
+
+def make_method(name: str, **params: Any) -> Method:
+    """A method by name with its parameters. Raises UserError for a name, parameter or type that does not exist."""
+    if name not in METHODS:
+        known = ["none", *METHODS]
+        raise UserError(f"unknown method '{name}'; the methods are {', '.join(known)}.{nearest(name, known)}")
+    fields = {f.name: f.default for f in dataclasses.fields(METHODS[name])}  # type: ignore[arg-type]
+    for key, value in params.items():
+        if key not in fields:
+            has = ", ".join(f"{k}={v!r}" for k, v in fields.items()) or "none"
+            raise UserError(f"method '{name}' has no parameter '{key}'; it has: {has}.{nearest(key, fields)}")
+        check = METHODS[name].__dict__.get("check_" + key, _same_type)
+        if not check(value, fields[key]):
+            raise UserError(f"method '{name}': {key}={value!r} is not of the kind of its default, {fields[key]!r}")
+    return METHODS[name](**params)
+
+
+def _same_type(value: Any, default: Any) -> bool:
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, type(default))
+
+
+@dataclass
+class State:
+    """What one forward pass carries from block to block."""
+
+    size: Tensor | None = None  # (B, N), None while every token is one patch
+    token_map: Tensor | None = None  # (B, N₀), kept when traced or when the method needs it
+    tokens: list[int] = field(default_factory=list)  # after each block, prefix included
+
+    def advance(self, plan: Assignment, tokens: int, tracks_size: bool, dtype: torch.dtype) -> None:
+        """Bring sizes and map up to date with a plan that was carried out on `tokens` tokens."""
+        if tracks_size and plan.source is not None:
+            size = self.size
+            if size is None:
+                size = torch.ones(plan.kept.shape[0], tokens, dtype=dtype, device=plan.kept.device)
+            self.size = plan.total(size)
+        elif self.size is not None:
+            self.size = self.size.gather(1, plan.kept)
+        if self.token_map is not None:
+            moved = plan.target(tokens).gather(1, self.token_map.clamp_min(0))
+            self.token_map = torch.where(self.token_map < 0, -1, moved)
+
+
+def bipartite_match(metric: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Bipartite soft matching (ToMe, arXiv 2210.09461, section 3): the r most similar pairs across the two sets.
+
+    metric: (B, N, D). Set A holds the even positions of the full sequence, set B the odd ones; prefix tokens are in
+    neither. Each A token proposes its most cosine-similar B token, and the r best proposals go.
+    Returns kept: (B, N−r) in the order prefix, A ascending, B ascending; source: (B, r); slot: (B, r).
+    """
+    batch, tokens, _ = metric.shape
+    position = torch.arange(tokens, device=metric.device)
+    a, b = position[prefix + prefix % 2 :: 2], position[prefix + 1 - prefix % 2 :: 2]
+    unit = F.normalize(metric, dim=-1)
+    best, partner = (unit[:, a] @ unit[:, b].mT).max(-1)
+    ranked = best.argsort(dim=-1, descending=True, stable=True)
+    going, staying = ranked[:, :r], ranked[:, r:].sort(dim=-1).values
+    kept = torch.cat([position[:prefix].expand(batch, -1), a[staying], b.expand(batch, -1)], dim=1)
+    slot = prefix + staying.shape[1] + partner.gather(1, going)
+    return kept, a[going], slot
+
+
+def keep_only(patches: Tensor, prefix: int) -> Assignment:
+    """A plan that drops all but the prefix and the patch tokens numbered by `patches` (B, K), counted from 0."""
+    first = torch.arange(prefix, device=patches.device).expand(patches.shape[0], -1)
+    return Assignment(kept=torch.cat([first, patches + prefix], dim=1))

@@ -1,0 +1,152 @@
+"""Put a method into a timm model, and take it out again.
+
+Classes are swapped, nothing else: no parameter moves and no name changes, so `state_dict`, deepcopy and pickle work
+as before, and `remove` gives back timm's own model.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from timm.layers.attention import Attention
+from timm.layers.attention_pool import AttentionPoolLatent
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from tokbench.errors import UserError
+from tokbench.fusion.blocks import REDUCED_BLOCKS, Fusion, Tap
+from tokbench.fusion.core import Method
+from tokbench.schedules import Schedule
+
+
+class UnsupportedModelError(UserError):
+    """A model that token fusion cannot go into; the message says what was found and what works."""
+
+
+class ReducedVisionTransformer(VisionTransformer):
+    """A timm VisionTransformer whose pooling knows that a token may stand for several patches."""
+
+    fusion: Fusion
+
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        size = self.fusion.state.size
+        pool_type = self.global_pool if pool_type is None else pool_type
+        if size is None or (self.attn_pool is None and pool_type not in ("avg", "avgmax")):
+            return super().pool(x, pool_type)
+        if not self.pool_include_prefix:
+            x, size = x[:, self.num_prefix_tokens :], size[:, self.num_prefix_tokens :]
+        if self.attn_pool is not None:
+            return self.attn_pool(x, attn_mask=size.log()[:, None, None, :].to(x.dtype))
+        share = size / size.sum(1, keepdim=True)
+        mean = (x * share.unsqueeze(-1).to(x.dtype)).sum(1)
+        return mean if pool_type == "avg" else 0.5 * (x.amax(1) + mean)
+
+
+class ReducedDistilled(VisionTransformerDistilled):
+    """A timm VisionTransformerDistilled with a method inside; its heads read prefix tokens only."""
+
+    fusion: Fusion
+
+
+REDUCED_MODELS: dict[type[nn.Module], type[nn.Module]] = {
+    VisionTransformer: ReducedVisionTransformer,
+    VisionTransformerDistilled: ReducedDistilled,
+}
+ORIGINAL = {reduced: timms for timms, reduced in (REDUCED_MODELS | REDUCED_BLOCKS).items()}
+
+
+def require_supported(model: VisionTransformer) -> None:
+    """Raise UnsupportedModelError unless token fusion can go into this model."""
+    kind = type(model)
+    works = "tokbench works with timm's VisionTransformer and VisionTransformerDistilled"
+    if ORIGINAL.get(kind, kind) not in REDUCED_MODELS:
+        raise UnsupportedModelError(f"{kind.__name__} is not a plain ViT; {works} (try 'deit_small_patch16_224')")
+    for number, block in enumerate(model.blocks):
+        if ORIGINAL.get(type(block), type(block)) not in REDUCED_BLOCKS:
+            raise UnsupportedModelError(
+                f"block {number} is a {type(block).__name__}, which has no place between attention and MLP; "
+                f"{works} built of {' or '.join(sorted(timms.__name__ for timms in REDUCED_BLOCKS))}"
+            )
+        if type(block.attn) is not Attention:
+            raise UnsupportedModelError(
+                f"block {number} attends with {type(block.attn).__name__}; {works} that attend with timm's Attention"
+            )
+    if model.attn_pool is not None and not isinstance(model.attn_pool, AttentionPoolLatent):
+        raise UnsupportedModelError(
+            f"the model pools with {type(model.attn_pool).__name__}, which cannot weight merged tokens by their size"
+        )
+    if not isinstance(model.patch_drop, nn.Identity):
+        raise UnsupportedModelError("the model drops patches itself (patch_drop_rate > 0); create it with 0")
+
+
+def insert(model: VisionTransformer, method: Method, schedule: Schedule, trace: bool = False) -> VisionTransformer:
+    """Put `method` into `model`, in place, replacing the one that is there. `schedule` must be resolved."""
+    require_supported(model)
+    remove(model)
+    fusion = Fusion(
+        method=method,
+        schedule=schedule,
+        depth=len(model.blocks),
+        prefix=model.num_prefix_tokens,
+        grid=tuple(model.patch_embed.grid_size),
+        has_class_token=model.cls_token is not None,
+        trace=trace,
+    )
+    vit: Any = model
+    vit.fusion = fusion
+    vit.__class__ = REDUCED_MODELS[type(vit)]
+    for index, block in enumerate(vit.blocks):
+        block.fusion, block.index = fusion, index
+        block.__class__ = REDUCED_BLOCKS[type(block)]
+        block.attn.q_norm.register_forward_hook(Tap())
+        block.attn.k_norm.register_forward_hook(Tap())
+    return model
+
+
+def remove(model: VisionTransformer) -> VisionTransformer:
+    """Give back timm's own model, bit for bit; a model that holds no method is left as it is."""
+    if type(model) not in ORIGINAL:
+        return model
+    vit: Any = model
+    for block in vit.blocks:
+        block.__class__ = ORIGINAL[type(block)]
+        del block.fusion, block.index
+        for norm in (block.attn.q_norm, block.attn.k_norm):
+            for key in [key for key, hook in norm._forward_hooks.items() if isinstance(hook, Tap)]:
+                del norm._forward_hooks[key]
+    del vit.fusion
+    vit.__class__ = ORIGINAL[type(vit)]
+    return model
+
+
+def fork(model: VisionTransformer) -> VisionTransformer:
+    """A second model on the same parameters and buffers: many cells, one copy of the weights in memory."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def tokens_per_block(model: VisionTransformer) -> list[int]:
+    """Tokens after each block in the last forward pass, prefix included. Raises UserError if there was none."""
+    fusion = getattr(model, "fusion", None)
+    if fusion is None:
+        require_supported(model)
+        return [model.patch_embed.num_patches + model.num_prefix_tokens] * len(model.blocks)
+    if len(fusion.state.tokens) != fusion.depth:
+        raise UserError("tokens_per_block: no forward pass has been run since the method was applied")
+    return list(fusion.state.tokens)
+
+
+def token_map(model: VisionTransformer) -> Tensor:
+    """Where each of the N first tokens (prefix included) ended in the last forward pass: (B, N) long, −1 dropped.
+
+    Raises UserError unless the method was applied with trace=True and a forward pass has been run.
+    """
+    fusion = getattr(model, "fusion", None)
+    if fusion is None or not fusion.trace:
+        raise UserError("token_map needs a model with a method in it: tokbench.apply(model, ..., trace=True)")
+    if fusion.state.token_map is None:
+        raise UserError("token_map: no forward pass has been run since the method was applied")
+    return fusion.state.token_map.to(torch.long)

@@ -1,0 +1,58 @@
+"""What every measurement needs to know about a model: its input, its place, and its evaluation mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the model's first floating-point parameter (CPU, float32 where there is none)."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            return parameter.device, parameter.dtype
+    return torch.device("cpu"), torch.float32
+
+
+def resolve_input_size(model: nn.Module, input_size: int | Sequence[int] | None) -> tuple[int, int, int]:
+    """(C, H, W) of one image.
+
+    `input_size` is the side of a square image, or (C, H, W), or None: what the model was built for, read
+    from a timm model's patch embedding or pretrained configuration. Raises ValueError when it cannot be told.
+    """
+    if isinstance(input_size, int):
+        size: tuple[int, ...] = (_built_for(model)[0], input_size, input_size)
+    else:
+        size = _built_for(model) if input_size is None else tuple(input_size)
+    if len(size) != 3 or any(side < 1 for side in size):
+        raise ValueError(f"input_size must be the side of a square image or (C, H, W), not {input_size!r}")
+    return size[0], size[1], size[2]
+
+
+def _built_for(model: nn.Module) -> tuple[int, ...]:
+    # The patch embedding comes first: a model built with another img_size keeps its published configuration.
+    embed = getattr(model, "patch_embed", None)
+    sides, proj = getattr(embed, "img_size", None), getattr(embed, "proj", None)
+    if sides is not None and isinstance(proj, nn.Conv2d):
+        return proj.in_channels, *sides
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    if "input_size" not in config:
+        raise ValueError(f"cannot tell the input size of a {type(model).__name__}: pass input_size=(C, H, W)")
+    return tuple(config["input_size"])
+
+
+@contextmanager
+def evaluation_mode(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Put all models in eval mode inside the block; afterwards every submodule has its own flag back."""
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    for module, _ in flags:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training

@@ -1,0 +1,149 @@
+"""The schedule grammar: a text such as `constant:13` or `keep:0.7@3,6,9` → how many tokens to remove in each block."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tokbench.errors import UserError, nearest
+
+GRAMMAR = {
+    "constant": ("constant:13", "remove 13 tokens at every block (plain 13 says the same)"),
+    "linear": ("linear:13,-1", "13 per block on average; -1 falls from 26 to 0 over the depth, 1 rises, 0 is constant"),
+    "list": ("list:8,8,0,4", "that many per block, by block number; zeros after the end"),
+    "keep": ("keep:0.7@3,6,9", "keep 70 % of the patch tokens at blocks 3, 6 and 9 (blocks count from 0)"),
+    "ratio": ("ratio:0.9", "keep 90 % of the patch tokens at every block"),
+    "flops": ("flops:0.5", "scale the method's own schedule until its FLOPs are nearest half the unreduced model's"),
+}
+
+
+class ScheduleError(UserError):
+    """A schedule that does not parse; the message restates it and points at the part."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One parsed schedule. `str()` gives its canonical text, which parses to the same schedule again."""
+
+    kind: str
+    values: tuple[float, ...]
+    blocks: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        text = f"{self.kind}:{','.join(f'{value:.12g}' for value in self.values)}"
+        return f"{text}@{','.join(map(str, self.blocks))}" if self.blocks else text
+
+    def removals(self, block: int, depth: int, patches: int) -> int:
+        """Tokens to remove in `block` (from 0) of `depth`, where `patches` patch tokens arrive.
+
+        The formulas are METHODS.md's, in Python floats: their rounding decides.
+        """
+        first = self.values[0]
+        match self.kind:
+            case "constant":
+                return int(first)
+            case "linear":
+                low = int(first * (1 - self.values[1]))
+                high = 2 * first - low
+                step = (high - low) / (depth - 1) if depth > 1 else 0.0
+                return int(low + block * step)
+            case "list":
+                return int(self.values[block]) if block < len(self.values) else 0
+            case "keep":
+                return patches - math.ceil(first * patches) if block in self.blocks else 0
+            case "ratio":
+                return math.floor(patches - patches * first)
+        raise ScheduleError(f"schedule '{self}' has to be resolved against a model first; use tokbench.apply")
+
+
+def parse_schedule(text: str | int | Schedule) -> Schedule:
+    """Parse a schedule. Raises ScheduleError, one line that points at the part that is wrong."""
+    if isinstance(text, Schedule):
+        return text
+    text = str(text).strip()
+    kind, colon, rest = text.partition(":")
+    if not colon:
+        kind, rest = "constant", text
+        if not _is_number(text):
+            example = GRAMMAR[text][0] if text in GRAMMAR else "constant:13"
+            hint = nearest(text, GRAMMAR) if text not in GRAMMAR else ""
+            raise ScheduleError(f"schedule '{text}': expected KIND:VALUES, such as '{example}'.{hint}")
+    if kind not in GRAMMAR:
+        raise ScheduleError(
+            f"schedule '{text}': unknown kind '{kind}'; the kinds are {', '.join(GRAMMAR)}.{nearest(kind, GRAMMAR)}"
+        )
+    return _PARSERS[kind](text, rest)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _wrong(text: str, part: str, why: str) -> ScheduleError:
+    kind = text.partition(":")[0]
+    example = GRAMMAR[kind if kind in GRAMMAR else "constant"][0]
+    return ScheduleError(f"schedule '{text}': {why}, got '{part}'; an example is '{example}'")
+
+
+def _count(text: str, part: str) -> int:
+    if not part.strip().isdecimal():
+        raise _wrong(text, part, "expected a whole number of tokens, 0 or more")
+    return int(part)
+
+
+def _fraction(text: str, part: str, name: str) -> float:
+    if not _is_number(part) or not 0 < float(part) <= 1:
+        raise _wrong(text, part, f"expected {name} above 0 and at most 1")
+    return float(part)
+
+
+def _parse_constant(text: str, rest: str) -> Schedule:
+    return Schedule("constant", (_count(text, rest),))
+
+
+def _parse_linear(text: str, rest: str) -> Schedule:
+    count, comma, slope = rest.partition(",")
+    if not comma:
+        raise _wrong(text, rest, "expected a token count and a slope, separated by a comma")
+    if not _is_number(slope) or not -1 <= float(slope) <= 1:
+        raise _wrong(text, slope, "expected a slope from -1 (falling) to 1 (rising)")
+    return Schedule("linear", (_count(text, count), float(slope)))
+
+
+def _parse_list(text: str, rest: str) -> Schedule:
+    return Schedule("list", tuple(_count(text, part) for part in rest.split(",")))
+
+
+def _parse_keep(text: str, rest: str) -> Schedule:
+    rate, at, blocks = rest.partition("@")
+    keep = _fraction(text, rate, "a keep rate")
+    if not at:
+        raise _wrong(text, rest, "expected '@' and the blocks it acts in after the keep rate")
+    for part in blocks.split(","):
+        if not part.strip().isdecimal():
+            raise _wrong(text, part, "expected block numbers, counted from 0")
+    numbers = tuple(int(part) for part in blocks.split(","))
+    if len(set(numbers)) < len(numbers):
+        raise _wrong(text, blocks, "expected each block once")
+    return Schedule("keep", (keep,), tuple(sorted(numbers)))
+
+
+def _parse_ratio(text: str, rest: str) -> Schedule:
+    return Schedule("ratio", (_fraction(text, rest, "the share of tokens to keep"),))
+
+
+def _parse_flops(text: str, rest: str) -> Schedule:
+    return Schedule("flops", (_fraction(text, rest, "a share of the unreduced model's FLOPs"),))
+
+
+_PARSERS = {
+    "constant": _parse_constant,
+    "linear": _parse_linear,
+    "list": _parse_list,
+    "keep": _parse_keep,
+    "ratio": _parse_ratio,
+    "flops": _parse_flops,
+}
