@@ -1,0 +1,183 @@
+"""Predictions image by image, one pass for all models, and what happens when one of them fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tokbench.measure.accuracy import Predictions, evaluate
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class Table(nn.Module):
+    """Answers image number i, which holds i in every pixel, with the i-th row of logits."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("logits", logits)
+        self.modes: list[bool] = []
+        self.batches: list[int] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.modes.append(self.training)
+        self.batches.append(len(images))
+        assert torch.is_inference_mode_enabled()
+        logits: Tensor = self.logits[images[:, 0, 0, 0].long()]
+        return logits
+
+
+def numbered(labels: list[int], batch: int = 4) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, len(labels), batch):
+        part = labels[start : start + batch]
+        yield torch.arange(start, start + len(part)).float().view(-1, 1, 1, 1), torch.tensor(part)
+
+
+def random_logits(images: int, classes: int, seed: int = 0) -> Tensor:
+    return torch.randn(images, classes, generator=torch.Generator().manual_seed(seed))
+
+
+def test_answers_match_numpy() -> None:
+    logits, labels = random_logits(30, 12), [index % 12 for index in range(30)]
+    answers = evaluate({"a": Table(logits)}, numbered(labels), device=CPU)["a"]
+    table, truth = logits.numpy(), np.array(labels)
+    exponentials = np.exp(table - table.max(axis=1, keepdims=True))
+    probability = exponentials / exponentials.sum(axis=1, keepdims=True)
+    rank = (table > table[np.arange(30), truth][:, None]).sum(axis=1)
+    assert np.array_equal(answers.label, truth)
+    assert np.array_equal(answers.predicted, table.argmax(axis=1))
+    assert np.allclose(answers.label_probability, probability[np.arange(30), truth], rtol=1e-5)
+    assert np.array_equal(answers.top5, rank < 5)
+    assert answers.top1() == (rank == 0).mean()
+    assert answers.top5_accuracy() == (rank < 5).mean()
+    types = [answers.label, answers.predicted, answers.label_probability, answers.top5]
+    assert [array.dtype for array in types] == [np.int64, np.int64, np.float32, np.bool_]
+
+
+def test_one_pass_for_all_models() -> None:
+    models = {"a": Table(random_logits(10, 3)), "b": Table(random_logits(10, 3, seed=1))}
+    seen: list[int] = []
+    results = evaluate(models, numbered([0] * 10), device=CPU, on_batch=seen.append)
+    assert list(results) == ["a", "b"]
+    assert seen == [4, 8, 10]
+    assert models["a"].batches == models["b"].batches == [4, 4, 2]
+    alone = evaluate({"b": models["b"]}, numbered([0] * 10, batch=1), device=CPU)["b"]
+    assert np.array_equal(alone.predicted, results["b"].predicted)
+
+
+def test_modes_come_back() -> None:
+    model = Table(random_logits(4, 3)).train()
+    model.add_module("frozen", nn.Dropout().eval())
+    evaluate({"a": model}, numbered([0] * 4), device=CPU)
+    assert model.modes == [False]
+    assert [module.training for module in model.modules()] == [True, False]
+
+
+def test_unlabelled_images_are_never_correct() -> None:
+    logits = torch.eye(3)
+    answers = evaluate({"a": Table(logits)}, numbered([0, -1, 2]), device=CPU)["a"]
+    assert answers.predicted.tolist() == [0, 1, 2]
+    assert answers.correct.tolist() == [True, False, True]
+    assert answers.top5.tolist() == [True, False, True]
+    assert np.isnan(answers.label_probability).tolist() == [False, True, False]
+    assert answers.top1() == pytest.approx(2 / 3)
+
+
+def test_logits_that_are_not_finite_are_never_correct() -> None:
+    logits = torch.eye(4)
+    logits[1, 2], logits[2, 2], logits[3, 0] = float("nan"), float("inf"), float("-inf")
+    answers = evaluate({"a": Table(logits)}, numbered([0, 1, 2, -1]), device=CPU)["a"]
+    assert answers.predicted.tolist() == [0, -1, -1, -1]
+    assert answers.correct.tolist() == answers.top5.tolist() == [True, False, False, False]
+    assert np.isnan(answers.label_probability).tolist() == [False, True, True, True]
+
+
+def test_few_classes_and_ties() -> None:
+    answers = evaluate({"a": Table(random_logits(6, 2))}, numbered([0, 1] * 3), device=CPU)["a"]
+    assert answers.top5_accuracy() == 1
+    tied = evaluate({"a": Table(torch.zeros(20, 20))}, numbered(list(range(20))), device=CPU)["a"]
+    assert set(tied.predicted) == {0}
+    assert tied.top5[tied.correct].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_probabilities_are_computed_in_float32_at_least(dtype: torch.dtype) -> None:
+    logits, labels = random_logits(8, 5).to(dtype), [0, 1, 2, 3, 4, 0, 1, 2]
+    answers = evaluate({"a": Table(logits)}, numbered(labels), device=CPU, dtype=dtype)["a"]
+    exact = logits.double().softmax(dim=1)[torch.arange(8), torch.tensor(labels)].numpy()
+    assert answers.label_probability.dtype == np.float32
+    assert np.allclose(answers.label_probability, exact, rtol=1e-6)
+
+
+class Fragile(Table):
+    """Fails from its second batch on."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.batches:
+            raise RuntimeError("out of memory")
+        return super().forward(images)
+
+
+def test_a_model_that_fails_is_left_out() -> None:
+    models = {"good": Table(random_logits(12, 3)), "bad": Fragile(random_logits(12, 3))}
+    failures: list[tuple[str, str]] = []
+    results = evaluate(
+        models,
+        numbered([0] * 12),
+        device=CPU,
+        on_failure=lambda name, error: failures.append((name, str(error))),
+    )
+    assert failures == [("bad", "out of memory")]
+    assert list(results) == ["good"]
+    assert len(results["good"].label) == 12
+
+
+def test_without_a_handler_failures_go_through() -> None:
+    model = Fragile(random_logits(12, 3)).train()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate({"bad": model}, numbered([0] * 12), device=CPU)
+    assert model.training
+
+
+def test_labels_and_answers_must_fit() -> None:
+    with pytest.raises(ValueError, match="label 3 is out of range: the model has 3 classes"):
+        evaluate({"a": Table(torch.eye(3))}, numbered([0, 3, 1]), device=CPU)
+    with pytest.raises(ValueError, match="gave 1 answers to 2 images"):
+        pooled = nn.Flatten(0), nn.Unflatten(0, (1, 2))
+        evaluate({"a": nn.Sequential(*pooled)}, [(torch.zeros(2, 1, 1, 1), torch.zeros(2))], device=CPU)
+    with pytest.raises(ValueError, match="no images"):
+        evaluate({"a": Table(torch.eye(3))}, [], device=CPU)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    answers = evaluate({"a": Table(random_logits(9, 3))}, numbered([0, -1, 2] * 3), device=CPU)["a"]
+    path = tmp_path / "tome_constant-13.npz"
+    answers.save(path)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    again = Predictions.load(path)
+    for name in ("label", "predicted", "label_probability", "top5"):
+        before, after = getattr(answers, name), getattr(again, name)
+        assert before.dtype == after.dtype
+        assert np.array_equal(before, after, equal_nan=name == "label_probability")
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_answers() -> None:
+    logits, labels = random_logits(30, 12), [(7 * index) % 13 - 1 for index in range(30)]
+    here = evaluate({"a": Table(logits)}, numbered(labels), device=CPU)["a"]
+    there = evaluate({"a": Table(logits).cuda()}, numbered(labels), device="cuda")["a"]
+    assert np.array_equal(here.predicted, there.predicted)
+    assert np.array_equal(here.top5, there.top5)
+    assert np.allclose(here.label_probability, there.label_probability, rtol=1e-5, equal_nan=True)
+    with pytest.raises(ValueError, match="out of range"):
+        evaluate({"a": Table(torch.eye(3)).cuda()}, numbered([3]), device="cuda")

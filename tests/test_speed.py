@@ -1,0 +1,272 @@
+"""How timings are taken and summarized, on a clock of our own, and the description of the machine.
+
+Nothing here asserts how fast anything is.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from statistics import median
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tokbench.measure import environment, speed
+from tokbench.measure.environment import describe_machine, package_versions
+from tokbench.measure.speed import measure_speed, plan
+
+SIZE = (3, 4, 4)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class Clock:
+    """Stands for the time module: time passes only when a model says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(speed, "time", clock)
+    return clock
+
+
+class Ticking(nn.Module):
+    """Takes the seconds that `cost` says, and notes the images it was given."""
+
+    def __init__(self, clock: Clock, cost: Callable[[], float], log: list[str], name: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.clock, self.cost, self.log, self.name = clock, cost, log, name
+        self.images: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert not self.training
+        assert torch.is_inference_mode_enabled()
+        self.clock.now += self.cost()
+        self.log.append(self.name)
+        self.images.append(images)
+        return images
+
+
+def ticking(clock: Clock, **costs: float) -> tuple[dict[str, nn.Module], list[str]]:
+    log: list[str] = []
+    return {name: Ticking(clock, lambda cost=cost: cost, log, name) for name, cost in costs.items()}, log
+
+
+def test_figures_from_known_times(clock: Clock) -> None:
+    models, _ = ticking(clock, none=0.2, tome=0.1, mctf=0.4)
+    results = measure_speed(models, batch_size=8, input_size=SIZE, rounds=6, seconds=36)
+    assert [result.name for result in results] == ["none", "tome", "mctf"]
+    assert [result.batch_size for result in results] == [8, 8, 8]
+    assert [result.throughput for result in results] == pytest.approx([40, 80, 20])
+    assert [result.speedup for result in results] == pytest.approx([1, 2, 0.5])
+    assert [result.speedup_low for result in results] == pytest.approx([1, 2, 0.5])
+    assert [result.speedup_high for result in results] == pytest.approx([1, 2, 0.5])
+    assert results[1].rounds == pytest.approx([0.1] * 6)
+    assert [result.iterations for result in results] == pytest.approx([10, 20, 5], abs=1)
+
+
+def test_a_disturbance_common_to_a_round_cancels(clock: Clock) -> None:
+    # The machine gets slower all the time, but by little within a round.
+    log: list[str] = []
+    models: dict[str, nn.Module] = {
+        "none": Ticking(clock, lambda: 0.2 * (1 + clock.now / 100), log, "none"),
+        "tome": Ticking(clock, lambda: 0.1 * (1 + clock.now / 100), log, "tome"),
+    }
+    result = measure_speed(models, batch_size=1, input_size=SIZE, rounds=40, seconds=20)[1]
+    assert max(result.rounds) > 1.1 * min(result.rounds)
+    assert result.speedup == pytest.approx(2, rel=0.01)
+    assert result.speedup_high - result.speedup_low < 0.05
+
+
+def test_the_median_shrugs_off_an_outlier(clock: Clock) -> None:
+    costs = iter([0.1] * 10 + [5.0] + [0.1] * 1000)
+    model = Ticking(clock, lambda: next(costs), [], "none")
+    result = measure_speed({"none": model}, batch_size=1, input_size=SIZE, rounds=9, seconds=1)[0]
+    assert max(result.rounds) > 1
+    assert median(result.rounds) == pytest.approx(0.1)
+    assert result.throughput == pytest.approx(10)
+
+
+def test_rounds_are_interleaved_and_shuffled_by_the_seed(clock: Clock) -> None:
+    def turns(seed: int) -> list[str]:
+        models, log = ticking(clock, a=1.0, b=1.0, c=1.0)
+        measure_speed(models, batch_size=1, input_size=SIZE, rounds=12, seconds=36, warmup=0, seed=seed)
+        return log[-36:]
+
+    first = turns(0)
+    rounds = [tuple(first[start : start + 3]) for start in range(0, 36, 3)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert len(set(rounds)) > 2
+    assert first == turns(0)
+    assert first != turns(1)
+
+
+def test_everyone_sees_the_same_images(clock: Clock) -> None:
+    models, _ = ticking(clock, a=1.0, b=1.0)
+    measure_speed(models, batch_size=2, input_size=SIZE, rounds=1, seconds=2)
+    images = [image for model in models.values() for image in model.images]  # type: ignore[union-attr]
+    assert images[0].shape == (2, *SIZE)
+    assert images[0].dtype == torch.float32
+    assert all(image is images[0] for image in images)
+
+
+def test_warm_up_is_not_counted(clock: Clock) -> None:
+    costs = iter([100.0, 50.0, 25.0] + [1.0] * 100)
+    model = Ticking(clock, lambda: next(costs), [], "none")
+    result = measure_speed({"none": model}, batch_size=1, input_size=SIZE, rounds=5, seconds=5, warmup=3)[0]
+    assert result.rounds == pytest.approx([1.0] * 5)
+
+
+@pytest.mark.parametrize(
+    ("estimates", "rounds", "seconds", "expected"),
+    [
+        ({"a": 0.1, "b": 0.2}, 10, 12.0, (10, {"a": 6, "b": 3})),
+        ({"a": 1.0, "b": 2.0}, 20, 30.0, (10, {"a": 1, "b": 1})),
+        ({"a": 60.0}, 20, 30.0, (5, {"a": 1})),
+        ({"a": 60.0}, 3, 30.0, (3, {"a": 1})),
+    ],
+)
+def test_plan(
+    estimates: dict[str, float], rounds: int, seconds: float, expected: tuple[int, dict[str, int]]
+) -> None:
+    planned, iterations = plan(estimates, rounds, seconds)
+    assert planned == expected[0]
+    assert iterations == pytest.approx(expected[1], abs=1)
+
+
+@pytest.mark.parametrize(("cost", "planned"), [(0.01, 7), (100.0, 5)])
+def test_progress_tells_rounds_done_and_planned(clock: Clock, cost: float, planned: int) -> None:
+    models, _ = ticking(clock, a=cost)
+    seen: list[tuple[int, int]] = []
+    measure_speed(
+        models,
+        batch_size=1,
+        input_size=SIZE,
+        rounds=7,
+        seconds=1,
+        on_round=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(done, planned) for done in range(1, planned + 1)]
+
+
+class Broken(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        raise RuntimeError("out of memory")
+
+
+def test_failures() -> None:
+    good, broken = nn.Flatten(), Broken()
+    failures: list[tuple[str, str]] = []
+
+    def fail(name: str, error: Exception) -> None:
+        failures.append((name, str(error)))
+
+    results = measure_speed(
+        {"none": good, "bad": broken}, batch_size=1, input_size=SIZE, rounds=1, seconds=0.01, on_failure=fail
+    )
+    assert [result.name for result in results] == ["none"]
+    assert failures == [("bad", "out of memory")]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        measure_speed({"none": good, "bad": broken}, batch_size=1, input_size=SIZE)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        measure_speed({"bad": broken, "none": good}, batch_size=1, input_size=SIZE, on_failure=fail)
+
+
+def test_bad_arguments() -> None:
+    model = nn.Flatten()
+    for models, batch_size, rounds in (({}, 1, 1), ({"a": model}, 0, 1), ({"a": model}, 1, 0)):
+        with pytest.raises(ValueError, match="at least one model, one image"):
+            measure_speed(models, batch_size=batch_size, input_size=SIZE, rounds=rounds)
+    with pytest.raises(ValueError, match="cannot tell the input size"):
+        measure_speed({"a": model}, batch_size=1)
+    mixed = {"a": nn.Linear(4, 4), "b": nn.Linear(4, 4).double()}
+    with pytest.raises(ValueError, match="not on one device in one dtype: a .*float32.* b .*float64"):
+        measure_speed(mixed, batch_size=1, input_size=SIZE)
+
+
+def test_real_models_on_the_real_clock() -> None:
+    models = {"one": nn.Linear(4, 4).train(), "two": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))}
+    results = measure_speed(models, batch_size=2, input_size=SIZE, rounds=5, seconds=0.05)
+    for result in results:
+        assert len(result.rounds) == 5
+        assert min(result.rounds) > 0
+        assert result.iterations >= 1
+        assert result.throughput == 2 / median(result.rounds)
+        assert result.speedup_low <= result.speedup <= result.speedup_high
+    assert results[0].speedup == results[0].speedup_low == results[0].speedup_high == 1
+    assert models["one"].training
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_time_is_that_of_the_kernels() -> None:
+    class Sleeping(nn.Module):
+        """Keeps the GPU busy for a fixed number of its clock cycles; the host returns at once."""
+
+        def __init__(self, cycles: int) -> None:
+            super().__init__()
+            self.weight, self.cycles = nn.Parameter(torch.zeros(1, device="cuda")), cycles
+
+        def forward(self, images: Tensor) -> Tensor:
+            assert images.is_cuda
+            torch.cuda._sleep(self.cycles)
+            return images
+
+    models = {"long": Sleeping(20_000_000), "short": Sleeping(10_000_000)}
+    results = measure_speed(models, batch_size=1, input_size=SIZE, rounds=5, seconds=0.5)
+    # The same number of cycles over two: not a matter of how fast the GPU is.
+    assert results[1].speedup == pytest.approx(2, rel=0.2)
+
+
+def test_the_machine_is_described_for_json() -> None:
+    machine = describe_machine()
+    assert json.loads(json.dumps(machine)) == machine
+    assert machine["device"] == "cpu"
+    assert machine["threads"] == torch.get_num_threads()
+    assert machine["cores"] >= 1
+    assert machine["cpu"] and machine["platform"]
+    assert machine["torch"] == package_versions()["torch"]
+    assert "gpu" not in machine
+
+
+def test_versions_of_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "PACKAGES", ("torch", "no-such-package-here"))
+    assert list(package_versions()) == ["python", "torch"]
+
+
+def test_the_driver_is_asked_for_once_and_may_be_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(*args: object, **kwargs: object) -> SimpleNamespace:
+        return SimpleNamespace(stdout="550.54.15\n550.54.15\n")
+
+    def missing(*args: object, **kwargs: object) -> SimpleNamespace:
+        raise FileNotFoundError("nvidia-smi")
+
+    def failing(*args: object, **kwargs: object) -> SimpleNamespace:
+        raise subprocess.CalledProcessError(9, "nvidia-smi")
+
+    for run, expected in ((answer, "550.54.15"), (missing, None), (failing, None)):
+        monkeypatch.setattr(subprocess, "run", run)
+        assert environment._driver() == expected
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_described_for_json() -> None:
+    machine = describe_machine("cuda")
+    assert json.loads(json.dumps(machine)) == machine
+    assert machine["gpu"] == torch.cuda.get_device_name()
+    assert machine["cuda"] == torch.version.cuda
+    assert machine["gpu_memory_gib"] > 0

@@ -1,0 +1,149 @@
+"""Intervals and tests against published figures, closed forms and small simulations."""
+
+from __future__ import annotations
+
+from itertools import product
+from math import sqrt
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.stats import multinomial
+
+from tokbench.measure.stats import mcnemar_p, median_ratio_interval, paired_drop, wilson
+
+Z = 1.959963984540054
+Outcomes = tuple[NDArray[np.bool_], NDArray[np.bool_]]
+
+
+def outcomes(lost: int, gained: int, n: int) -> Outcomes:
+    """Baseline and cell over n images, of which so many only one of them gets right; the rest both."""
+    baseline, cell = np.ones(n, bool), np.ones(n, bool)
+    cell[:lost] = False
+    baseline[lost : lost + gained] = False
+    return baseline, cell
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    # The examples of Newcombe, Statistics in Medicine 17 (1998) 857, to the four digits given there.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_published(successes: int, n: int, low: float, high: float) -> None:
+    assert wilson(successes, n) == (pytest.approx(low, abs=6e-5), pytest.approx(high, abs=6e-5))
+
+
+def test_wilson_refuses_nonsense() -> None:
+    with pytest.raises(ValueError):
+        wilson(3, 2)
+    with pytest.raises(ValueError):
+        wilson(0, 0)
+
+
+def test_drop_is_in_points_and_signed() -> None:
+    assert paired_drop(*outcomes(12, 2, 50))[0] == pytest.approx(20)
+    assert paired_drop(*outcomes(2, 12, 50))[0] == pytest.approx(-20)
+    assert paired_drop([True, False, 1, 1], [False, True, 0, 1])[0] == pytest.approx(25)
+
+
+def test_drop_interval_when_nothing_changes() -> None:
+    # Closed form: with no discordant image the score limits are ±z²/(n + z²).
+    for n in (1, 10, 1000, 1_000_000):
+        limit = 100 * Z**2 / (n + Z**2)
+        assert paired_drop(*outcomes(0, 0, n)) == (0, pytest.approx(-limit), pytest.approx(limit))
+
+
+def constrained_score(lost: int, gained: int, n: int, delta: float) -> float:
+    """The score statistic at a true difference, with the nuisance share found by brute force."""
+    floor = max(0.0, -delta)
+    shares = np.linspace(floor, (1 - delta) / 2, 400_001)[1:-1]
+    rest = n - lost - gained
+    likelihood = lost * np.log(shares + delta) + gained * np.log(shares)
+    share = shares[(likelihood + rest * np.log1p(-2 * shares - delta)).argmax()]
+    return float((lost - gained - n * delta) / sqrt(n * (2 * share + delta - delta**2)))
+
+
+@pytest.mark.parametrize(("lost", "gained", "n"), [(12, 2, 50), (3, 4, 100), (1, 6, 9), (40, 25, 1000)])
+def test_drop_limits_solve_the_score_equation(lost: int, gained: int, n: int) -> None:
+    _, low, high = paired_drop(*outcomes(lost, gained, n))
+    assert constrained_score(lost, gained, n, low / 100) == pytest.approx(Z, abs=1e-3)
+    assert constrained_score(lost, gained, n, high / 100) == pytest.approx(-Z, abs=1e-3)
+
+
+def test_drop_of_every_small_table() -> None:
+    for n in range(1, 13):
+        for lost in range(n + 1):
+            for gained in range(n + 1 - lost):
+                drop, low, high = paired_drop(*outcomes(lost, gained, n))
+                assert -100 <= low <= drop <= high <= 100
+                assert low < high
+                mirrored = paired_drop(*outcomes(gained, lost, n))
+                assert mirrored == (pytest.approx(-drop), pytest.approx(-high), pytest.approx(-low))
+                rejected = (lost - gained) ** 2 > Z**2 * (lost + gained)
+                assert (low > 0 or high < 0) == rejected
+
+
+def test_drop_interval_narrows_with_images_and_nears_walds() -> None:
+    lost, gained, n = 900, 600, 50_000
+    drop, low, high = paired_drop(*outcomes(lost, gained, n))
+    wald = Z * sqrt(lost + gained - (lost - gained) ** 2 / n) / n
+    assert (low, high) == pytest.approx((drop - 100 * wald, drop + 100 * wald), rel=0.01)
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(0.02, 0.02), (0.03, 0.01), (0.12, 0.06)])
+def test_drop_interval_covers(lost: float, gained: float) -> None:
+    n, covered = 100, 0.0
+    chances = multinomial(n, [lost, gained, 1 - lost - gained])
+    for more, less in product(range(26), range(18)):
+        chance = chances.pmf([more, less, n - more - less])
+        if chance > 1e-5:
+            _, low, high = paired_drop(*outcomes(more, less, n))
+            covered += chance * (low <= 100 * (lost - gained) <= high)
+    assert 0.93 < covered < 0.98
+
+
+def test_pairs_must_match() -> None:
+    for before, after in ([[True], [True, False]], [[], []], [[[True]], [[True]]]):
+        with pytest.raises(ValueError, match="two equally long lists"):
+            paired_drop(before, after)
+        with pytest.raises(ValueError, match="two equally long lists"):
+            mcnemar_p(before, after)
+
+
+def test_mcnemar_is_the_exact_binomial_test() -> None:
+    assert mcnemar_p(*outcomes(0, 0, 10)) == 1
+    assert mcnemar_p(*outcomes(3, 3, 10)) == pytest.approx(1)
+    assert mcnemar_p(*outcomes(5, 0, 10)) == pytest.approx(2 * 0.5**5)
+    assert mcnemar_p(*outcomes(2, 12, 50)) == pytest.approx(2 * (1 + 14 + 91) / 2**14)
+    assert mcnemar_p(*outcomes(12, 2, 50)) == mcnemar_p(*outcomes(2, 12, 5000))
+
+
+def test_median_ratio_is_of_pairs() -> None:
+    # Every round the machine is another time slower, and the ratio always 2.
+    slower = [1.0, 5.0, 3.0, 10.0, 2.0]
+    assert median_ratio_interval([2 * value for value in slower], slower) == (2, 2, 2)
+
+
+def test_median_ratio_interval_is_reproducible_and_ordered() -> None:
+    noise = np.random.default_rng(1).lognormal(sigma=0.1, size=(2, 15))
+    first = median_ratio_interval(noise[0], noise[1])
+    assert first == median_ratio_interval(noise[0], noise[1])
+    assert first[1] < first[0] < first[2]
+    assert first[0] == np.median(noise[0] / noise[1])
+    assert first != median_ratio_interval(noise[0], noise[1], seed=1)
+
+
+def test_median_ratio_interval_covers() -> None:
+    generator = np.random.default_rng(2)
+    hits = 0
+    for _ in range(300):
+        above, below = generator.lognormal(sigma=0.1, size=(2, 21))
+        _, low, high = median_ratio_interval(1.5 * above, below, resamples=400)
+        hits += low <= 1.5 <= high
+    assert 0.90 < hits / 300 < 0.99
+
+
+def test_median_ratio_needs_pairs() -> None:
+    for pair in ([[1.0], []], [[], []]):
+        with pytest.raises(ValueError, match="as many numerators as denominators"):
+            median_ratio_interval(*pair)

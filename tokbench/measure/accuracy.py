@@ -1,0 +1,140 @@
+"""What models answer, image by image, in one pass over the images for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tokbench.measure._model import evaluation_mode
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """A model's answers to n images, in the order they came.
+
+    `label` (n,) int64 is the true class, −1 where there is none; such an image is never correct.
+    `predicted` (n,) int64 is the class with the largest logit, −1 where the logits were not finite.
+    `label_probability` (n,) float32 is the true class's softmax probability, NaN where either is missing.
+    `top5` (n,) bool tells whether the true class is among the five most probable.
+    """
+
+    label: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+    label_probability: NDArray[np.float32]
+    top5: NDArray[np.bool_]
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """(n,) bool: whether the predicted class is the true one."""
+        correct: NDArray[np.bool_] = (self.predicted == self.label) & (self.label >= 0)
+        return correct
+
+    def top1(self) -> float:
+        """Share of all images whose predicted class is the true one, in [0, 1]."""
+        return float(self.correct.mean())
+
+    def top5_accuracy(self) -> float:
+        """Share of all images whose true class is among the five most probable, in [0, 1]."""
+        return float(self.top5.mean())
+
+    def save(self, path: str | Path) -> None:
+        """Write to `path` as a compressed NumPy archive, under exactly that name."""
+        with open(path, "wb") as file:
+            np.savez_compressed(file, **{field.name: getattr(self, field.name) for field in fields(self)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Predictions:
+        """Read what `save` wrote. Raises OSError or ValueError for other files, KeyError for other arrays."""
+        with np.load(path, allow_pickle=False) as archive:
+            return cls(**{field.name: archive[field.name] for field in fields(cls)})
+
+
+def evaluate(
+    models: Mapping[str, nn.Module],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    on_batch: Callable[[int], None] | None = None,
+    on_failure: Callable[[str, Exception], None] | None = None,
+) -> dict[str, Predictions]:
+    """Show every batch to every model while it is there; what each answered comes back under its name.
+
+    `batches` yields images (B, C, H, W), preprocessed, and class indices (B,), −1 for none. The models must
+    be on `device` and take `dtype` already: images are moved there, models never. They run in eval mode, and
+    have their own modes back afterwards. `on_batch` is told how many images all models have seen so far.
+    A model that raises is reported to `on_failure`, left out from there on, and missing from the result;
+    without `on_failure` the exception goes through. Raises ValueError when there are no images.
+    """
+    running = dict(models)
+    parts: dict[str, list[Predictions]] = {name: [] for name in models}
+    images_done = 0
+    with torch.inference_mode(), evaluation_mode(models.values()):
+        for images, labels in batches:
+            images = images.to(device, dtype, non_blocking=True)
+            for name, answer in _answers(running, images, labels.long().cpu(), on_failure).items():
+                parts[name].append(answer)
+            images_done += len(labels)
+            if on_batch is not None:
+                on_batch(images_done)
+    if not images_done:
+        raise ValueError("there are no images to evaluate on")
+    return {name: _join(parts[name]) for name in running}
+
+
+def _answers(
+    running: dict[str, nn.Module],
+    images: Tensor,
+    labels: Tensor,
+    on_failure: Callable[[str, Exception], None] | None,
+) -> dict[str, Predictions]:
+    """Every running model's answers to one batch; models that fail are taken out of `running`."""
+    answers: dict[str, dict[str, Tensor]] = {}
+    for name, model in list(running.items()):
+        try:
+            answers[name] = _read_off(model(images), labels)
+        except Exception as error:
+            if on_failure is None:
+                raise
+            del running[name]
+            on_failure(name, error)
+    # Fetched only now, so that an accelerator is waited for once a batch and not once a model.
+    return {
+        name: Predictions(labels.numpy(), **{field: values.cpu().numpy() for field, values in answer.items()})
+        for name, answer in answers.items()
+    }
+
+
+def _read_off(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The fields of Predictions but the label, (B,) each, from logits (B, classes), on the logits' device."""
+    batch, classes = logits.shape
+    if batch != len(labels):
+        raise ValueError(f"the model gave {batch} answers to {len(labels)} images")
+    # On the CPU, because an index out of range would take the whole CUDA context down.
+    if labels.max() >= classes:
+        raise ValueError(f"label {int(labels.max())} is out of range: the model has {classes} classes")
+    labels = labels.to(logits.device, non_blocking=True)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    finite = logits.isfinite().all(dim=1)
+    predicted = logits.argmax(dim=1).where(finite, -1)
+    probability = logits.softmax(dim=1).gather(1, labels.clamp_min(0)[:, None])[:, 0].float()
+    five = logits.topk(min(5, classes), dim=1).indices
+    # With many equal logits topk may leave out the one that argmax takes.
+    top5 = (five == labels[:, None]).any(dim=1) | (predicted == labels)
+    known = finite & (labels >= 0)
+    return {
+        "predicted": predicted,
+        "label_probability": probability.where(known, float("nan")),
+        "top5": top5 & known,
+    }
+
+
+def _join(parts: list[Predictions]) -> Predictions:
+    names = [field.name for field in fields(Predictions)]
+    return Predictions(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
