@@ -161,7 +161,11 @@ def worker(rank: int, world: int, args: argparse.Namespace) -> None:
         to_input(compose(items, held)).to(device),
         torch.from_numpy(labels[held.item].astype(np.int64)).to(device),
     )
-    data = Composites(items[:-HELD_OUT], labels[:-HELD_OUT], args.seed * 1000 + rank, device)
+
+    def fresh(stage: int) -> Composites:
+        seed = args.seed * 1000 + stage * 100 + rank
+        return Composites(items[:-HELD_OUT], labels[:-HELD_OUT], seed, device)
+
     mode = "a" if args.from_patch_8 else "w"
     with open(args.log, mode) as log:
         model = VisionTransformer(patch_size=8, **MODEL).to(device)
@@ -171,11 +175,11 @@ def worker(rank: int, world: int, args: argparse.Namespace) -> None:
             model.load_state_dict(saved["model"])
             model.aux_state = saved["aux"]
         else:
-            train_stage(model, data, args.images_8, 128, 8, (1, 0.3), (1, 0.6), held_out, log, bf16)
+            train_stage(model, fresh(0), args.images_8, 128, 8, (1, 0.3), (1, 0.6), held_out, log, bf16)
         aux_state = model.aux_state
         model = at_patch_4(model).to(device)
         model.aux_state = aux_state
-        train_stage(model, data, args.images_4, 128, 4, (0.5, 0), (0.6, 0), held_out, log, bf16)
+        train_stage(model, fresh(1), args.images_4, 64, 4, (0.4, 0), (0.6, 0), held_out, log, bf16)
     if rank == 0:
         save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, args.out)
     if world > 1:
@@ -188,7 +192,7 @@ def main() -> None:
     parser.add_argument("--out", default="vit_clutter.safetensors")
     parser.add_argument("--log", default="train_log.jsonl")
     parser.add_argument("--images-8", type=int, default=320_000, help="training images at patch 8")
-    parser.add_argument("--images-4", type=int, default=80_000, help="training images at patch 4")
+    parser.add_argument("--images-4", type=int, default=56_000, help="training images at patch 4")
     parser.add_argument("--from-patch-8", type=Path, help="a stage-one checkpoint to start stage two from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1 if torch.cuda.is_available() else os.cpu_count())

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
-from tokbench.fusion.core import Method, State, View, merge, score_dtype
+from tokbench.fusion.core import Method, State, View, merge, reduce_attention, score_dtype
 from tokbench.schedules import Schedule
 
 
@@ -44,29 +45,34 @@ class Fusion:
         """log s for the attention logits, (B, N), where the method uses it and something has merged."""
         return self.state.size.log() if self.method.proportional and self.state.size is not None else None
 
-    def reduce(self, x: Tensor, block: int, r: int, attention: Any) -> Tensor:
-        """Plan on x (B, N, C) and carry it out: (B, M, C)."""
-        state = self.state
-        with torch.autocast(x.device.type, enabled=False):
-            view = View(
-                x=x,
-                prefix=self.prefix,
-                patches=int(x.shape[1]) - self.prefix,
-                block=block,
-                depth=self.depth,
-                queries=tapped(attention.q_norm),
-                keys=tapped(attention.k_norm),
-                scale=attention.scale,
-                has_class_token=self.has_class_token,
-                grid=self.grid,
-                size=state.size,
-                log_size=self.log_size(),
-                token_map=state.token_map,
-            )
+    def view(self, x: Tensor, block: int, attention: Any, queries: Tensor, keys: Tensor) -> View:
+        """What the method may look at: x (B, N, C), and this block's queries and keys (B, H, N, d)."""
+        return View(
+            x=x,
+            prefix=self.prefix,
+            patches=int(x.shape[1]) - self.prefix,
+            block=block,
+            depth=self.depth,
+            queries=queries,
+            keys=keys,
+            scale=attention.scale,
+            has_class_token=self.has_class_token,
+            grid=self.grid,
+            size=self.state.size,
+            log_size=self.log_size(),
+            token_map=self.state.token_map,
+        )
+
+    def reduce(self, view: View, r: int) -> tuple[Tensor, Tensor | None]:
+        """Plan and carry it out: tokens (B, M, C), and the reduced attention (B, H, M, M) for methods that reuse it."""
+        with torch.autocast(view.x.device.type, enabled=False):
             plan = self.method.plan(view, r)
-            reduced = merge(x, plan, state.size)
-        state.advance(plan, int(x.shape[1]), self.method.tracks_size, score_dtype(x))
-        return reduced
+            reduced = merge(view.x, plan, view.size)
+            attention = None
+            if self.method.reuses_attention:
+                attention = reduce_attention(view.attention(), plan, view.size)
+        self.state.advance(plan, int(view.x.shape[1]), self.method.tracks_size, score_dtype(view.x))
+        return reduced, attention
 
 
 class Tap:
@@ -89,46 +95,106 @@ def tapped(module: nn.Module) -> Tensor:
     return value  # type: ignore[return-value]
 
 
+def queries_and_keys(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What a timm attention scores by, each (B, H, N, d), for the tokens x (B, N, C); no values are computed."""
+    queries, keys = _heads(attention, x, slice(0, 2 * attention.attn_dim), 2)
+    return attention.q_norm(queries), attention.k_norm(keys)
+
+
+def attend_with(attention: Any, x: Tensor, matrix: Tensor) -> Tensor:
+    """What a timm attention gives for the tokens x (B, N, C) when A is `matrix` (B, H, N, N): values only are new."""
+    (values,) = _heads(attention, x, slice(2 * attention.attn_dim, None), 1)
+    out = attention.norm((matrix.to(values.dtype) @ values).transpose(1, 2).flatten(2))
+    if attention.gate is not None:
+        out = out * attention.gate(x).sigmoid()
+    return attention.proj_drop(attention.proj(out))
+
+
+def _heads(attention: Any, x: Tensor, rows: slice, parts: int) -> Tensor:
+    """Some rows of the qkv projection, split into `parts` of H heads: (parts, B, H, N, d)."""
+    bias = attention.qkv.bias
+    out = F.linear(x, attention.qkv.weight[rows], None if bias is None else bias[rows])
+    return out.unflatten(-1, (parts, attention.num_heads, attention.head_dim)).permute(2, 0, 3, 1, 4)
+
+
 class _Reduced:
     """The part that reduced blocks share. `fusion` and `index` are set by patch.py."""
 
     fusion: Fusion
     index: int
+    attn: Any
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal:
-            raise ValueError(
-                "token fusion cannot be combined with an attention mask; call tokbench.remove(model) first"
-            )
+            raise ValueError("token fusion does not go with an attention mask; call tokbench.remove(model) first")
         fusion = self.fusion
         if self.index == 0:
             fusion.begin(x)
-        log_size = fusion.log_size()
-        mask = None if log_size is None else log_size[:, None, None, :].to(x.dtype)
         r = fusion.to_remove(self.index, int(x.shape[1]))  # under tracing, shapes are tensors
-        x = self.reduced(x, mask, r) if r else super().forward(x, attn_mask=mask)  # type: ignore[misc]
+        match fusion.method.place if r else "nowhere":
+            case "start":
+                x = self.reduce_first(x, r)
+            case "middle":
+                x = self.add_attention(x, self.attn(self.before_attention(x), attn_mask=self.mask(x)))
+                x, _ = fusion.reduce(self.tapped_view(x), r)
+                x = self.add_mlp(x)
+            case "end":
+                x = super().forward(x, attn_mask=self.mask(x))  # type: ignore[misc]
+                x, _ = fusion.reduce(self.tapped_view(x), r)
+            case _:
+                x = super().forward(x, attn_mask=self.mask(x))  # type: ignore[misc]
         fusion.state.tokens.append(int(x.shape[1]))
         return x
 
-    def reduced(self, x: Tensor, mask: Tensor | None, r: int) -> Tensor:
+    def mask(self, x: Tensor) -> Tensor | None:
+        """log s as timm's additive attention mask, (B, 1, 1, N), or None."""
+        log_size = self.fusion.log_size()
+        return None if log_size is None else log_size[:, None, None, :].to(x.dtype)
+
+    def tapped_view(self, x: Tensor) -> View:
+        return self.fusion.view(x, self.index, self.attn, tapped(self.attn.q_norm), tapped(self.attn.k_norm))
+
+    def reduce_first(self, x: Tensor, r: int) -> Tensor:
+        """Reduce before the attention, by this block's own attention on the tokens as they come."""
+        queries, keys = queries_and_keys(self.attn, self.before_attention(x))
+        x, matrix = self.fusion.reduce(self.fusion.view(x, self.index, self.attn, queries, keys), r)
+        if matrix is None:
+            return super().forward(x, attn_mask=self.mask(x))  # type: ignore[misc]
+        return self.add_mlp(self.add_attention(x, attend_with(self.attn, self.before_attention(x), matrix)))
+
+    def before_attention(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def add_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def add_mlp(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
 
 class ReducedBlock(_Reduced, Block):
     """timm's pre-norm block."""
 
-    def reduced(self, x: Tensor, mask: Tensor | None, r: int) -> Tensor:
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=mask)))
-        x = self.fusion.reduce(x, self.index, r, self.attn)
+    def before_attention(self, x: Tensor) -> Tensor:
+        return self.norm1(x)
+
+    def add_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        return x + self.drop_path1(self.ls1(attended))
+
+    def add_mlp(self, x: Tensor) -> Tensor:
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 class ReducedResPostBlock(_Reduced, ResPostBlock):
     """timm's post-norm block."""
 
-    def reduced(self, x: Tensor, mask: Tensor | None, r: int) -> Tensor:
-        x = x + self.drop_path1(self.norm1(self.attn(x, attn_mask=mask)))
-        x = self.fusion.reduce(x, self.index, r, self.attn)
+    def before_attention(self, x: Tensor) -> Tensor:
+        return x
+
+    def add_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        return x + self.drop_path1(self.norm1(attended))
+
+    def add_mlp(self, x: Tensor) -> Tensor:
         return x + self.drop_path2(self.norm2(self.mlp(x)))
 
 

@@ -81,7 +81,7 @@ def _lengthen(joined: Tensor, kept: Tensor, sources: Tensor, slot: Tensor) -> Te
     precise = score_dtype(joined)
     longest = kept.to(precise).norm(dim=-1)
     longest = longest.scatter_reduce(1, slot, sources.to(precise).norm(dim=-1), "amax")
-    merged = torch.zeros_like(longest, dtype=torch.bool).scatter(1, slot, True)
+    merged = torch.zeros_like(longest).scatter(1, slot, 1.0) > 0
     length = joined.to(precise).norm(dim=-1).clamp_min(torch.finfo(precise).tiny)
     return torch.where(merged.unsqueeze(-1), joined * (longest / length).unsqueeze(-1).to(joined.dtype), kept)
 
@@ -124,15 +124,21 @@ class View:
     size: Tensor | None = None
     log_size: Tensor | None = None
     token_map: Tensor | None = None
+    _attention: Tensor | None = None
 
     def mean_keys(self) -> Tensor:
         """k̄: keys averaged over heads, (B, N, d), float32 at least."""
         return self.keys.to(score_dtype(self.keys)).mean(1)
 
-    def attention(self, queries: slice = slice(None)) -> Tensor:
-        """A = softmax(Q Kᵀ/√d, + log s where the block uses it), (B, H, N, N), or the rows in `queries` only."""
+    def attention(self) -> Tensor:
+        """A = softmax(Q Kᵀ/√d, + log s where the block uses it): (B, H, N, N), computed once."""
+        if self._attention is None:
+            self._attention = self._rows(self.queries)
+        return self._attention
+
+    def _rows(self, queries: Tensor) -> Tensor:
         precise = score_dtype(self.keys)
-        logits = (self.queries[:, :, queries].to(precise) * self.scale) @ self.keys.to(precise).mT
+        logits = (queries.to(precise) * self.scale) @ self.keys.to(precise).mT
         if self.log_size is not None:
             logits = logits + self.log_size[:, None, None, :]
         return logits.softmax(-1)
@@ -142,7 +148,7 @@ class View:
 
         Without a class token: the attention it receives, mean over heads and queries (METHODS.md).
         """
-        rows = self.attention(slice(0, 1)) if self.has_class_token else self.attention()
+        rows = self._rows(self.queries[:, :, :1]) if self.has_class_token else self.attention()
         return rows.mean((1, 2))
 
 
@@ -155,6 +161,8 @@ class Method:
     name: ClassVar[str]
     paper: ClassVar[str] = ""
     proportional: bool = False  # add log s to the attention logits once anything has merged
+    place: Literal["start", "middle", "end"] = "middle"  # of a block: before norm1, before the MLP, or after it
+    reuses_attention: bool = False  # at "start": attend with the matrix the plan was made by, reduced
     tracks_size: ClassVar[bool] = True
     needs_map: ClassVar[bool] = False
     flops_shape: ClassVar[Literal["constant", "keep"]] = "constant"  # which schedule `flops:` scales
@@ -208,6 +216,19 @@ def _same_type(value: Any, default: Any) -> bool:
     if isinstance(default, float):
         return isinstance(value, (int, float)) and math.isfinite(value)
     return isinstance(value, type(default))
+
+
+def reduce_attention(attention: Tensor, plan: Assignment, size: Tensor | None) -> Tensor:
+    """An attention matrix (B, H, N, N) after a merge: rows are averaged as tokens are, columns summed. (B, H, M, M)."""
+    batch, heads, tokens, _ = attention.shape
+    rows = merge(attention.transpose(1, 2).reshape(batch, tokens, -1), plan, size)
+    columns = rows.reshape(batch, -1, heads, tokens).permute(0, 2, 1, 3)
+    spread = columns.shape[:-1]
+    reduced = columns.gather(3, plan.kept[:, None, None].expand(*spread, -1))
+    if plan.source is None or plan.slot is None:
+        return reduced
+    joining = columns.gather(3, plan.source[:, None, None].expand(*spread, -1))
+    return reduced.scatter_add(3, plan.slot[:, None, None].expand(*spread, -1), joining)
 
 
 @dataclass

@@ -1,0 +1,108 @@
+"""MCTF: Multi-Criteria Token Fusion with One-Step-Ahead Attention, Lee et al., CVPR 2024 (arXiv 2403.10030)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokbench.fusion.core import Assignment, Method, View, register_method
+
+
+@register_method
+@dataclass(frozen=True)
+class MCTF(Method):
+    """Fuse pairs that are similar, uninformative and small (equations 3 to 7), at the start of blocks 1 to L−1.
+
+    W = sim^(1/tau_sim) · info^(1/tau_info) · size^(1/tau_size).
+    bidirectional: half of the pairs are proposed from each set (section 3.3).
+    one_step_ahead: information is judged by this block's own attention on the tokens before fusion (section 3.4).
+        "approximate" attends with that matrix, reduced; "precise" computes attention anew on the fused tokens;
+        "off" fuses after the block, by the attention it used.
+    """
+
+    name = "mctf"
+    paper = "Lee et al., Multi-criteria Token Fusion with One-step-ahead Attention, CVPR 2024, arXiv 2403.10030"
+    proportional = True
+
+    tau_sim: float = 1.0
+    tau_info: float = 20.0
+    tau_size: float = 40.0
+    bidirectional: bool = True
+    one_step_ahead: str = "approximate"
+
+    @staticmethod
+    def check_one_step_ahead(value: object, default: object) -> bool:
+        """Whether a value is one of the three modes."""
+        return value in ("approximate", "precise", "off")
+
+    @property
+    def place(self) -> Literal["start", "end"]:  # type: ignore[override]
+        return "end" if self.one_step_ahead == "off" else "start"
+
+    @property
+    def reuses_attention(self) -> bool:  # type: ignore[override]
+        return self.one_step_ahead == "approximate"
+
+    def acts_in(self, block: int, depth: int) -> bool:
+        return block > 0
+
+    def limit(self, patches: int, prefix: int) -> int:
+        return min(patches // 2, patches + prefix - 10)
+
+    def plan(self, view: View, r: int) -> Assignment:
+        received = view.attention().mean((1, 2))
+        position = torch.arange(view.prefix + view.patches, device=received.device)
+        odd = view.prefix % 2
+        a, b = position[view.prefix + odd :: 2], position[view.prefix + 1 - odd :: 2]
+        attraction = self.attraction(view, received, a, b)
+        weight = received if view.size is None else received * view.size / view.size.amax(1, keepdim=True)
+        match = _both_ways if self.bidirectional else _one_way
+        return Assignment(*match(attraction, a, b, position[: view.prefix], r), weight)
+
+    def attraction(self, view: View, received: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """W between the tokens of A and B: (B, |A|, |B|). Maxima scale all of an image's scores alike."""
+        unit = F.normalize(view.x.to(received.dtype), dim=-1)
+        similar = (unit[:, a] @ unit[:, b].mT + 1) / 2
+        little = 1 / received
+        scores = similar.clamp_min(0) ** (1 / self.tau_sim) * _pairs(little, a, b) ** (1 / self.tau_info)
+        return scores if view.size is None else scores * _pairs(1 / view.size, a, b) ** (1 / self.tau_size)
+
+
+def _pairs(score: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    score = score / score.amax(1, keepdim=True)
+    return score[:, a].unsqueeze(-1) * score[:, b].unsqueeze(1)
+
+
+def _one_way(attraction: Tensor, a: Tensor, b: Tensor, first: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All r from A to B; order: prefix, A ascending, B ascending."""
+    batch = attraction.shape[0]
+    best, partner = attraction.max(-1)
+    ranked = best.argsort(dim=-1, descending=True, stable=True)
+    going, staying = ranked[:, :r], ranked[:, r:].sort(dim=-1).values
+    kept = torch.cat([first.expand(batch, -1), a[staying], b.expand(batch, -1)], dim=1)
+    return kept, a[going], len(first) + staying.shape[1] + partner.gather(1, going)
+
+
+def _both_ways(attraction: Tensor, a: Tensor, b: Tensor, first: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """r // 2 from A to B, then the rest from B to the A tokens left; order: prefix, A ascending, B by falling score."""
+    batch, prefix = attraction.shape[0], len(first)
+    best, partner = attraction.max(-1)
+    ranked = best.argsort(dim=-1, descending=True, stable=True)
+    going, staying = ranked[:, : r // 2], ranked[:, r // 2 :].sort(dim=-1).values
+
+    left = attraction.gather(1, staying.unsqueeze(-1).expand(-1, -1, len(b)))
+    best_back, partner_back = left.max(1)
+    ranked_back = best_back.argsort(dim=-1, descending=True, stable=True)
+    going_back, staying_back = ranked_back[:, : r - r // 2], ranked_back[:, r - r // 2 :]
+
+    # Where each B token ends: in the slot of an A token, or in its own. What A tokens joined goes along.
+    slot_back = prefix + partner_back.gather(1, going_back)
+    own = prefix + staying.shape[1] + torch.arange(staying_back.shape[1], device=b.device).expand(batch, -1)
+    slot_of_b = torch.zeros_like(ranked_back).scatter(1, going_back, slot_back).scatter(1, staying_back, own)
+    kept = torch.cat([first.expand(batch, -1), a[staying], b[staying_back]], dim=1)
+    source = torch.cat([a[going], b[going_back]], dim=1)
+    return kept, source, torch.cat([slot_of_b.gather(1, partner.gather(1, going)), slot_back], dim=1)

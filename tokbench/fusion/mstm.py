@@ -1,0 +1,66 @@
+"""MSTM: Multi-Scale And Token Mergence, Bian et al. 2023 (arXiv 2306.04897), in its training-free form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokbench.fusion.core import Assignment, Method, View, pick, register_method, wide
+
+
+@register_method
+@dataclass(frozen=True)
+class MSTM(Method):
+    """Keep the patch tokens that the class token attends to most; merge each other one into the most similar of them.
+
+    Similarity is the cosine of f = k̄ + scale_weight · Σ pool_m(k̄), m in `scales`. The paper learns its multi-scale
+    features in training; here they are the keys averaged over m×m windows of the patch grid.
+    """
+
+    name = "mstm"
+    paper = "Bian et al., Multi-Scale And Token Mergence: Make Your ViT More Efficient, 2023, arXiv 2306.04897"
+    proportional = True
+    needs_map = True
+    flops_shape = "keep"
+
+    scales: tuple[int, ...] = (2, 4)
+    scale_weight: float = 0.5
+
+    @staticmethod
+    def check_scales(value: object, default: object) -> bool:
+        """Whether a value is a tuple of window sides."""
+        return isinstance(value, tuple) and all(isinstance(side, int) and side > 0 for side in value)
+
+    def plan(self, view: View, r: int) -> Assignment:
+        prefix, attention = view.prefix, view.class_attention()
+        ranked = attention[:, prefix:].argsort(dim=-1, descending=True, stable=True)
+        crucial, rest = (part.sort(dim=-1).values for part in (ranked[:, :-r], ranked[:, -r:]))
+        unit = F.normalize(self.features(view)[:, prefix:], dim=-1)
+        partner = (pick(unit, rest) @ pick(unit, crucial).mT).argmax(-1)
+        first = torch.arange(prefix, device=ranked.device).expand(ranked.shape[0], -1)
+        weight = attention if view.size is None else attention * view.size
+        return Assignment(torch.cat([first, crucial + prefix], dim=1), rest + prefix, partner + prefix, weight)
+
+    def features(self, view: View) -> Tensor:
+        """f: (B, N, d)."""
+        keys = view.mean_keys()
+        features = keys
+        for side in self.scales:
+            features = features + self.scale_weight * _pooled(keys, view, side)
+        return features
+
+
+def _pooled(keys: Tensor, view: View, side: int) -> Tensor:
+    """pool_m: what windows of side×side grid cells hold on average, averaged over each token's own cells."""
+    assert view.token_map is not None
+    (batch, _, channels), (rows, columns) = keys.shape, view.grid
+    owner = view.token_map[:, view.prefix :]
+    cells = pick(keys, owner).mT.reshape(batch, channels, rows, columns)
+    pooled = F.avg_pool2d(cells, side, ceil_mode=True)
+    spread = pooled.repeat_interleave(side, 2).repeat_interleave(side, 3)[:, :, :rows, :columns].flatten(2).mT
+    summed = torch.zeros_like(keys).scatter_add(1, wide(owner, keys), spread)
+    count = torch.zeros_like(keys[..., 0]).scatter_add(1, owner, torch.ones_like(spread[..., 0]))
+    return summed / count.clamp_min(1).unsqueeze(-1)
