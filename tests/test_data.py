@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data.imagenet_info import ImageNetInfo
+from timm.models.vision_transformer import VisionTransformer
+from torch.utils.data import DataLoader, IterableDataset
+
+from tokbench import data
+from tokbench.bundled.clutter import CLASSES, compose, draw_layout, read_idx
+from tokbench.data import ImageSource, ImageStream, open_dataset
+from tokbench.errors import UserError
+
+BUNDLED = Path(data.__file__).parent / "bundled"
+WNIDS = ImageNetInfo().label_names()
+
+
+def vit(num_classes: int = 10, in_chans: int = 3, **config: object) -> VisionTransformer:
+    model = VisionTransformer(
+        img_size=32, patch_size=8, in_chans=in_chans, num_classes=num_classes, embed_dim=8, depth=1, num_heads=1
+    )
+    model.pretrained_cfg = {"mean": (0.5,) * in_chans, "std": (0.5,) * in_chans, "crop_pct": 1.0, **config}
+    return model
+
+
+def grey_vit() -> VisionTransformer:
+    model = VisionTransformer(img_size=56, patch_size=8, in_chans=1, num_classes=10, embed_dim=8, depth=1, num_heads=1)
+    model.pretrained_cfg = {"mean": (0.5,), "std": (0.5,), "crop_pct": 1.0, "label_names": list(CLASSES)}
+    return model
+
+
+def make_folder(root: Path, images: dict[str, int]) -> Path:
+    """A folder of class folders with so many images each."""
+    for name, count in images.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (40, 36), (i, 0, 0)).save(root / name / f"{i:03d}.png")
+    return root
+
+
+def complaint(spec: object, model: VisionTransformer, limit: int | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        open_dataset(str(spec), model, limit=limit)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def labels(source: ImageSource | ImageStream) -> list[int]:
+    return [label for _, label in source]
+
+
+# --- bundled
+
+
+def test_bundled_images_are_the_composites_the_model_was_trained_on():
+    source = open_dataset("bundled", grey_vit())
+    assert (len(source), source.num_classes, source.classes) == (10000, 10, list(CLASSES))
+    items = read_idx(BUNDLED / "t10k-images-idx3-ubyte.gz")
+    layout = draw_layout(np.arange(10000), 10000, np.random.RandomState(0))
+    for i in (0, 17, 9999):
+        image, label = source[i]
+        expected = torch.from_numpy(compose(items, layout[i : i + 1])).float().div(127.5).sub(1)
+        torch.testing.assert_close(image, expected)
+        assert label == read_idx(BUNDLED / "t10k-labels-idx1-ubyte.gz")[i]
+
+
+def test_bundled_images_suit_a_colour_model_too():
+    assert open_dataset("bundled", vit())[3][0].shape == (3, 32, 32)
+
+
+def test_the_bundled_data_has_not_changed():
+    fingerprint = open_dataset("bundled", grey_vit()).fingerprint
+    assert fingerprint.startswith("d57e32da")
+    assert len(fingerprint) == len(hashlib.sha256().hexdigest())
+
+
+# --- limit
+
+
+def test_limit_takes_a_fixed_random_subset_in_order_and_a_smaller_one_is_part_of_it(tmp_path):
+    folder = make_folder(tmp_path, {f"class{c}": 20 for c in range(5)})
+    model = vit(5)
+    everything = labels(open_dataset(str(folder), model))
+    half, some = (open_dataset(str(folder), model, limit=n) for n in (50, 10))
+    assert everything == sorted(everything) and len(everything) == 100
+    assert labels(half) == sorted(labels(half)) and len(half) == 50
+    assert min(labels(half).count(c) for c in range(5)) >= 6
+    assert set(some._chosen) < set(half._chosen)
+    assert labels(open_dataset(str(folder), model, limit=10)) == labels(some)
+    assert len(open_dataset(str(folder), model, limit=999)) == 100
+    assert "at least 1" in complaint(folder, model, limit=0)
+
+
+def test_the_fingerprint_tells_images_and_order_but_not_the_model(tmp_path):
+    folder = make_folder(tmp_path / "a", {"x": 3, "y": 3})
+    source = open_dataset(str(folder), vit(2))
+    assert open_dataset(str(folder), vit(7, in_chans=1)).fingerprint == source.fingerprint
+    assert open_dataset(str(folder), vit(2), limit=4).fingerprint != source.fingerprint
+    moved = make_folder(tmp_path / "b", {"x": 3, "y": 3})
+    assert open_dataset(str(moved), vit(2)).fingerprint == source.fingerprint
+    (moved / "x" / "000.png").rename(moved / "y" / "009.png")
+    assert open_dataset(str(moved), vit(2)).fingerprint != source.fingerprint
+
+
+# --- labels
+
+
+def test_wnid_folders_are_put_into_imagenet_order_even_when_only_some_are_there(tmp_path):
+    chosen = [WNIDS[900], WNIDS[3], WNIDS[217]]
+    source = open_dataset(str(make_folder(tmp_path, dict.fromkeys(chosen, 1))), vit(1000))
+    assert labels(source) == [WNIDS.index(name) for name in sorted(chosen)]
+    assert source.num_classes == 3
+
+
+def test_wnid_folders_are_counted_in_order_for_a_model_with_as_many_classes(tmp_path):
+    chosen = sorted([WNIDS[900], WNIDS[3], WNIDS[217]])
+    assert labels(open_dataset(str(make_folder(tmp_path, dict.fromkeys(chosen, 1))), vit(3))) == [0, 1, 2]
+
+
+def test_a_folder_that_is_no_class_among_wnids_is_refused(tmp_path):
+    folder = make_folder(tmp_path, {WNIDS[0]: 1, "misc": 1})
+    assert "classes the model does not know (misc)" in complaint(folder, vit(1000))
+
+
+def test_folders_named_as_the_models_classes_take_their_numbers(tmp_path):
+    source = open_dataset(str(make_folder(tmp_path, {"Bag": 1, "ankle_boot": 1, "T-shirt top": 1})), grey_vit())
+    assert source.classes == ["Bag", "T-shirt top", "ankle_boot"]
+    assert labels(source) == [8, 0, 9]
+
+
+def test_more_folders_than_classes_are_refused(tmp_path):
+    folder = make_folder(tmp_path, {"a": 1, "b": 1, "c": 1})
+    assert "has 3 classes (a, b, c), the model only 2" in complaint(folder, vit(2))
+
+
+def test_fewer_folders_than_classes_and_unnatural_order_are_told(tmp_path, caplog):
+    open_dataset(str(make_folder(tmp_path, {"2": 1, "10": 1})), vit(3))
+    assert "has 2 classes, the model 3" in caplog.text
+    assert "10 before 2" in caplog.text
+
+
+def test_a_model_without_classifier_gets_images_without_labels(tmp_path, caplog):
+    assert labels(open_dataset(str(make_folder(tmp_path, {"a": 2})), vit(0))) == [-1, -1]
+    assert "no classifier" in caplog.text
+
+
+# --- folders
+
+
+def test_the_validation_split_is_taken_where_there_is_one(tmp_path):
+    make_folder(tmp_path / "train", {"a": 3, "b": 3})
+    assert "only a training split" in complaint(tmp_path, vit(2))
+    make_folder(tmp_path / "val", {"a": 1, "b": 2})
+    source = open_dataset(str(tmp_path), vit(2))
+    assert labels(source) == [0, 1, 1]
+    assert source.name == f"{tmp_path.name}/val"
+
+
+def test_images_come_in_the_models_form_from_every_mode_of_png(tmp_path):
+    (tmp_path / "a" / "deeper").mkdir(parents=True)
+    for mode in ("L", "RGBA", "P", "1"):
+        Image.new(mode, (50, 40)).save(tmp_path / "a" / "deeper" / f"{mode}.png")
+    for in_chans in (1, 3):
+        images = [image for image, _ in open_dataset(str(tmp_path), vit(1, in_chans))]
+        assert {image.shape for image in images} == {(in_chans, 32, 32)} and len(images) == 4
+        assert {image.dtype for image in images} == {torch.float32}
+
+
+def test_a_model_without_configuration_gets_images_of_the_size_it_was_built_for(tmp_path):
+    model = vit(1, in_chans=1)
+    del model.pretrained_cfg
+    assert open_dataset(str(make_folder(tmp_path, {"a": 1})), model)[0][0].shape == (1, 32, 32)
+    assert "takes 4 channels" in complaint(tmp_path, vit(1, in_chans=4))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing", "does not exist. Did you mean 'missin'?"),
+        ("nowhere/at/all", "does not exist. Other data: bundled, hfds/…"),
+        ("empty", "is empty"),
+        ("classes", "no images in them"),
+        ("flat", "no class folders"),
+        ("imagenet", "n01440764/ILSVRC2012_val_00000293.JPEG"),
+        ("imagenet/val", "n01440764/ILSVRC2012_val_00000293.JPEG"),
+        ("flat/0.png", "is a file"),
+    ],
+)
+def test_a_folder_that_holds_no_labelled_images_is_refused(name, message, tmp_path):
+    (tmp_path / "missin").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "classes" / "cat").mkdir(parents=True)
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "imagenet" / "val").mkdir(parents=True)
+    (tmp_path / "imagenet" / "train" / WNIDS[0]).mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "flat" / "0.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "imagenet" / "val" / "ILSVRC2012_val_00000001.JPEG")
+    assert message in complaint(tmp_path / name, vit())
+
+
+def test_a_misspelt_bundled_is_refused():
+    assert "Did you mean 'bundled'?" in complaint("bundeld", vit())
+    assert "data is empty" in complaint("", vit())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_decoded_is_named_in_one_line_also_from_a_worker(workers, tmp_path):
+    (make_folder(tmp_path, {"a": 1}) / "a" / "zzz.jpg").write_text("no image")
+    with pytest.raises(UserError) as caught:
+        list(DataLoader(open_dataset(str(tmp_path), vit(1)), num_workers=workers))
+    assert str(caught.value).startswith("image ") and "zzz.jpg' cannot be decoded: " in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_sources_are_pickleable():
+    source = pickle.loads(pickle.dumps(open_dataset("bundled", grey_vit(), limit=9)))
+    image, label = source[8]
+    assert image.shape == (1, 56, 56) and 0 <= label < 10
+
+
+# --- what timm opens
+
+
+def test_torchvision_data_is_opened_and_labelled_by_its_own_classes(tmp_path):
+    folder = make_folder(tmp_path, {WNIDS[5]: 1, WNIDS[2]: 1})
+    source = open_dataset(f"torch/image_folder:root={folder}", vit(1000))
+    assert labels(source) == sorted([5, 2], key=lambda i: WNIDS[i])
+    assert (source.name, source.num_classes, len(source)) == ("torch/image_folder", 2, 2)
+    assert pickle.loads(pickle.dumps(source))[0][0].shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("torch/cifar10", "say where its files are, as in torch/cifar10:root=FOLDER"),
+        ("torch/cifar10:root=/nowhere", "cannot be opened: Dataset not found"),
+        ("torch/cifr:root=/nowhere", "cannot be opened: Unknown torchvision dataset cifr"),
+        ("torch/cifar10:rot=/nowhere", "unknown option 'rot'. Did you mean 'root'?"),
+        ("torch/cifar10:input_key=x", "unknown option 'input_key'. It takes split, root, download."),
+        ("torch/", "names no data set"),
+    ],
+)
+def test_data_that_timm_cannot_open_is_refused(spec, message):
+    assert message in complaint(spec, vit())
+
+
+@pytest.mark.parametrize("spec", ["hfds/a/b", "hfids/a/b", "wds/shards", "tfds/mnist"])
+def test_a_package_that_is_not_installed_is_named(spec, monkeypatch):
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    assert "needs a package: pip install " in complaint(spec, vit())
+
+
+class FakeStream(IterableDataset):
+    """What timm gives for a stream: iterable, with a length that is 0 where nobody knows."""
+
+    def __init__(self, images: int, known: int):
+        self.images, self.known = images, known
+
+    def __len__(self) -> int:
+        return self.known
+
+    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
+        return ((Image.new("RGB", (40, 40)), i) for i in range(self.images))
+
+
+@pytest.fixture
+def stream(monkeypatch):
+    """Opens a FakeStream by timm's name for one."""
+
+    def open_stream(images: int, known: int, limit: int | None) -> ImageSource | ImageStream:
+        monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: True)
+        monkeypatch.setattr(data, "create_dataset", lambda *args, **kwargs: FakeStream(images, known))
+        return open_dataset("wds/shards", vit(), limit=limit)
+
+    return open_stream
+
+
+def test_a_stream_gives_its_first_images_in_order(stream):
+    source = stream(images=9, known=0, limit=4)
+    assert source.streaming and len(source) == 4 and source.num_classes == 10
+    assert labels(source) == labels(source) == [0, 1, 2, 3]
+    assert len(stream(images=9, known=9, limit=None)) == 9
+    batches = DataLoader(source, batch_size=3, num_workers=1)
+    assert [label.tolist() for _, label in batches] == [[0, 1, 2], [3]]
+
+
+def test_a_stream_of_unknown_length_needs_a_limit(stream):
+    with pytest.raises(UserError, match="how many with --limit N"):
+        stream(images=9, known=0, limit=None)
+
+
+def test_a_stream_that_gives_nothing_or_less_than_promised_is_told(stream, caplog):
+    with pytest.raises(UserError, match="gives no images"):
+        labels(stream(images=0, known=5, limit=None))
+    assert len(labels(stream(images=3, known=5, limit=None))) == 3
+    assert "ended after 3 of 5 images" in caplog.text
+
+
+def test_a_stream_refuses_several_workers(stream):
+    with pytest.raises(UserError, match="--workers 0 or 1"):
+        list(DataLoader(stream(images=9, known=9, limit=None), num_workers=2))

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.data.config import resolve_model_data_config
+from timm.models.vision_transformer import VisionTransformer
+
+from tokbench import models
+from tokbench.errors import UserError
+from tokbench.models import load_model, model_names, read_checkpoint, weights_sha256
+
+TINY = "test_vit"  # timm's own for tests: 64 wide, 6 blocks, 160 pixels
+BUNDLED = dict(img_size=56, patch_size=4, in_chans=1, num_classes=10, embed_dim=96, depth=12, num_heads=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Making weights at random on a busy machine is many times slower with several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> VisionTransformer:
+    torch.manual_seed(0)
+    return timm.create_model(TINY, num_classes=7)
+
+
+@pytest.fixture(scope="module")
+def bundled_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("bundled") / "weights.safetensors"
+    save_file({name: tensor.half() for name, tensor in VisionTransformer(**BUNDLED).state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A hub that does not answer and an empty cache. The list receives the addresses that were asked."""
+    asked: list[str] = []
+
+    def unreachable(url: str, timeout: float) -> None:
+        asked.append(url)
+        raise ConnectionError("Name or service not known\nsecond line")
+
+    monkeypatch.setattr(models, "get_hf_file_metadata", unreachable)
+    monkeypatch.setattr(models, "try_to_load_from_cache", lambda *args, **kwargs: None)
+    return asked
+
+
+def complaint(name: str, checkpoint: Path | None = None, **options: int) -> str:
+    with pytest.raises(UserError) as caught:
+        load_model(name, checkpoint, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_bundled_model_is_a_grey_vit_with_its_own_preprocessing(bundled_file, monkeypatch):
+    monkeypatch.setattr(models, "BUNDLED_WEIGHTS", bundled_file)
+    model = load_model()
+    assert not model.training
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model(torch.zeros(2, 1, 56, 56)).shape == (2, 10)
+    config = resolve_model_data_config(model)
+    assert (config["input_size"], config["mean"], config["std"], config["crop_pct"]) == ((1, 56, 56), (0.5,), (0.5,), 1)
+    assert model.pretrained_cfg["label_names"][9] == "Ankle boot"
+    stored = read_checkpoint(bundled_file)
+    assert all(torch.equal(tensor, stored[name].float()) for name, tensor in model.state_dict().items())
+
+
+def test_an_explicit_input_size_resamples_positions_and_changes_the_preprocessing(bundled_file):
+    model = load_model("bundled", bundled_file, input_size=64)
+    assert model.pretrained_cfg["input_size"] == (1, 64, 64)
+    assert model(torch.zeros(1, 1, 64, 64)).shape == (1, 10)
+
+
+def test_an_input_size_that_patches_do_not_fill_is_refused(bundled_file):
+    assert "input_size 58 is no multiple of the 4-pixel patches" in complaint("bundled", bundled_file, input_size=58)
+    assert "try 56 or 60" in complaint("bundled", bundled_file, input_size=58)
+    assert "not 0" in complaint("bundled", bundled_file, input_size=0)
+
+
+WRAPPERS = {
+    "plain": lambda state: state,
+    "timm": lambda state: {"epoch": 3, "state_dict": zeros(state), "state_dict_ema": state},
+    "deit": lambda state: {"model": zeros(state), "model_ema": state, "optimizer": {"state": {}}},
+    "ema": lambda state: {"ema": {"n_averaged": torch.tensor(2), **state}},
+    "compiled DDP": lambda state: {"model": {f"module._orig_mod.{name}": tensor for name, tensor in state.items()}},
+}
+
+
+def zeros(state):
+    return {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_training_checkpoints_are_unwrapped_and_averaged_weights_preferred(wrapper, tiny, tmp_path):
+    torch.save(WRAPPERS[wrapper](tiny.state_dict()), tmp_path / "checkpoint.pth.tar")
+    read = read_checkpoint(tmp_path / "checkpoint.pth.tar")
+    assert read.keys() == tiny.state_dict().keys()
+    assert torch.equal(read["blocks.5.mlp.fc2.weight"], tiny.state_dict()["blocks.5.mlp.fc2.weight"])
+
+
+def test_the_number_of_classes_is_that_of_the_checkpoint(tiny, tmp_path):
+    save_file(tiny.state_dict(), tmp_path / "seven.safetensors")
+    model = load_model(TINY, tmp_path / "seven.safetensors")
+    assert model.num_classes == model.pretrained_cfg["num_classes"] == 7
+    assert weights_sha256(model) == weights_sha256(tiny)
+    model.head.bias.data[0] += 1
+    assert weights_sha256(model) != weights_sha256(tiny)
+
+
+def test_the_hash_does_not_depend_on_the_order_of_the_weights():
+    first, second = torch.nn.Module(), torch.nn.Module()
+    for name in ("a", "b"):
+        first.register_buffer(name, torch.full((2,), ord(name), dtype=torch.bfloat16))
+    for name in ("b", "a"):
+        second.register_buffer(name, torch.full((2,), ord(name), dtype=torch.bfloat16))
+    assert weights_sha256(first) == weights_sha256(second)
+    assert weights_sha256(first) != weights_sha256(first.float())
+
+
+def test_a_checkpoint_of_another_shape_is_refused_with_the_first_mismatches(tiny, bundled_file, tmp_path):
+    save_file(tiny.state_dict(), tmp_path / "tiny.safetensors")
+    message = complaint("bundled", tmp_path / "tiny.safetensors")
+    assert "cls_token is (1, 1, 64) in the file, (1, 1, 96) in the model" in message
+    assert message.count(" in the file, ") == 3
+    assert "more." in message
+
+
+def test_a_missing_and_a_surplus_weight_are_named(tiny, tmp_path):
+    state = dict(tiny.state_dict())
+    state["extra"] = state.pop("norm.bias")
+    save_file(state, tmp_path / "renamed.safetensors")
+    message = complaint(TINY, tmp_path / "renamed.safetensors")
+    assert "norm.bias (64,) is not in the file; extra (64,) is not in the model." in message
+
+
+def test_positions_of_another_input_size_are_refused_with_that_size(tmp_path):
+    save_file(timm.create_model(TINY, img_size=96).state_dict(), tmp_path / "small.safetensors")
+    message = complaint(TINY, tmp_path / "small.safetensors")
+    assert "pos_embed is (1, 37, 64) in the file, (1, 101, 64) in the model. " in message
+    assert message.endswith("Its positions look like those of input_size 96.")
+
+
+def test_a_missing_checkpoint_is_refused_with_the_nearest_file(tmp_path):
+    (tmp_path / "best.pth").write_bytes(b"")
+    assert complaint(TINY, tmp_path / "bets.pth").endswith("bets.pth' does not exist. Did you mean 'best.pth'?")
+    assert "is a folder" in complaint(TINY, tmp_path)
+    assert "does not exist" in complaint(TINY, tmp_path / "nowhere" / "best.pth")
+
+
+@pytest.mark.parametrize("name", ["junk.pth", "empty.pth", "junk.safetensors", "empty.safetensors", "cut.pth"])
+def test_an_unreadable_checkpoint_is_refused(name, tmp_path):
+    torch.save({"weight": torch.zeros(1000)}, tmp_path / "whole.pth")
+    content = {"junk": b"hello, I am text", "empty": b"", "cut": (tmp_path / "whole.pth").read_bytes()[:900]}
+    (tmp_path / name).write_bytes(content[name.partition(".")[0]])
+    assert f"{name}' cannot be read: " in complaint(TINY, tmp_path / name)
+
+
+def test_a_pickled_model_is_never_unpickled(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
+    assert "more than tensors (save model.state_dict()" in complaint(TINY, tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "found"), [([1, 2], "a list"), ({"epoch": 1}, "only epoch"), ({}, "only an empty dict")]
+)
+def test_a_checkpoint_without_weights_is_refused(content, found, tmp_path):
+    torch.save(content, tmp_path / "none.pt")
+    assert f"holds no weights but {found}" in complaint(TINY, tmp_path / "none.pt")
+
+
+def test_an_unknown_model_is_refused_with_close_matches(offline):
+    assert "Did you mean 'deit_small_patch16_224'" in complaint("deit_smal_patch16_224")
+    assert "'deit_small_patch16_224.fb_in1k'" in complaint("deit_small_patch16_224.fb_in2k")
+    assert "Did you mean 'bundled'" in complaint("bundeld")
+    assert "'hf-hub:owner/name' to load from the Hub" in complaint("owner/name")
+    assert "unknown model 'hf-hub:not a name'" in complaint("hf-hub:not a name")
+    assert "Config file not found" in complaint("local-dir:/nowhere")
+    assert not offline
+
+
+@pytest.mark.parametrize(("name", "kind"), [("resnet50", "ResNet"), ("eva02_tiny_patch14_224", "Eva")])
+def test_a_model_that_is_no_plain_vit_is_refused_before_anything_is_downloaded(name, kind, offline):
+    assert f"model {name!r} is timm's {kind}, not a plain ViT" in complaint(name)
+    assert not offline
+
+
+def test_a_vit_without_published_weights_needs_a_checkpoint(offline):
+    assert "no pretrained weights for model 'vit_small_patch16_36x1_224'" in complaint("vit_small_patch16_36x1_224")
+    assert not offline
+
+
+def test_without_network_the_hub_is_asked_once_and_the_way_out_is_told(offline):
+    message = complaint("deit_tiny_patch16_224")
+    assert "Name or service not known" in message
+    assert "https://huggingface.co/timm/deit_tiny_patch16_224.fb_in1k" in message
+    assert "--checkpoint FILE" in message and "--model bundled" in message
+    assert len(offline) == 1
+    assert "https://huggingface.co/owner/name" in complaint("hf-hub:owner/name@v2")
+    assert "/v2/config.json" in offline[1]
+
+
+def test_weights_in_the_cache_need_no_network(offline, monkeypatch):
+    monkeypatch.setattr(models, "try_to_load_from_cache", lambda repo, file, revision: "/cache/" + file)
+    models._require_hub("timm/any", ["model.safetensors"])
+    assert not offline
+
+
+def test_model_names_are_vits_with_weights():
+    names = model_names()
+    assert names[0] == "bundled"
+    assert {"deit_small_patch16_224.fb_in1k", "vit_base_patch16_224.augreg_in21k_ft_in1k"} <= set(names)
+    assert not any(name.startswith(("resnet", "eva02", "swin")) for name in names)
+    assert model_names("bund") == ["bundled"]
+    assert set(model_names("deit_*tiny*")) == {name for name in model_names("deit_") if "tiny" in name}

@@ -1,0 +1,504 @@
+"""Images to measure accuracy on: the bundled ones, folders, and whatever timm opens, labelled as the model counts."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import itertools
+import logging
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+from timm.data.config import resolve_model_data_config
+from timm.data.dataset_factory import create_dataset
+from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+from timm.data.transforms_factory import create_transform
+from timm.utils.misc import natural_key
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from tokbench.bundled.clutter import CLASSES, Layout, compose, draw_layout, read_idx
+from tokbench.errors import UserError, nearest
+from tokbench.measure._model import resolve_input_size
+from tokbench.models import HubError
+
+SPECS = """\
+bundled                 10,000 composites of Fashion-MNIST items in clutter, for the bundled model
+FOLDER                  a folder of class folders; wnid names (n01440764) are put into ImageNet order
+hfds/OWNER/NAME         a Hugging Face data set (package datasets); hfids/OWNER/NAME streams it
+wds/FOLDER              WebDataset shards (package webdataset), streamed
+tfds/NAME               a TensorFlow data set (package tensorflow-datasets), streamed
+torch/NAME:root=FOLDER  a torchvision data set
+Options follow a colon: split (validation), root, input_key, target_key, download; hfds/cifar10:split=test,input_key=img
+A stream is read in order, in one process, and --limit takes its first images; elsewhere a fixed random subset."""
+
+# What timm needs to open each kind of data, and the options that make sense there.
+_PACKAGES = {
+    "hfds": ("datasets", ("split", "root", "input_key", "target_key")),
+    "hfids": ("datasets", ("split", "root", "input_key", "target_key", "download")),
+    "wds": ("webdataset", ("split", "input_key", "target_key")),
+    "tfds": ("tensorflow_datasets", ("split", "root", "input_key", "target_key", "download")),
+    "torch": ("torchvision", ("split", "root", "download")),
+}
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+_SPLIT_FOLDERS = ("validation", "val", "valid", "eval", "evaluation", "test")
+# How timm, torchvision and the packages behind them say what is wrong with a name, split, folder or column.
+_OPENING_ERRORS = (
+    AssertionError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    HubError,
+)
+_BUNDLED = Path(__file__).parent / "bundled"
+_logger = logging.getLogger(__name__)
+
+
+class ImageError(UserError):
+    """An image that cannot be decoded, named in one line, also when a DataLoader worker met it."""
+
+    def __init__(self, message: str):
+        # A worker's exception is made anew from the text of its traceback, which ends with the message.
+        super().__init__(message.strip().splitlines()[-1].rpartition(f"{type(self).__name__}: ")[2])
+
+
+class Images(Protocol):
+    """Images in their own form and class order. Pickleable."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """From an image and its data set's label to what the model takes, and how the model numbers its classes."""
+
+    mode: str
+    transform: Any
+    labels: list[int] | None
+
+    def __call__(self, image: Image.Image, label: int | None) -> tuple[Tensor, int]:
+        tensor: Tensor = self.transform(image.convert(self.mode))
+        if label is None or label < 0:
+            return tensor, -1
+        return tensor, int(label) if self.labels is None else self.labels[label]
+
+
+class ImageSource(Dataset[tuple[Tensor, int]]):
+    """Images by index: `source[i]` is (preprocessed (C, H, W) float tensor, label in the model's order, −1 = none).
+
+    name: short, for titles. fingerprint: sha256 (hex) of which images these are, in which order; it does not depend on
+    the model. classes: their names in the data's own order, None where they have none. num_classes: how many classes
+    the data has (the model's, where the data does not tell). streaming: False.
+    """
+
+    streaming = False
+
+    def __init__(
+        self,
+        name: str,
+        images: Images,
+        chosen: np.ndarray,
+        prepare: Preparation,
+        fingerprint: str,
+        classes: list[str] | None,
+        num_classes: int,
+    ):
+        self.name, self.fingerprint = name, fingerprint
+        self.classes, self.num_classes = classes, num_classes
+        self._images, self._chosen, self._prepare = images, chosen, prepare
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self._images[int(self._chosen[index])]
+        return self._prepare(image, label)
+
+
+class ImageStream(IterableDataset[tuple[Tensor, int]]):
+    """The first `length` images of a stream; attributes and items as ImageSource's. streaming: True.
+
+    One DataLoader worker at most: several would share out the shards, so that the first images would be others.
+    """
+
+    streaming = True
+
+    def __init__(
+        self,
+        name: str,
+        images: Iterable[tuple[Image.Image, int]],
+        length: int,
+        prepare: Preparation,
+        fingerprint: str,
+        classes: list[str] | None,
+        num_classes: int,
+    ):
+        self.name, self.fingerprint = name, fingerprint
+        self.classes, self.num_classes = classes, num_classes
+        self._images, self._length, self._prepare = images, length, prepare
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        worker = get_worker_info()
+        if worker is not None and worker.num_workers > 1:
+            raise ImageError(f"the stream {self.name!r} is read in order by one process: use --workers 0 or 1.")
+        count = 0
+        for image, label in itertools.islice(self._images, self._length):
+            count += 1
+            yield self._prepare(image, label)
+        # timm logs a shard that it cannot read, and goes on without
+        if not count:
+            raise ImageError(f"the stream {self.name!r} gives no images: are its folder and split right?")
+        if count < self._length:
+            _logger.warning("the stream %r ended after %d of %d images", self.name, count, self._length)
+
+
+def open_dataset(spec: str, model: nn.Module, *, limit: int | None = None) -> ImageSource | ImageStream:
+    """Open `spec` (see SPECS) with the preprocessing of the model's timm configuration.
+
+    limit: so many images at most; a fixed random subset in the data's order (a smaller limit takes a part of a larger
+    one's), or a stream's first. Raises UserError, one line, for anything that cannot be opened or labelled.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"limit must be at least 1 image, not {limit}.")
+    if spec == "bundled":
+        return _open_bundled(model, limit)
+    if not spec:
+        raise UserError("data is empty; give bundled, a folder of class folders, or what 'tokbench list data' shows.")
+    kind, slash, rest = spec.partition("/")
+    if slash and kind.lower() in _PACKAGES:
+        return _open_timm(kind.lower(), rest, model, limit)
+    return _open_folder(Path(spec).expanduser(), model, limit)
+
+
+# --- the bundled composites
+
+
+@dataclass(frozen=True)
+class _Composites:
+    items: np.ndarray  # (10000, 28, 28) uint8
+    labels: np.ndarray  # (10000,) uint8
+    layout: Layout
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(compose(self.items, self.layout[index : index + 1])[0]), int(self.labels[index])
+
+
+def _open_bundled(model: nn.Module, limit: int | None) -> ImageSource:
+    items = read_idx(_BUNDLED / "t10k-images-idx3-ubyte.gz")
+    labels = read_idx(_BUNDLED / "t10k-labels-idx1-ubyte.gz")
+    layout = draw_layout(np.arange(len(items)), len(items), np.random.RandomState(0))
+    chosen = _choose(len(items), limit)
+    parts = [getattr(layout, field) for field in layout.__dataclass_fields__]
+    return ImageSource(
+        "bundled",
+        _Composites(items, labels, layout),
+        chosen,
+        _preparation(model, _model_labels(list(CLASSES), model, "'bundled'")),
+        _fingerprint("bundled", items.tobytes(), labels.tobytes(), *(part.tobytes() for part in parts), chosen),
+        list(CLASSES),
+        len(CLASSES),
+    )
+
+
+# --- folders of class folders
+
+
+@dataclass(frozen=True)
+class _Files:
+    root: Path
+    files: list[tuple[str, int]]  # path below root, class
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        name, label = self.files[index]
+        try:
+            with Image.open(self.root / name) as image:
+                image.load()
+                return image, label
+        # SyntaxError is what Pillow raises for some broken PNG files
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ImageError(f"image {str(self.root / name)!r} cannot be decoded: {_one_line(error)}") from error
+
+
+def _open_folder(folder: Path, model: nn.Module, limit: int | None) -> ImageSource:
+    root = _class_root(folder)
+    classes = _subfolders(root)
+    files = [(name, label) for label, c in enumerate(classes) for name in _image_files(root, root / c)]
+    if not files:
+        raise UserError(
+            f"data folder {str(root)!r} has class folders ({_some(classes)}) but no images in them "
+            f"({', '.join(_EXTENSIONS)})."
+        )
+    labels = _model_labels(classes, model, f"data folder {str(root)!r}")
+    if labels == list(range(len(classes))) and classes != sorted(classes, key=natural_key):
+        _logger.warning("class folders of %r are counted in alphabetical order, 10 before 2 and B before a", str(root))
+    chosen = _choose(len(files), limit)
+    sizes = [f"{files[i][0]} {_size(root / files[i][0])}\n" for i in chosen]
+    return ImageSource(
+        f"{root.parent.name}/{root.name}" if root.name in _SPLIT_FOLDERS else root.resolve().name,
+        _Files(root, files),
+        chosen,
+        _preparation(model, labels),
+        _fingerprint("folder", "".join(sizes)),
+        classes,
+        len(classes),
+    )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise UserError(f"image {str(path)!r} cannot be read: {_one_line(error)}") from error
+
+
+def _class_root(folder: Path) -> Path:
+    """Where the class folders are: the folder itself, or its validation split. Raises UserError when nowhere."""
+    _require_folder(folder)
+    subfolders = _subfolders(folder)
+    only_splits = {"train", *_SPLIT_FOLDERS}.issuperset(subfolders)
+    for split in _SPLIT_FOLDERS:
+        if split in subfolders and (only_splits or _subfolders(folder / split)):
+            return _class_root(folder / split)
+    images = [path.name for path in folder.iterdir() if path.name.lower().endswith(_EXTENSIONS)]
+    if subfolders == ["train"]:
+        raise UserError(f"data folder {str(folder)!r} has only a training split; if you mean it, give {folder}/train.")
+    if subfolders:
+        return folder
+    if any(name.startswith("ILSVRC2012_val_") for name in images):
+        raise UserError(
+            f"data folder {str(folder)!r} is flat, so nothing tells the labels: move each image into a folder named by "
+            "its wnid, as in n01440764/ILSVRC2012_val_00000293.JPEG (torchvision.datasets.ImageNet does it, given the "
+            "devkit's archive)."
+        )
+    if images:
+        raise UserError(
+            f"data folder {str(folder)!r} has images but no class folders: move each image into a folder named by its "
+            "class."
+        )
+    raise UserError(f"data folder {str(folder)!r} is empty: it should hold one folder of images for each class.")
+
+
+def _require_folder(folder: Path) -> None:
+    if folder.is_dir():
+        return
+    if folder.exists():
+        raise UserError(f"data {str(folder)!r} is a file; give a folder of class folders (unpack an archive first).")
+    siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+    close = nearest(folder.name, ["bundled", *siblings])
+    kinds = ", ".join(f"{kind}/…" for kind in _PACKAGES)
+    raise UserError(f"data folder {str(folder)!r} does not exist.{close or f' Other data: bundled, {kinds}.'}")
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
+
+
+def _image_files(root: Path, folder: Path) -> list[str]:
+    """Paths of the images in a folder and below, relative to root, sorted."""
+    found = (path for path in folder.rglob("*") if path.name.lower().endswith(_EXTENSIONS))
+    return sorted(path.relative_to(root).as_posix() for path in found if not path.name.startswith("."))
+
+
+# --- what timm opens
+
+
+@dataclass(frozen=True)
+class _TimmSpec:
+    kind: str
+    name: str
+    options: dict[str, str]
+
+    def __str__(self) -> str:
+        """What records call the data: where a folder lies is no part of it."""
+        return f"{self.kind}/{Path(self.name).name if Path(self.name).is_dir() else self.name}"
+
+
+def _open_timm(kind: str, rest: str, model: nn.Module, limit: int | None) -> ImageSource | ImageStream:
+    spec = _parse_timm(kind, rest)
+    mode = _mode(_data_config(model))
+    opened = _create(spec, mode, limit)
+    classes = _timm_classes(opened)
+    prepare = _preparation(model, None if classes is None else _model_labels(classes, model, f"data {str(spec)!r}"))
+    num_classes = _class_count(model) if classes is None else len(classes)
+    split = spec.options.get("split", "validation")
+    identity = (str(spec), split, *(classes or ()))
+    if not isinstance(opened, IterableDataset):
+        _try_first(opened, spec)
+        chosen = _choose(len(opened), limit)
+        print_ = _fingerprint(*identity, str(len(opened)), chosen)
+        return ImageSource(str(spec), opened, chosen, prepare, print_, classes, num_classes)
+    length = _stream_length(opened, limit)
+    if not length:
+        raise UserError(f"data {str(spec)!r} does not tell how many images it has: say how many with --limit N.")
+    return ImageStream(str(spec), opened, length, prepare, _fingerprint(*identity, str(length)), classes, num_classes)
+
+
+def _parse_timm(kind: str, rest: str) -> _TimmSpec:
+    package, allowed = _PACKAGES[kind]
+    name, *given = re.split(r":(?=[a-z_]+=)", rest, maxsplit=1)
+    pairs = re.split(r",(?=[a-z_]+=)", given[0]) if given else []
+    options = dict(pair.split("=", 1) for pair in pairs)
+    for key in options:
+        if key not in allowed:
+            close = nearest(key, allowed) or f" It takes {', '.join(allowed)}."
+            raise UserError(f"data '{kind}/{rest}': unknown option {key!r}.{close}")
+    if not name:
+        raise UserError(f"data '{kind}/{rest}' names no data set; 'tokbench list data' shows the forms.")
+    if kind == "torch" and "root" not in options:
+        raise UserError(f"data '{kind}/{rest}': say where its files are, as in torch/{name}:root=FOLDER.")
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"data '{kind}/{rest}' needs a package: pip install {package.replace('_', '-')}")
+    return _TimmSpec(kind, name, options)
+
+
+def _create(spec: _TimmSpec, mode: str, limit: int | None) -> Any:
+    options: dict[str, Any] = {"split": "validation", **spec.options}
+    options["download"] = options.get("download", "false").lower() in ("true", "1", "yes")
+    if spec.kind == "wds":
+        options["root"] = spec.name
+    if spec.kind == "hfids":
+        options["num_samples"] = limit
+    try:
+        return create_dataset(f"{spec.kind}/{spec.name}", input_img_mode=mode, **options)
+    except _OPENING_ERRORS as error:
+        raise UserError(f"data {str(spec)!r} cannot be opened: {_one_line(error)}") from error
+
+
+def _try_first(images: Images, spec: _TimmSpec) -> None:
+    """Read one image now, as a wrong column shows only then."""
+    hint = "input_key and target_key name its columns" if spec.kind == "hfds" else "are its files complete?"
+    try:
+        _, label = images[0]
+    except _OPENING_ERRORS as error:
+        raise UserError(f"data {str(spec)!r}: its first image cannot be read ({_one_line(error)}); {hint}.") from error
+    if not isinstance(label, int | np.integer):
+        raise UserError(f"data {str(spec)!r} has {type(label).__name__} labels, not class numbers; {hint}.")
+
+
+def _stream_length(stream: Any, limit: int | None) -> int:
+    known = len(stream)  # 0 where nobody knows
+    return known if limit is None else min(limit, known or limit)
+
+
+def _timm_classes(opened: Any) -> list[str] | None:
+    """Class names in the data set's own order: wnids where torchvision has them, None where nobody knows."""
+    reader = getattr(opened, "reader", None)
+    index = getattr(reader, "class_to_idx", None)
+    if index:
+        return sorted(index, key=index.__getitem__)
+    names = getattr(opened, "wnids", None) or getattr(opened, "classes", None)
+    return None if not names else [str(name) for name in names]
+
+
+# --- common to all
+
+
+def _preparation(model: nn.Module, labels: list[int] | None) -> Preparation:
+    config = _data_config(model)
+    return Preparation(_mode(config), create_transform(**config, is_training=False), labels)
+
+
+def _data_config(model: nn.Module) -> dict[str, Any]:
+    """timm's preprocessing for the model, at the size and with the channels it was built for."""
+    config: dict[str, Any] = resolve_model_data_config(model, args={"input_size": resolve_input_size(model, None)})
+    channels = config["input_size"][0]
+    for key in ("mean", "std"):
+        if len(config[key]) != channels:
+            config[key] = (fmean(config[key]),) * channels
+    return config
+
+
+def _mode(config: dict[str, Any]) -> str:
+    channels = config["input_size"][0]
+    if channels not in (1, 3):
+        raise UserError(f"the model takes {channels} channels; images have 1 (grey) or 3 (color).")
+    return "L" if channels == 1 else "RGB"
+
+
+def _choose(count: int, limit: int | None) -> np.ndarray:
+    if limit is None or limit >= count:
+        return np.arange(count)
+    return np.sort(np.random.RandomState(0).permutation(count)[:limit])
+
+
+def _fingerprint(*parts: str | bytes | np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part if isinstance(part, bytes) else part.tobytes()
+        digest.update(f"{len(data)}:".encode() + data)
+    return digest.hexdigest()
+
+
+def _model_labels(classes: Sequence[str], model: nn.Module, what: str) -> list[int]:
+    """For each class of the data, in its own order, the model's index of it (−1 for a model without classes).
+
+    By wnid for ImageNet models, by name where the model knows its classes' names, else in order.
+    """
+    count = _class_count(model)
+    if count == 0:
+        _logger.warning("the model has no classifier, so the images of %s go without labels", what)
+        return [-1] * len(classes)
+    for known, written in _known_classes(model):
+        index = {name: i for i, name in enumerate(known)}
+        names = [written(name) for name in classes]
+        if len(index) == len(known) and len(set(names)) == len(names) and any(name in index for name in names):
+            unknown = [name for name, key in zip(classes, names, strict=True) if key not in index]
+            if unknown:
+                raise UserError(f"{what} has classes the model does not know ({_some(unknown)}), among some it does.")
+            return [index[name] for name in names]
+    if len(classes) > count:
+        raise UserError(f"{what} has {len(classes)} classes ({_some(classes)}), the model only {count}.")
+    if len(classes) < count:
+        _logger.warning(
+            "%s has %d classes, the model %d: they are taken for the model's first, in order", what, len(classes), count
+        )
+    return list(range(len(classes)))
+
+
+def _known_classes(model: nn.Module) -> Iterator[tuple[list[str], Callable[[str], str]]]:
+    """What the model's classes are called, in its order, and how a name of the data is to be written to compare."""
+    subset = infer_imagenet_subset(model)
+    if subset is not None:
+        yield ImageNetInfo(subset).label_names(), str
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    if cfg.get("label_names"):
+        yield [_plain(name) for name in cfg["label_names"]], _plain
+
+
+def _class_count(model: nn.Module) -> int:
+    count: Any = model.num_classes
+    return int(count)
+
+
+def _plain(name: str) -> str:
+    """A class name as it survives as a folder name: "T-shirt/top" and "t_shirt_top" are the same."""
+    return re.sub(r"[\W_]+", " ", name).strip().casefold()
+
+
+def _some(names: Sequence[str], shown: int = 3) -> str:
+    return ", ".join(names[:shown]) + (", …" if len(names) > shown else "")
+
+
+def _one_line(error: BaseException) -> str:
+    return textwrap.shorten(str(error), 200, placeholder=" …") or type(error).__name__
