@@ -1,0 +1,351 @@
+"""Metrics, tables and plots of a small made-up run."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from tokbench.errors import UserError
+from tokbench.report import plots
+from tokbench.report.labels import Spot, place, spots_along, spots_around
+from tokbench.report.metrics import METRICS, comparable, load_table, pareto_front, table_of_records
+from tokbench.report.plots import STYLES, method_style, plot_pareto, short_schedule
+from tokbench.report.tables import render_table
+from tokbench.store import RunFolder
+
+# method, params, schedule, top-1, FLOPs, images/s, drop with interval
+CELLS: list[tuple[str, dict[str, Any], str, float, int, float, tuple[float, float, float]]] = [
+    ("none", {}, "", 0.80, 400_000_000, 100.0, (0.0, 0.0, 0.0)),
+    ("tome", {}, "constant:8", 0.798, 300_000_000, 130.0, (0.2, -0.3, 0.7)),
+    ("tome", {}, "constant:13", 0.78, 200_000_000, 170.0, (2.0, 1.0, 3.0)),
+    ("topk", {}, "keep:0.7@3,6,9", 0.77, 220_000_000, 180.0, (3.0, 2.0, 4.0)),
+    ("random", {"seed": 1}, "constant:13", 0.70, 210_000_000, 165.0, (10.0, 8.0, 12.0)),
+]
+
+
+def make_run(path: Path, *, model: str = "bundled", images: int = 1000, **changed: Any) -> Path:
+    run = RunFolder.create(path, {"machine": {"cpu": "A CPU", "gpu": "A GPU"}})
+    for method, params, schedule, top1, flops, throughput, (drop, low, high) in CELLS:
+        same = {
+            "cell": f"{model}/{method}/{schedule}", "model": model, "weights_sha256": "ab", "method": method,
+            "params": params, "schedule": schedule, "resolved": schedule, "tokens": [197, 100],
+            "input_size": [1, 56, 56], "data": "bundled", "data_fingerprint": "cd", "dtype": "fp32", "device": "cpu",
+        } | changed  # fmt: skip
+        run.append(same | {
+            "kind": "accuracy", "images": images, "correct": int(top1 * images), "top1": top1, "top1_low": top1 - 0.02,
+            "top1_high": top1 + 0.02, "top5": 0.97, "drop": drop, "drop_low": low, "drop_high": high,
+            "mcnemar_p": 0.5, "agreement": 0.9,
+        })  # fmt: skip
+        run.append(same | {"kind": "flops", "flops": flops, "flops_ratio": flops / 4e8})
+        seconds = [32 / throughput * factor for factor in (1.0, 0.9, 1.1, 1.05, 0.95, 1.2, 0.99)]
+        run.append(same | {
+            "kind": "speed", "batch_size": 32, "seconds": seconds, "throughput": throughput,
+            "speedup": throughput / 100, "speedup_low": throughput / 101, "speedup_high": throughput / 99,
+        })  # fmt: skip
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "run")
+
+
+@pytest.fixture
+def df(run: Path) -> pd.DataFrame:
+    return load_table([run])
+
+
+# --- metrics ------------------------------------------------------------------------------------------------
+
+
+def test_a_row_per_cell_in_the_units_of_the_labels(df: pd.DataFrame) -> None:
+    assert df["variant"].to_list() == ["none", "tome", "tome", "topk", "random:seed=1"]
+    assert df["is_baseline"].to_list() == [True, False, False, False, False]
+    tome = df.iloc[1]
+    assert tome["gflops"] == pytest.approx(0.3) and tome["flops_ratio"] == 0.75
+    assert tome["top1"] == pytest.approx(79.8) and tome["agreement"] == 90 and tome["tokens_final"] == 100
+    assert tome["drop"] == 0.2 and tome["images"] == 1000 and tome["machine"] == "A CPU"
+
+
+def test_every_metric_is_a_column(df: pd.DataFrame) -> None:
+    for metric in METRICS.values():
+        assert {metric.column, metric.low, metric.high} - {""} <= set(df.columns)
+
+
+def test_error_bars_of_top1_are_the_paired_interval(df: pd.DataFrame) -> None:
+    assert df.loc[2, "top1_paired_low"] == pytest.approx(77.0)
+    assert df.loc[2, "top1_paired_high"] == pytest.approx(79.0)
+
+
+def test_throughput_interval_holds_the_median_and_comes_from_the_rounds(df: pd.DataFrame) -> None:
+    # Seven rounds: the 95 % order-statistics interval of the median is the whole range.
+    assert df.loc[0, "throughput_low"] == pytest.approx(100 / 1.2)
+    assert df.loc[0, "throughput_high"] == pytest.approx(100 / 0.9)
+
+
+def test_five_rounds_give_no_throughput_interval() -> None:
+    record = {
+        "kind": "speed",
+        "cell": "m/none",
+        "model": "m",
+        "method": "none",
+        "seconds": [1.0] * 5,
+        "throughput": 9.0,
+    }
+    assert np.isnan(table_of_records([record]).loc[0, "throughput_low"])
+
+
+def test_no_records_give_an_empty_table_with_all_columns(df: pd.DataFrame) -> None:
+    empty = table_of_records([])
+    assert len(empty) == 0 and list(empty.columns) == list(df.columns)
+    assert load_table([]).empty
+
+
+def test_a_partial_run_has_missing_values(df: pd.DataFrame) -> None:
+    record = {"kind": "flops", "cell": "m/none", "model": "m", "method": "none", "flops": 3}
+    row = table_of_records([record]).iloc[0]
+    assert np.isnan(row["top1"]) and row["gflops"] == pytest.approx(3e-9)
+
+
+def test_a_later_record_replaces_an_earlier_one() -> None:
+    record = {"kind": "flops", "cell": "m/none", "model": "m", "method": "none", "flops": 3}
+    assert table_of_records([record, record | {"flops": 4_000_000_000}])["gflops"].to_list() == [4]
+
+
+def test_the_front_is_what_no_cell_beats(df: pd.DataFrame) -> None:
+    assert pareto_front(df, "gflops", "top1").to_list() == [True, True, True, False, False]
+    assert pareto_front(df, "throughput", "top1").to_list() == [True, True, True, True, False]
+    assert pareto_front(df, "throughput", "drop").to_list() == [True, True, True, True, False]
+
+
+def test_equal_cells_share_the_front_and_unmeasured_ones_are_off_it(df: pd.DataFrame) -> None:
+    twice = pd.concat([df, df.assign(gflops=np.nan), df], ignore_index=True)
+    front = pareto_front(twice, "gflops", "top1")
+    assert front[:5].to_list() == front[10:].to_list() == [True, True, True, False, False]
+    assert not front[5:10].any()
+
+
+def test_cells_of_other_models_or_data_do_not_compete(tmp_path: Path, run: Path) -> None:
+    other = make_run(tmp_path / "other", model="better", data_fingerprint="ef")
+    both = load_table([run, other])
+    assert len(comparable(both)) == 2
+    assert pareto_front(both, "gflops", "top1").sum() == 6
+
+
+def test_runs_under_the_same_conditions_are_compared(tmp_path: Path, run: Path) -> None:
+    assert len(comparable(load_table([run, make_run(tmp_path / "again")]))) == 1
+
+
+def test_a_cell_that_failed_early_stays_with_its_run(run: Path) -> None:
+    cell = "bundled/tome/constant:99"
+    failure = {"kind": "failure", "cell": cell, "model": "bundled", "method": "tome", "schedule": "constant:99"}
+    RunFolder.open(run).append({**failure, "message": "out of memory", "traceback": "..."})
+    table = load_table([run])
+    assert len(comparable(table)) == 1 and table.iloc[-1]["error"] == "out of memory"
+
+
+def test_a_metric_that_is_not_there_is_one_line(df: pd.DataFrame) -> None:
+    with pytest.raises(UserError, match="no metric 'gflop'. Did you mean 'gflops'"):
+        pareto_front(df, "gflop", "top1")
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def rich_text(df: pd.DataFrame, width: int) -> str:
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(render_table(df, "rich", width=width))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_a_drop_that_may_be_none_is_not_printed_as_a_number(df: pd.DataFrame) -> None:
+    markdown = render_table(df, "md")
+    assert "| n.s. [-0.3, 0.7] |" in markdown and "| 2.0 [1.0, 3.0] |" in markdown
+    assert "n.s.: cannot be told from no drop." in markdown
+
+
+def test_digits_follow_the_number_of_images(tmp_path: Path) -> None:
+    many = load_table([make_run(tmp_path / "many", images=10_000)])
+    assert "| 2.00 [1.00, 3.00] |" in render_table(many, "md")
+
+
+def test_front_members_are_marked(df: pd.DataFrame) -> None:
+    lines = [line for line in render_table(df, "md").splitlines() if line.startswith("| ")]
+    assert [line.split("|")[-2].strip() for line in lines] == ["Front", "both", "both", "both", "speed", ""]
+
+
+def test_pareto_keeps_the_front_and_the_unreduced_model(df: pd.DataFrame) -> None:
+    beaten = df.assign(top1=df["top1"].where(~df["is_baseline"], 1.0))
+    methods = [row["variant"] for row in json.loads(render_table(beaten, "json", pareto=True))]
+    assert methods == ["none", "tome", "tome", "topk"]
+
+
+def test_sorting_puts_the_best_first(df: pd.DataFrame) -> None:
+    def order(sort: str) -> list[float]:
+        return [row["gflops"] for row in json.loads(render_table(df, "json", sort))]
+
+    assert order("gflops") == sorted(df["gflops"])
+    assert order("top1") == df.sort_values("top1", ascending=False)["gflops"].to_list()
+
+
+def test_wrong_words_are_answered_with_the_right_ones(df: pd.DataFrame) -> None:
+    with pytest.raises(UserError, match="Did you mean 'top1'"):
+        render_table(df, "md", "top-1")
+    with pytest.raises(UserError, match="no table format 'markdown'; there are rich, md, csv, tex, json"):
+        render_table(df, "markdown")
+
+
+def test_csv_and_json_carry_everything_unrounded(df: pd.DataFrame) -> None:
+    rows = list(csv.DictReader(io.StringIO(render_table(df, "csv"))))
+    assert float(rows[0]["throughput_low"]) == df.loc[0, "throughput_low"] and rows[0]["images"] == "1000"
+    records = json.loads(render_table(df, "json"))
+    assert records[4]["params"] == {"seed": 1} and records[0]["latency_ms"] is None
+    assert records[0]["is_baseline"] is True and records[0]["images"] == 1000
+    assert list(rows[0]) == list(records[0])
+
+
+def test_latex_is_escaped(df: pd.DataFrame) -> None:
+    latex = render_table(df.assign(variant="tome:prop_attn=false"), "tex")
+    assert r"tome:prop\_attn=false" in latex and r"Top-1 \%" in latex and r"$-$0.3" in latex and r"$\times$" in latex
+    body = [line for line in latex.splitlines() if line.endswith(r"\\")]
+    assert len({line.count("&") - line.count(r"\&") for line in body}) == 1
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_the_terminal_table_fits_and_folds_no_number(df: pd.DataFrame, width: int) -> None:
+    text = rich_text(df, width)
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+    assert "n.s. [-0.3, 0.7]" in text and "10.0 [8.0, 12.0]" in text and "keep:0.7@3,6,9" in text
+    assert ("FLOPs ratio" in text) == (width == 140)
+
+
+def test_a_failed_cell_is_shown_with_its_reason(run: Path) -> None:
+    failure = {"kind": "failure", "cell": "bundled/tofu/constant:8", "model": "bundled", "method": "tofu"}
+    RunFolder.open(run).append({**failure, "schedule": "constant:8", "message": "out of memory"})
+    text = rich_text(load_table([run]), 100)
+    assert "failed" in text and "tofu constant:8 failed: out of memory" in text
+
+
+def test_an_empty_table_renders_in_every_format() -> None:
+    empty = table_of_records([])
+    for kind in ("md", "csv", "tex", "json"):
+        assert isinstance(render_table(empty, kind), str)
+    assert rich_text(empty, 80)
+
+
+def test_two_models_get_a_model_column(tmp_path: Path, run: Path) -> None:
+    both = load_table([run, make_run(tmp_path / "two", model="other")])
+    assert render_table(both, "md").splitlines()[2].startswith("| Run | Model | Method |")
+
+
+# --- plots --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix, start", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_plots_are_written_by_suffix(df: pd.DataFrame, tmp_path: Path, suffix: str, start: bytes) -> None:
+    out = tmp_path / "new" / f"plot.{suffix}"
+    assert plot_pareto(df, out) == out and out.read_bytes().startswith(start)
+
+
+def svg(df: pd.DataFrame, tmp_path: Path, **axes: Any) -> str:
+    """The plot as SVG whose words can be searched: fonts as text, and no halos, which turn text into shapes."""
+    with matplotlib.rc_context({"svg.fonttype": "none"}), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "_HALO", [])
+        return plot_pareto(df, tmp_path / "plot.svg", **axes).read_text()
+
+
+def test_the_plot_says_what_it_shows(df: pd.DataFrame, tmp_path: Path) -> None:
+    text = svg(df, tmp_path)
+    for words in ("bundled: token fusion", "1,000 images", "A CPU (cpu)", "fp32", "batch 32", "(multiply-adds)",
+                  "Throughput (images/s)", "Top-1 accuracy (%)", "unreduced: 80.0 %", "unreduced: 0.4 GFLOPs",
+                  "unreduced: 100 images/s", "ToMe r=8", "ToMe r=13", "top-k keep 0.7", "Pareto front"):  # fmt: skip
+        assert words in text, words
+    assert "random r=13" not in text
+
+
+def test_the_same_table_gives_the_same_file(df: pd.DataFrame, tmp_path: Path) -> None:
+    assert svg(df, tmp_path) == svg(df, tmp_path)
+
+
+def test_any_metric_goes_on_any_axis(df: pd.DataFrame, tmp_path: Path) -> None:
+    text = svg(df, tmp_path, x=["speedup", "flops_ratio"], y="drop")
+    assert "Top-1 drop (points)" in text and "Speed-up over the unreduced model" in text
+
+
+def test_unmeasured_default_panels_are_left_out(df: pd.DataFrame, tmp_path: Path) -> None:
+    assert "Throughput" not in svg(df.assign(throughput=np.nan), tmp_path)
+
+
+def test_nothing_to_plot_is_one_line(df: pd.DataFrame, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no cell has both top1 and latency; measured here: top1, top5, drop"):
+        plot_pareto(df, tmp_path / "a.png", x="latency")
+    with pytest.raises(UserError, match="measured here: nothing"):
+        plot_pareto(table_of_records([]), tmp_path / "a.png")
+    with pytest.raises(UserError, match="suffix must be one of png, svg, pdf"):
+        plot_pareto(df, tmp_path / "a.jpg")
+    with pytest.raises(UserError, match="Did you mean 'gflops'"):
+        plot_pareto(df, tmp_path / "a.png", x="gflop")
+
+
+def test_a_run_without_the_unreduced_model_can_be_drawn(df: pd.DataFrame, tmp_path: Path) -> None:
+    assert "unreduced:" not in svg(df[~df["is_baseline"]], tmp_path)
+
+
+def test_styles_are_distinct_and_fixed() -> None:
+    assert len({style.color for style in STYLES.values()}) == len({s.marker for s in STYLES.values()}) == len(STYLES)
+    spare = [method_style(name, ["mine", "yours", "tome"]) for name in ("mine", "yours")]
+    assert len({style.color for style in spare}) == 2
+
+
+@pytest.mark.parametrize(
+    "schedule, label",
+    [("constant:13", "r=13"), ("13", "r=13"), ("keep:0.7@3,6,9", "keep 0.7"), ("linear:13,-1", "linear 13,-1"),
+     ("list:8,8,0,4", "list"), ("ratio:0.9", "ratio 0.9"), ("flops:0.5", "flops 0.5")],
+)  # fmt: skip
+def test_schedules_are_short_in_labels(schedule: str, label: str) -> None:
+    assert short_schedule(schedule) == label
+
+
+# --- labels -------------------------------------------------------------------------------------------------
+
+FRAME = np.array([0.0, 0.0, 400.0, 300.0])
+NO_LINES = np.empty((0, 2))
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool((a[:2] < b[2:]).all() and (b[:2] < a[2:]).all())
+
+
+def test_labels_of_crowded_points_cover_no_point_and_no_other_label() -> None:
+    points = np.array([[100.0 + 12 * i, 150.0 + 3 * i] for i in range(10)])
+    markers = np.hstack([points - 4, points + 4])
+    options = [spots_around(point, np.array([60.0, 10.0]), 1.0, leftwards=True) for point in points]
+    spots = [spot for spot in place(options, markers, NO_LINES, FRAME) if spot is not None]
+    assert len(spots) >= 8
+    for index, spot in enumerate(spots):
+        assert (spot.box[:2] >= 0).all() and (spot.box[2:] <= FRAME[2:]).all()
+        assert not any(overlap(spot.box, marker) for marker in markers)
+        assert not any(overlap(spot.box, other.box) for other in spots[index + 1 :])
+
+
+def test_a_label_without_a_free_spot_is_left_out() -> None:
+    everywhere = np.array([[0.0, 0.0, 400.0, 300.0]])
+    assert place([[Spot(np.array([10.0, 10.0, 20.0, 20.0]), 0.0)]], everywhere, NO_LINES, FRAME) == [None]
+
+
+def test_labels_of_lines_lie_beside_them() -> None:
+    for axis in (0, 1):
+        for spot in spots_along(150.0, axis, np.array([50.0, 10.0])[:: 1 - 2 * axis], FRAME, 3.0):
+            low, high = spot.box[1 - axis], spot.box[3 - axis]
+            assert (low > 150) != (high < 150)
+            assert spot.box[axis] >= 0 and spot.box[axis + 2] <= FRAME[axis + 2]

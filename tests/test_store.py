@@ -1,0 +1,127 @@
+"""The run folder: what is written stays, what is torn is ignored, what is wrong is said in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tokbench.errors import UserError
+from tokbench.store import RunFolder, new_run_path
+
+RECORD = {"kind": "flops", "cell": "m/tome/constant:8", "flops": 5}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(tmp_path / "results" / "run", {"grid": {"models": ["m"]}})
+
+
+def test_records_come_back_in_order_with_a_schema(run: RunFolder) -> None:
+    run.append(RECORD)
+    run.append({**RECORD, "kind": "accuracy", "top1": 0.5})
+    records = RunFolder.open(run.path).records()
+    assert [record["kind"] for record in records] == ["flops", "accuracy"]
+    assert records[0] == {"schema": 1, **RECORD}
+
+
+def test_the_manifest_comes_back(run: RunFolder) -> None:
+    assert RunFolder.open(run.path).manifest == {"schema": 1, "grid": {"models": ["m"]}}
+
+
+def test_numpy_values_and_paths_can_be_recorded(run: RunFolder) -> None:
+    run.append({**RECORD, "flops": np.int64(7), "tokens": np.arange(3), "checkpoint": Path("a/b")})
+    record = run.records()[0]
+    assert (record["flops"], record["tokens"], record["checkpoint"]) == (7, [0, 1, 2], "a/b")
+
+
+def test_nan_is_refused(run: RunFolder) -> None:
+    with pytest.raises(ValueError):
+        run.append({**RECORD, "top1": float("nan")})
+    assert run.records() == []
+
+
+def test_a_torn_last_line_is_ignored_and_cut_by_the_next_append(run: RunFolder) -> None:
+    run.append(RECORD)
+    with open(run.path / "records.jsonl", "a") as file:
+        file.write('{"schema": 1, "kind": "acc')
+    assert len(run.records()) == 1
+    run.append({**RECORD, "flops": 6})
+    assert [record["flops"] for record in run.records()] == [5, 6]
+
+
+def test_a_broken_line_is_named_by_its_number(run: RunFolder) -> None:
+    run.append(RECORD)
+    with open(run.path / "records.jsonl", "a") as file:
+        file.write("nonsense\n")
+    with pytest.raises(UserError, match=r"records\.jsonl, line 2: not valid JSON"):
+        run.records()
+
+
+def test_records_of_another_schema_are_refused(run: RunFolder) -> None:
+    run.append({**RECORD, "schema": 9})
+    with pytest.raises(UserError, match="schema 9"):
+        run.records()
+
+
+def test_a_run_never_overwrites_another(run: RunFolder) -> None:
+    with pytest.raises(UserError, match="not empty"):
+        RunFolder.create(run.path, {})
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UserError, match="a file of that name"):
+        RunFolder.create(tmp_path / "out", {})
+    with pytest.raises(UserError, match="cannot write the run folder"):
+        RunFolder.create(tmp_path / "out" / "run", {})
+
+
+def test_an_empty_folder_may_be_used(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert RunFolder.create(tmp_path / "out", {}).records() == []
+
+
+def test_opening_names_the_nearest_run(run: RunFolder) -> None:
+    with pytest.raises(UserError, match="Did you mean 'run'"):
+        RunFolder.open(run.path.parent / "runn")
+    with pytest.raises(UserError, match="newest run in .* is 'run'"):
+        RunFolder.open(run.path.parent / "xyz")
+
+
+def test_opening_the_folder_of_runs_names_the_newest(run: RunFolder) -> None:
+    with pytest.raises(UserError, match="but holds runs; the newest is .*run"):
+        RunFolder.open(run.path.parent)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", json.dumps({"schema": 2})])
+def test_a_bad_manifest_is_one_line(run: RunFolder, text: str) -> None:
+    (run.path / "manifest.json").write_text(text)
+    with pytest.raises(UserError) as error:
+        RunFolder.open(run.path)
+    assert "manifest.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_prediction_paths_are_unique_and_readable(run: RunFolder) -> None:
+    cells = ["m/tome/8", "m/tome_8", "M/tome/8", "m/topk/" + "list:1," * 99, "m/topk/" + "list:1," * 98 + "2"]
+    paths = [run.prediction_path(cell) for cell in cells]
+    assert len({path.name.lower() for path in paths}) == len(cells)
+    assert paths[0].name.startswith("m_tome_8-") and paths[0].parent.is_dir()
+    assert all(len(path.name) < 128 and path.suffix == ".npz" for path in paths)
+
+
+def test_new_run_paths_do_not_exist(tmp_path: Path) -> None:
+    first = new_run_path(tmp_path, "hf-hub:a/b c")
+    first.mkdir(parents=True)
+    second = new_run_path(tmp_path, "hf-hub:a/b c")
+    assert first.name.endswith("-hf-hub-a-b-c") and not second.exists() and second != first
+
+
+def test_store_and_report_do_not_import_torch() -> None:
+    modules = "tokbench.store, tokbench.report.metrics, tokbench.report.tables, tokbench.report.plots"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,247 @@
+"""One table of metrics, and runs as one table of cells. Any metric goes on any axis of a plot; the Pareto front
+follows from which way each is better. A new metric is a new row of `METRICS` and its value in `_VALUES`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from tokbench.errors import UserError, nearest
+from tokbench.store import RunFolder
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measured quantity.
+
+    Attributes:
+        label: with its unit, for an axis.
+        short: with its unit, for a table's head.
+        column: of the table `load_table` gives.
+        better: which way is better.
+        digits: after the decimal point, in tables.
+        low, high: columns of its 95 % interval, drawn as error bars; "" where there is none.
+    """
+
+    label: str
+    short: str
+    column: str
+    better: Literal["higher", "lower"]
+    digits: int
+    low: str = ""
+    high: str = ""
+
+
+METRICS: dict[str, Metric] = {
+    # The bars of top-1 are the paired interval of the drop, laid around the cell's top-1: all cells saw the same
+    # images, so the far wider interval of top-1 itself (columns top1_low, top1_high) would hide real differences.
+    "top1": Metric("Top-1 accuracy (%)", "Top-1 %", "top1", "higher", 2, "top1_paired_low", "top1_paired_high"),
+    "top5": Metric("Top-5 accuracy (%)", "Top-5 %", "top5", "higher", 2),
+    "drop": Metric("Top-1 drop (points)", "Drop (points)", "drop", "lower", 2, "drop_low", "drop_high"),
+    "agreement": Metric("Agreement with the unreduced model (%)", "Agree %", "agreement", "higher", 2),
+    "gflops": Metric("GFLOPs per image", "GFLOPs", "gflops", "lower", 3),
+    "flops_ratio": Metric("FLOPs relative to the unreduced model", "FLOPs ratio", "flops_ratio", "lower", 2),
+    "throughput": Metric(
+        "Throughput (images/s)", "Images/s", "throughput", "higher", 0, "throughput_low", "throughput_high"
+    ),
+    "speedup": Metric(
+        "Speed-up over the unreduced model (×)", "Speed-up", "speedup", "higher", 2, "speedup_low", "speedup_high"
+    ),
+    "latency": Metric("Latency (ms)", "Latency ms", "latency_ms", "lower", 2),
+    "memory": Metric("Peak memory (MiB)", "Memory MiB", "memory_mib", "lower", 0),
+}
+
+# Cells that agree in all of these may be compared with each other, whichever run they come from.
+COMPARABLE = ("model", "weights_sha256", "input_size", "data", "data_fingerprint", "device", "machine", "dtype")
+
+COLUMNS = (
+    "run", "model", "method", "variant", "params", "schedule", "resolved", "is_baseline", "tokens_final",
+    "gflops", "flops_ratio", "throughput", "throughput_low", "throughput_high", "speedup", "speedup_low",
+    "speedup_high", "latency_ms", "memory_mib", "top1", "top1_low", "top1_high", "top1_paired_low",
+    "top1_paired_high", "top5", "drop", "drop_low", "drop_high", "mcnemar_p", "agreement", "images", "batch_size",
+    "input_size", "data", "data_fingerprint", "device", "machine", "dtype", "weights_sha256", "cell", "error",
+)  # fmt: skip
+_TEXT = frozenset({
+    "run", "model", "method", "variant", "params", "schedule", "resolved", "input_size", "data",
+    "data_fingerprint", "device", "machine", "dtype", "weights_sha256", "cell", "error",
+})  # fmt: skip
+_INTEGER = frozenset({"tokens_final", "images", "batch_size"})
+
+
+def find_metric(name: str) -> Metric:
+    """The metric of that name. Raises UserError with the nearest names."""
+    if name not in METRICS:
+        hint = nearest(name, METRICS) or f" There are: {', '.join(METRICS)}."
+        raise UserError(f"no metric {name!r}.{hint}")
+    return METRICS[name]
+
+
+def load_table(runs: Iterable[str | Path]) -> pd.DataFrame:
+    """All cells of these runs, a row each, in the order they were first recorded (columns: `COLUMNS`).
+
+    Accuracies and agreement are in percent, drops in points, FLOPs in 1e9 multiply-adds. What was not measured is
+    NaN or None. Raises UserError for a folder that is no run.
+    """
+    tables = []
+    for path in runs:
+        folder = RunFolder.open(path)
+        tables.append(table_of_records(folder.records(), folder.path.resolve().name, folder.manifest))
+    return pd.concat(tables, ignore_index=True) if tables else table_of_records([])
+
+
+def table_of_records(
+    records: Iterable[Record], run: str = "", manifest: Mapping[str, Any] | None = None
+) -> pd.DataFrame:
+    """`load_table` for records in memory, as they are while a run is going on.
+
+    A later record of a cell replaces an earlier one of the same kind. `manifest["machine"]` names the hardware
+    where it has "gpu" (for CUDA devices) or "cpu".
+    """
+    cells: dict[tuple[Any, ...], dict[str, Record]] = {}
+    for record in records:
+        key = (record["cell"], record.get("weights_sha256"), tuple(record.get("input_size") or ()))
+        cells.setdefault(key, {})[record["kind"]] = record
+    machine = (manifest or {}).get("machine") or {}
+    frame = pd.DataFrame([_row(kinds, run, machine) for kinds in cells.values()], columns=list(COLUMNS))
+    for column in COLUMNS:
+        if column == "is_baseline":
+            frame[column] = frame[column].astype(bool)
+        elif column in _INTEGER:
+            frame[column] = pd.to_numeric(frame[column]).astype("Int64")
+        else:
+            frame[column] = frame[column].astype(object if column in _TEXT else float)
+    return _fill_conditions(frame)
+
+
+def comparable(df: pd.DataFrame) -> list[pd.DataFrame]:
+    """The rows split into sets that may be compared: same model, weights, input size, data, device and dtype."""
+    return [group for _, group in df.groupby(list(COMPARABLE), sort=False, dropna=False)]
+
+
+def pareto_front(df: pd.DataFrame, x: str, y: str) -> pd.Series:
+    """True for each row that no comparable row beats: as good in both metrics and better in one.
+
+    x, y: names in `METRICS`. Rows where either is missing are False. The index is that of `df`.
+    """
+    front = pd.Series(False, index=df.index)
+    for group in comparable(df):
+        measured = group[_measured(group, x, y)]
+        # Signs make higher better in both, so that one comparison serves all metrics.
+        a, b = (_signed(measured, name) for name in (x, y))
+        no_worse = (a[:, None] >= a) & (b[:, None] >= b)
+        better = (a[:, None] > a) | (b[:, None] > b)
+        front[measured.index] = ~(no_worse & better).any(axis=0)
+    return front
+
+
+def _measured(df: pd.DataFrame, x: str, y: str) -> pd.Series:
+    return df[find_metric(x).column].notna() & df[find_metric(y).column].notna()
+
+
+def _signed(df: pd.DataFrame, name: str) -> np.ndarray:
+    metric = find_metric(name)
+    return df[metric.column].to_numpy(float) * (1 if metric.better == "higher" else -1)
+
+
+def _row(kinds: Mapping[str, Record], run: str, machine: Mapping[str, Any]) -> dict[str, Any]:
+    known = {}
+    for record in kinds.values():
+        known.update({key: value for key, value in record.items() if value is not None})
+    device = known.get("device")
+    row = {
+        **{column: known.get(column) for column in COLUMNS},
+        "run": run,
+        "params": json.dumps(known.get("params") or {}, sort_keys=True),
+        "variant": _variant(known["method"], known.get("params") or {}),
+        "is_baseline": known["method"] == "none",
+        "input_size": "x".join(map(str, known.get("input_size") or ())) or None,
+        "machine": machine.get("gpu" if str(device).startswith("cuda") else "cpu"),
+        "error": kinds["failure"].get("message") if "failure" in kinds else None,
+    }
+    for column, value in _VALUES.items():
+        row[column] = value(known)
+    return row
+
+
+def _variant(method: str, params: Mapping[str, Any]) -> str:
+    """The method as one writes it on the command line: `tome:prop_attn=false`."""
+    values = {name: value if isinstance(value, str) else json.dumps(value) for name, value in params.items()}
+    return method + (":" if values else "") + ",".join(f"{name}={value}" for name, value in values.items())
+
+
+def _scaled(key: str, factor: float) -> Callable[[Record], float | None]:
+    return lambda known: known[key] * factor if key in known else None
+
+
+def _final_tokens(known: Record) -> int | None:
+    return known["tokens"][-1] if known.get("tokens") else None
+
+
+def _around_top1(bound: str) -> Callable[[Record], float | None]:
+    """The cell's top-1 moved by the distance between its drop and a bound of its drop."""
+
+    def value(known: Record) -> float | None:
+        if not {"top1", "drop", bound} <= known.keys():
+            return None
+        return 100 * known["top1"] + known["drop"] - known[bound]
+
+    return value
+
+
+def _throughput_bound(index: int) -> Callable[[Record], float | None]:
+    """Throughput at a bound of the median round: an order-statistics interval, which assumes nothing about noise."""
+
+    def value(known: Record) -> float | None:
+        seconds = np.sort(np.asarray(known.get("seconds") or [], dtype=float))
+        rank = _median_rank(len(seconds))
+        if rank < 0 or "throughput" not in known:
+            return None
+        # Seconds fall as throughput rises: its low bound is at the slow end.
+        bound = seconds[len(seconds) - 1 - rank] if index == 0 else seconds[rank]
+        return known["throughput"] * float(np.median(seconds)) / float(bound)
+
+    return value
+
+
+def _median_rank(n: int) -> int:
+    """Largest k such that k-th smallest and k-th largest (from 0) of n values hold the median with ≥ 95 %, or −1."""
+    below = accumulate(math.comb(n, k) / 2**n for k in range(n))  # P(at most k of n values below the median)
+    return sum(probability <= 0.025 for probability in below) - 1
+
+
+_VALUES: dict[str, Callable[[Record], float | None]] = {
+    "tokens_final": _final_tokens,
+    "gflops": _scaled("flops", 1e-9),
+    "memory_mib": _scaled("peak_memory_bytes", 2**-20),
+    "top1": _scaled("top1", 100),
+    "top1_low": _scaled("top1_low", 100),
+    "top1_high": _scaled("top1_high", 100),
+    "top1_paired_low": _around_top1("drop_high"),
+    "top1_paired_high": _around_top1("drop_low"),
+    "top5": _scaled("top5", 100),
+    "agreement": _scaled("agreement", 100),
+    "throughput_low": _throughput_bound(0),
+    "throughput_high": _throughput_bound(1),
+}
+
+
+def _fill_conditions(frame: pd.DataFrame) -> pd.DataFrame:
+    """A cell that failed early lacks the conditions its run and model share: take them from its neighbors."""
+    shared = [*COMPARABLE[1:], "images", "batch_size"]
+    for _, group in frame.groupby(["run", "model"], sort=False, dropna=False):
+        for column in shared:
+            known = group[column].dropna().unique()
+            if len(known) == 1:
+                frame.loc[group.index, column] = known[0]
+    return frame

@@ -1,0 +1,300 @@
+"""The table of cells for terminals, Markdown, LaTeX and programs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args, overload
+
+import pandas as pd
+import rich
+from rich.table import Table
+from rich.text import Text
+
+from tokbench.errors import UserError, nearest
+from tokbench.report.metrics import METRICS, Metric, find_metric, pareto_front
+
+TextFormat = Literal["md", "csv", "tex", "json"]
+Format = Literal["rich", "md", "csv", "tex", "json"]
+FORMATS: tuple[str, ...] = get_args(Format)
+
+# The fronts that are marked: word in the table → x metric; y is top-1.
+FRONTS = {"FLOPs": "gflops", "speed": "throughput"}
+_SORT_ALSO = ("model", "method", "schedule", "tokens_final")
+
+
+@dataclass(frozen=True)
+class _Column:
+    head: str
+    text: Callable[[pd.Series], str]
+    left: bool = False
+    # Where a terminal is too narrow for all, the highest rank goes first; 0 never goes. Files get every column.
+    rank: int = 0
+
+
+@overload
+def render_table(
+    df: pd.DataFrame,
+    format: Literal["rich"] = "rich",
+    sort: str = "",
+    pareto: bool = False,
+    *,
+    width: int | None = None,
+) -> Table: ...
+@overload
+def render_table(
+    df: pd.DataFrame, format: TextFormat, sort: str = "", pareto: bool = False, *, width: int | None = None
+) -> str: ...
+@overload
+def render_table(
+    df: pd.DataFrame, format: str, sort: str = "", pareto: bool = False, *, width: int | None = None
+) -> str | Table: ...
+
+
+def render_table(
+    df: pd.DataFrame, format: str = "rich", sort: str = "", pareto: bool = False, *, width: int | None = None
+) -> str | Table:
+    """The cells of `metrics.load_table` as a table.
+
+    `rich`, `md` and `tex` are for reading: rounded, columns nobody measured left out, members of a Pareto front
+    marked, drops that cannot be told from none written `n.s.`. `csv` and `json` carry every column unrounded.
+
+    Args:
+        sort: a metric (best first), or model, method, schedule, tokens_final; "" keeps the order of the runs.
+        pareto: only members of a front, and the unreduced models.
+        width: characters to fill, the terminal's when None; the least important columns go where all do not
+            fit (`rich` only).
+
+    Raises UserError for an unknown format or sort column.
+    """
+    if format not in FORMATS:
+        raise UserError(f"no table format {format!r}; there are {', '.join(FORMATS)}.{nearest(format, FORMATS)}")
+    df = df.assign(**{f"front_{x}": pareto_front(df, x, "top1") for x in FRONTS.values()})
+    if pareto:
+        df = df[df["is_baseline"] | df[[f"front_{x}" for x in FRONTS.values()]].any(axis=1)]
+    df = _sorted(df, sort)
+    if format == "csv":
+        return df.to_csv(index=False, lineterminator="\n")
+    if format == "json":
+        return _json(df)
+    columns = _columns(df)
+    if format == "rich":
+        return _rich(df, _fitting(df, columns, width or rich.get_console().width))
+    title, notes = _title(df), _notes(df)
+    return (_markdown if format == "md" else _latex)(df, columns, title, notes)
+
+
+def _sorted(df: pd.DataFrame, sort: str) -> pd.DataFrame:
+    if not sort:
+        return df
+    if sort in _SORT_ALSO:
+        return df.sort_values(sort, kind="stable")
+    if sort not in METRICS:
+        options = [*METRICS, *_SORT_ALSO]
+        hint = nearest(sort, options)
+        raise UserError(f"cannot sort by {sort!r}; there are {', '.join(options)}.{hint}")
+    metric = find_metric(sort)
+    return df.sort_values(metric.column, ascending=metric.better == "lower", kind="stable", na_position="last")
+
+
+def _json(df: pd.DataFrame) -> str:
+    rows = [
+        {key: None if not isinstance(value, bool) and pd.isna(value) else value for key, value in row.items()}
+        for row in df.to_dict("records")
+    ]
+    for row in rows:
+        row["params"] = json.loads(str(row["params"]))
+    return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
+
+
+def _columns(df: pd.DataFrame) -> list[_Column]:
+    """The columns for reading, in a fixed order, without those that say nothing in this table."""
+    columns = [
+        _Column("Method", lambda row: row["variant"], left=True),
+        _Column("Schedule", lambda row: "" if row["is_baseline"] else row["schedule"], left=True),
+        _number(METRICS["top1"]),
+        _number(METRICS["top5"], rank=6),
+        _Column("Drop [95 %]", _drop),
+        _number(METRICS["agreement"], rank=2),
+        _Column("Tokens", lambda row: _digits(row, "tokens_final", 0), rank=4),
+        _number(METRICS["gflops"]),
+        _number(METRICS["flops_ratio"], rank=5),
+        _number(METRICS["throughput"], rank=1),
+        _Column("Speed-up", _speedup),
+        _number(METRICS["latency"], rank=3),
+        _number(METRICS["memory"], rank=7),
+        _Column("Front", _front, left=True),
+    ]
+    if df["model"].nunique() > 1:
+        columns.insert(0, _Column("Model", lambda row: row["model"], left=True))
+    if df["run"].nunique() > 1:
+        columns.insert(0, _Column("Run", lambda row: row["run"], left=True))
+    return [c for c in columns if c.left or any(c.text(row) not in ("", "failed") for _, row in df.iterrows())]
+
+
+def _needed(df: pd.DataFrame, column: _Column) -> int:
+    return max(len(column.head), *(len(column.text(row)) for _, row in df.iterrows()), 0)
+
+
+def _fitting(df: pd.DataFrame, columns: list[_Column], width: int) -> list[_Column]:
+    while sum(_needed(df, column) + 1 for column in columns) - 1 > width and any(c.rank for c in columns):
+        columns = [column for column in columns if column.rank < max(c.rank for c in columns)]
+    return columns
+
+
+def _number(metric: Metric, rank: int = 0) -> _Column:
+    def text(row: pd.Series) -> str:
+        return _digits(row, metric.column, _sensible_digits(metric, row))
+
+    return _Column(metric.short, text, rank=rank)
+
+
+def _sensible_digits(metric: Metric, row: pd.Series) -> int:
+    """One digit of accuracy for fewer than 10,000 images, where the second would be noise."""
+    per_image = metric.column in ("top1", "top5", "drop", "agreement")
+    few = pd.isna(row["images"]) or row["images"] < 10_000
+    return 1 if per_image and few else metric.digits
+
+
+def _digits(row: pd.Series, column: str, digits: int) -> str:
+    if pd.isna(row[column]):
+        return "failed" if row["error"] else ""
+    return f"{row[column]:,.{digits}f}"
+
+
+def _drop(row: pd.Series) -> str:
+    digits = _sensible_digits(METRICS["drop"], row)
+    text = _digits(row, "drop", digits)
+    if row["is_baseline"] or pd.isna(row["drop"]):
+        return "" if row["is_baseline"] else text
+    if pd.isna(row["drop_low"]):
+        return text
+    interval = f"[{_signed(row['drop_low'], digits)}, {_signed(row['drop_high'], digits)}]"
+    return f"{'n.s.' if not_significant(row) else text} {interval}"
+
+
+def not_significant(row: pd.Series) -> bool:
+    """True where the drop's 95 % interval holds 0."""
+    return bool(row["drop_low"] <= 0 <= row["drop_high"])
+
+
+def _signed(value: float, digits: int) -> str:
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text
+
+
+def _speedup(row: pd.Series) -> str:
+    text = _digits(row, "speedup", 2)
+    return text if text in ("", "failed") else f"{text}×"
+
+
+def _front(row: pd.Series) -> str:
+    words = [word for word, x in FRONTS.items() if row[f"front_{x}"]]
+    return "both" if len(words) == len(FRONTS) else "".join(words)
+
+
+def _title(df: pd.DataFrame) -> str:
+    """What all rows share: model, data, images, hardware."""
+
+    def shared(column: str) -> str:
+        values = df[column].dropna().unique()
+        return str(values[0]) if len(values) == 1 else ""
+
+    images = df["images"].dropna().unique()
+    count = f"{int(images[0]):,} images" if len(images) == 1 else ""
+    batch = df["batch_size"].dropna().unique()
+    parts = [
+        f"model {shared('model')}" if shared("model") else "",
+        f"data {shared('data')}" if shared("data") else "",
+        count,
+        shared("machine") or shared("device"),
+        shared("dtype"),
+        f"batch {int(batch[0])}" if len(batch) == 1 else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _notes(df: pd.DataFrame) -> list[str]:
+    """Only what a reader of this table needs."""
+    notes = []
+    if df["gflops"].notna().any():
+        notes.append("FLOPs are multiply-adds, per image.")
+    if df["drop"].notna().any():
+        notes.append("Drop: points of top-1 lost against `none`, same images, with its 95 % interval.")
+    if any(not_significant(row) for _, row in df[~df["is_baseline"]].iterrows()):
+        notes.append("n.s.: cannot be told from no drop.")
+    if df[[f"front_{x}" for x in FRONTS.values()]].to_numpy().any():
+        notes.append("Front: no other cell is as good in both top-1 and FLOPs (or images/s) and better in one.")
+    for _, row in df[df["error"].notna()].iterrows():
+        notes.append(f"{row['variant']} {row['schedule']} failed: {row['error']}")
+    return notes
+
+
+def _rich(df: pd.DataFrame, columns: list[_Column]) -> Table:
+    caption = "\n".join(_notes(df))
+    table = Table(
+        title=_title(df) or None,
+        caption=Text(caption, style="dim") if caption else None,
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        header_style="bold",
+    )
+    for column in columns:
+        # Folded numbers cannot be read; long method parameters and `list:` schedules may fold.
+        table.add_column(
+            column.head,
+            justify="left" if column.left else "right",
+            overflow="fold",
+            no_wrap=not column.left or _needed(df, column) <= 16,
+        )
+    for _, row in df.iterrows():
+        style = "bold" if row["is_baseline"] else "green" if _front(row) else "red" if row["error"] else ""
+        table.add_row(*(Text(column.text(row)) for column in columns), style=style)
+    return table
+
+
+def _markdown(df: pd.DataFrame, columns: list[_Column], title: str, notes: list[str]) -> str:
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    lines = [f"**{title}**", ""] if title else []
+    lines.append(line([column.head for column in columns]))
+    lines.append("|" + "|".join(":---" if column.left else "---:" for column in columns) + "|")
+    lines += [line([column.text(row) for column in columns]) for _, row in df.iterrows()]
+    # Two spaces end a line without a paragraph.
+    return "\n".join(lines) + "\n" + ("\n" + "  \n".join(notes) + "\n" if notes else "")
+
+
+_LATEX_SPECIAL = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
+    "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "×": r"$\times$", "`": "",
+}  # fmt: skip
+
+
+def _tex(text: str) -> str:
+    escaped = "".join(_LATEX_SPECIAL.get(character, character) for character in text)
+    return re.sub(r"(?<![\w.])-(?=\d)", "$-$", escaped)
+
+
+def _latex(df: pd.DataFrame, columns: list[_Column], title: str, notes: list[str]) -> str:
+    def line(cells: list[str]) -> str:
+        return "  " + " & ".join(_tex(cell) for cell in cells) + r" \\"
+
+    lines = [
+        f"% {_tex(title)}. Needs \\usepackage{{booktabs}}.",
+        r"\begin{tabular}{" + "".join("l" if column.left else "r" for column in columns) + "}",
+        r"  \toprule",
+        line([column.head for column in columns]),
+        r"  \midrule",
+        *(line([column.text(row) for column in columns]) for _, row in df.iterrows()),
+        r"  \bottomrule",
+        r"\end{tabular}",
+        *(f"% {_tex(note)}" for note in notes),
+    ]
+    return "\n".join(lines) + "\n"
