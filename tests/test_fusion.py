@@ -283,6 +283,10 @@ def test_wrong_names_are_answered_with_the_nearest_right_one():
         (("tome", 5), {"prop_attn": "yes"}, "prop_attn='yes'"),
         (("random", 5), {"seed": 0.5}, "seed=0.5"),
         (("none", 5), {"seed": 1}, "seed"),
+        (("mctf", 5), {"one_step_ahead": "fast"}, "one_step_ahead='fast'"),
+        (("mctf", 5), {"tau_sim": 0.0}, "tau_sim=0.0"),
+        (("mstm", 5), {"scales": [2, 0]}, "scales=\\(2, 0\\)"),
+        (("tofu", 5), {"prune_blocks": "half"}, "prune_blocks='half'"),
         (("topk", "keep:0.5@9"), {}, "blocks are 0 to 3"),
     ]:
         with pytest.raises(tokbench.UserError, match=words):

@@ -141,9 +141,7 @@ def test_warm_up_is_not_counted(clock: Clock) -> None:
         ({"a": 60.0}, 3, 30.0, (3, {"a": 1})),
     ],
 )
-def test_plan(
-    estimates: dict[str, float], rounds: int, seconds: float, expected: tuple[int, dict[str, int]]
-) -> None:
+def test_plan(estimates: dict[str, float], rounds: int, seconds: float, expected: tuple[int, dict[str, int]]) -> None:
     planned, iterations = plan(estimates, rounds, seconds)
     assert planned == expected[0]
     assert iterations == pytest.approx(expected[1], abs=1)

@@ -21,13 +21,15 @@ _HOME = {
     "load_model": "tokbench.models",
     "open_dataset": "tokbench.data",
     "run": "tokbench.runner",
+    "Grid": "tokbench.config",
+    "RunOptions": "tokbench.config",
     "UserError": "tokbench.errors",
     "ScheduleError": "tokbench.schedules",
 }
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+__all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from tokbench.resolve import apply, list_methods
+    from tokbench.config import Grid, RunOptions
     from tokbench.data import open_dataset
     from tokbench.errors import UserError
     from tokbench.fusion.core import register_method
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from tokbench.measure.flops import count_flops
     from tokbench.measure.speed import measure_speed
     from tokbench.models import load_model
+    from tokbench.resolve import apply, list_methods
     from tokbench.runner import run
     from tokbench.schedules import ScheduleError
 

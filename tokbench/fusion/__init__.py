@@ -1,3 +1,3 @@
 """Token fusion for timm's Vision Transformers: tensors in, tensors out. Importing it registers every method."""
 
-from tokbench.fusion import controls, evit, mctf, mstm, pitome, tofu, tome  # noqa: F401  (each registers its methods)
+from tokbench.fusion import controls, evit, mctf, mstm, pitome, tofu, tome

@@ -200,13 +200,14 @@ def make_method(name: str, **params: Any) -> Method:
         known = ["none", *METHODS]
         raise UserError(f"unknown method '{name}'; the methods are {', '.join(known)}.{nearest(name, known)}")
     fields = {f.name: f.default for f in dataclasses.fields(METHODS[name])}  # type: ignore[arg-type]
+    params = {key: tuple(value) if isinstance(value, list) else value for key, value in params.items()}
     for key, value in params.items():
         if key not in fields:
             has = ", ".join(f"{k}={v!r}" for k, v in fields.items()) or "none"
             raise UserError(f"method '{name}' has no parameter '{key}'; it has: {has}.{nearest(key, fields)}")
-        check = METHODS[name].__dict__.get("check_" + key, _same_type)
+        check = getattr(METHODS[name], "check_" + key, _same_type)
         if not check(value, fields[key]):
-            raise UserError(f"method '{name}': {key}={value!r} is not of the kind of its default, {fields[key]!r}")
+            raise UserError(f"method '{name}': {key}={value!r} cannot be; its default is {fields[key]!r}")
     return METHODS[name](**params)
 
 

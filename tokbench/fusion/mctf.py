@@ -35,6 +35,13 @@ class MCTF(Method):
     one_step_ahead: str = "approximate"
 
     @staticmethod
+    def check_tau_sim(value: object, default: object) -> bool:
+        """Whether a value is a temperature: a number above 0."""
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+
+    check_tau_info = check_tau_size = check_tau_sim
+
+    @staticmethod
     def check_one_step_ahead(value: object, default: object) -> bool:
         """Whether a value is one of the three modes."""
         return value in ("approximate", "precise", "off")

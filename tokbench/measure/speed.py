@@ -154,8 +154,6 @@ def _synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _result(
-    name: str, batch_size: int, rounds: list[float], iterations: int, reference: list[float]
-) -> SpeedResult:
+def _result(name: str, batch_size: int, rounds: list[float], iterations: int, reference: list[float]) -> SpeedResult:
     speedup, low, high = median_ratio_interval(reference, rounds)
     return SpeedResult(name, batch_size, rounds, iterations, batch_size / median(rounds), speedup, low, high)
