@@ -1,0 +1,214 @@
+"""The command line as a user meets it: exit codes, one-line errors, what is printed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_runner import Source, tiny_model
+
+import tokbench
+from tokbench import cli, progress
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tokbench_command(monkeypatch, capsys):
+    """Run a command line in this process: (exit code, standard output, standard error)."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tokbench", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The tiny model and its images behind every name."""
+    from tokbench import runner
+
+    monkeypatch.setattr(runner, "load_model", lambda name, checkpoint, input_size: tiny_model())
+    monkeypatch.setattr(runner, "open_dataset", lambda spec, model, limit: Source())
+    monkeypatch.setattr(runner, "SPEED_SECONDS_PER_CELL", 0.001)
+
+
+QUICK = ("--device", "cpu", "--batch-size", 12, "--method", "tome", "--schedule", 8)
+
+
+def test_run_shows_table_and_plot_and_the_other_commands_read_the_run(tokbench_command, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    run = tmp_path / "run"
+    code, out, err = tokbench_command("run", *QUICK, "--out", run)
+    assert (code, err) == (0, "")
+    assert "2 cells" in out and "tome" in out and "Speed-up" in out
+    assert out.rstrip().endswith(f"Plot: {run / 'pareto.png'}")
+
+    code, out, _ = tokbench_command("table", run, "--format", "json", "--sort", "gflops")
+    assert code == 0
+    assert [row["method"] for row in json.loads(out)] == ["tome", "none"]
+    code, out, _ = tokbench_command("table", run, run, "--pareto")
+    assert code == 0 and "none" in out
+
+    code, out, _ = tokbench_command("plot", run, "--format", "svg", "--x", "gflops", "--y", "agreement")
+    assert (code, out.strip()) == (0, str(run / "pareto.svg"))
+    code, out, _ = tokbench_command("plot", run, "--out", tmp_path / "mine.pdf")
+    assert code == 0 and (tmp_path / "mine.pdf").is_file()
+
+
+def test_on_a_terminal_the_table_grows_under_a_bar(tiny, tmp_path, monkeypatch):
+    import io
+
+    from rich.console import Console
+
+    from tokbench.config import Grid
+    from tokbench.runner import run
+
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    grid = Grid.from_flags(methods=["tome"], schedules=["8"], device="cpu", batch_size="12")
+    with progress.LiveProgress(console) as live:
+        run(grid, tmp_path / "run", progress=live)
+    shown = console.file.getvalue()
+    assert "accuracy" in shown and "24/24" in shown and "Top-1" in shown
+    assert live.failures == 0
+
+
+def test_a_run_with_failed_cells_ends_with_3_and_names_them(tokbench_command, tiny, tmp_path):
+    code, out, err = tokbench_command("run", *QUICK[:-1], "keep:0.5@7", "--out", tmp_path / "run")
+    assert (code, err) == (3, "")
+    assert "failed: bundled/tome/keep:0.5@7: schedule" in out
+
+
+def test_an_interrupted_run_says_what_is_kept(tokbench_command, tiny, tmp_path, monkeypatch):
+    from tokbench import runner
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    monkeypatch.setattr(runner, "measure_speed", interrupt)
+    code, _, err = tokbench_command("run", *QUICK, "--out", run)
+    assert code == 130
+    assert err == (
+        f"tokbench: interrupted; 4 records of 2 cells are kept in {run} (see them with: tokbench table {run})\n"
+    )
+    monkeypatch.setattr(runner, "load_model", interrupt)
+    code, _, err = tokbench_command("run", *QUICK)
+    assert (code, err) == (130, "tokbench: interrupted before anything was measured\n")
+
+
+def test_dry_run_names_the_cells_and_loads_nothing(tokbench_command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = tokbench_command("run", "--model", "no_such_model", "--method", "topk", "--dry-run")
+    assert code == 0
+    assert "no_such_model/topk/keep:0.7@3,6,9" in out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["runn"], ["'runn'", "'run'"]),
+        (["run", "--methd", "tome"], ["--methd", "--method"]),
+        (["run", "--method", "tme"], ["'tme'", "'tome'"]),
+        (["run", "--method", "tome:prop=1"], ["'prop'", "'prop_attn'"]),
+        (["run", "--schedule", "constant:x"], ["'constant:x'", "'x'"]),
+        (["run", "--schedule", "kep:0.7@3"], ["'kep'", "'keep'"]),
+        (["run", "--model", "deit_smal_patch16_224"], ["'deit_smal_patch16_224'", "'deit_small_patch16_224"]),
+        (["run", "--model", "resnet50"], ["'resnet50'"]),
+        (["run", "--model", "bundled", "--checkpoint", "nowhere.pth"], ["'nowhere.pth'", "does not exist"]),
+        (["run", "--model", "a", "--model", "b", "--checkpoint", "x"], ["--checkpoint", "exactly one"]),
+        (["run", "nowhere.toml"], ["nowhere.toml", "No such file"]),
+        (["run", "--batch-size", "0"], ["batch_size", "at least 1"]),
+        (["run", "--batch-size", "many"], ["batch_size", "'many'"]),
+        (["run", "--limit", "0"], ["limit", "at least 1"]),
+        (["run", "--limit", "ten"], ["--limit", "integer"]),
+        (["run", "--workers", "-1"], ["workers"]),
+        (["run", "--dtype", "fp8"], ["dtype", "'fp8'"]),
+        (["run", "--device", "gpu"], ["'gpu'"]),
+        (["run", "--only", "foo"], ["only", "'foo'"]),
+        (["run", "--data", ""], ["data"]),
+        (["plot"], ["RUN"]),
+        (["plot", "nowhere"], ["nowhere"]),
+        (["table", "nowhere"], ["nowhere"]),
+        (["list"], ["WHAT"]),
+        (["list", "method"], ["'method'", "'methods'"]),
+    ],
+)
+def test_wrong_input_is_one_line_and_2(tokbench_command, monkeypatch, tmp_path, words, parts):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = tokbench_command(*words)
+    assert code == 2
+    assert err.startswith("tokbench: ") and err.endswith("\n") and err.count("\n") == 1
+    for part in parts:
+        assert part in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_metric_format_or_column_is_one_line_and_2(tokbench_command, tiny, tmp_path):
+    run = tmp_path / "run"
+    assert tokbench_command("run", *QUICK, "--only", "flops,accuracy", "--out", run)[0] == 0
+    for words, part in [
+        (["plot", run, "--x", "gflop"], "'gflops'"),
+        (["plot", run, "--y", "top"], "'top1'"),
+        (["plot", run, "--format", "jpg"], "png"),
+        (["table", run, "--format", "html"], "'html'"),
+        (["table", run, "--sort", "speed"], "'speed"),
+        (["run", *QUICK, "--out", run], "not empty"),
+    ]:
+        code, _, err = tokbench_command(*words)
+        assert (code, err.count("\n")) == (2, 1), words
+        assert part in err
+
+
+def test_lists(tokbench_command):
+    for what, word in {"methods": "tome", "schedules": "linear:13,-1", "data": "wds/", "models": "bundled"}.items():
+        code, out, _ = tokbench_command("list", what)
+        assert code == 0 and word in out
+    code, out, _ = tokbench_command("list", "models", "deit3_small")
+    assert code == 0 and out.split() and all("deit3_small" in name for name in out.split())
+
+
+def test_version_and_help(tokbench_command):
+    assert tokbench_command("--version") == (0, f"tokbench {tokbench.__version__}\n", "")
+    for words in ([], ["--help"], ["-h"]):
+        code, out, _ = tokbench_command(*words)
+        assert code == 0 and "Commands" in out
+    code, out, _ = tokbench_command("run", "--help")
+    assert code == 0 and "--checkpoint" in out and "(default: auto)" in out
+
+
+def test_help_imports_nothing_heavy():
+    code = """
+import sys
+sys.argv = ["tokbench", "--help"]
+from tokbench.cli import main
+try:
+    main()
+finally:
+    heavy = {"torch", "timm", "pandas", "numpy", "matplotlib", "scipy"} & set(sys.modules)
+    assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "tokbench", "run", "--only", "foo"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "tokbench: only: unknown word 'foo'; use flops, accuracy, speed. Did you mean 'flops'?\n"

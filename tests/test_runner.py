@@ -1,0 +1,399 @@
+"""The runner on a tiny model: what is measured, in what order, what is written, and what a failure does."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from tokbench import runner
+from tokbench.config import Cell, Grid, MethodSpec, ModelSpec, RunOptions
+from tokbench.errors import UserError
+from tokbench.fusion.core import METHODS, Method
+from tokbench.measure.accuracy import Predictions
+from tokbench.progress import Progress
+from tokbench.store import RunFolder
+
+IMAGES, CLASSES = 24, 3
+
+
+class Source(torch.utils.data.Dataset):
+    """Images whose class is plain to see for a model that averages: its channel is the brightest."""
+
+    name, fingerprint, num_classes, classes, streaming = "blobs", "f" * 64, CLASSES, None, False
+
+    def __init__(self, count: int = IMAGES):
+        self.count = count
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int):
+        self.read.append(index)
+        image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(index))
+        image[index % CLASSES] += 1
+        return image, index % CLASSES
+
+
+def tiny_model() -> VisionTransformer:
+    """A ViT of 4 blocks and 64 patches that reads the class off the mean patch."""
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=32, patch_size=4, embed_dim=24, depth=4, num_heads=2, num_classes=CLASSES, global_pool="avg"
+    )
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.proj.weight.mul_(0.01)
+            block.mlp.fc2.weight.mul_(0.01)
+        model.pos_embed.zero_()
+        for channel in range(CLASSES):
+            model.patch_embed.proj.weight[channel].zero_()
+            model.patch_embed.proj.weight[channel, channel] = 0.2
+        model.head.weight.zero_()
+        model.head.weight[:, :CLASSES] = torch.eye(CLASSES)
+    return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def source(monkeypatch) -> Source:
+    """Put the tiny model and its images behind every name; speed takes no time."""
+    source = Source()
+    monkeypatch.setattr(runner, "load_model", lambda name, checkpoint, input_size: tiny_model())
+    monkeypatch.setattr(runner, "open_dataset", lambda spec, model, limit: source)
+    monkeypatch.setattr(runner, "SPEED_SECONDS_PER_CELL", 0.001)
+    return source
+
+
+@pytest.fixture
+def broken_method(monkeypatch):
+    """Register a method whose plan raises on batches of more than `most` images."""
+
+    def register(most: int) -> str:
+        class Broken(Method):
+            name = "broken"
+
+            def plan(self, view, r):
+                if view.x.shape[0] > most:
+                    raise RuntimeError("it broke\nin two lines")
+                return METHODS["random"]().plan(view, r)
+
+        monkeypatch.setitem(METHODS, "broken", dataclasses.dataclass(frozen=True)(Broken))
+        return "broken"
+
+    return register
+
+
+class Listener(Progress):
+    def __init__(self) -> None:
+        self.told: list[tuple] = []
+        self.warnings: list[str] = []
+
+    def phase(self, name, total):
+        self.told.append(("phase", name, total))
+
+    def advance(self, done):
+        self.told.append(("advance", done))
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+    def finished(self, table, plots):
+        self.told.append(("finished", len(table), [plot.name for plot in plots]))
+
+
+def small_grid(*methods: MethodSpec, models: tuple[ModelSpec, ...] = (ModelSpec("tiny"),), **options) -> Grid:
+    methods = methods or (MethodSpec("tome", ("8",)), MethodSpec("random", ("8",)))
+    return Grid(models=models, methods=methods, options=RunOptions(device="cpu", batch_size=10, **options))
+
+
+def test_a_run_measures_every_cell_and_writes_records_in_order(source, tmp_path):
+    listener = Listener()
+    table = runner.run(small_grid(), tmp_path / "run", progress=listener)
+    folder = RunFolder.open(tmp_path / "run")
+    records = folder.records()
+    cells = ["tiny/none", "tiny/tome/8", "tiny/random/8"]
+    assert [(r["kind"], r["cell"]) for r in records] == [
+        (kind, cell) for kind in ("flops", "accuracy", "speed") for cell in cells
+    ]
+    assert list(table["cell"]) == cells
+    assert table[["gflops", "top1", "throughput", "speedup", "agreement", "drop"]].notna().all(axis=None)
+    assert folder.manifest["grid"]["options"]["batch_size"] == 10
+    assert {"machine", "packages", "started"} <= folder.manifest.keys()
+    assert (tmp_path / "run" / "pareto.png").stat().st_size > 10_000
+    assert listener.told[-1] == ("finished", 3, ["pareto.png"])
+    assert not listener.warnings
+
+
+def test_every_record_says_what_was_measured_and_under_which_conditions(source, tmp_path):
+    runner.run(small_grid(MethodSpec("tome", ("linear:8,-1",), {"prop_attn": False})), tmp_path / "run")
+    records = RunFolder.open(tmp_path / "run").records()
+    for record in records[1::2]:
+        assert record["cell"] == "tiny/tome:prop_attn=false/linear:8,-1"
+        assert record["params"] == {"prop_attn": False}
+        assert record["resolved"] == "linear:8,-1"
+        assert record["tokens"] == [49, 39, 34, 34]
+    for record in records:
+        assert record["input_size"] == [3, 32, 32]
+        assert (record["data"], record["data_fingerprint"]) == ("blobs", "f" * 64)
+        assert (record["dtype"], record["device"], len(record["weights_sha256"])) == ("fp32", "cpu", 64)
+    assert records[0]["tokens"] == [65] * 4
+    assert records[1]["flops_ratio"] == records[1]["flops"] / records[0]["flops"] < 1
+
+
+def test_accuracy_is_one_pass_over_the_images(source, tmp_path):
+    runner.run(small_grid(only=("accuracy",)), tmp_path / "run")
+    assert source.read == list(range(IMAGES))
+
+
+def test_predictions_lie_beside_the_records_and_agree_with_them(source, tmp_path):
+    runner.run(small_grid(only=("accuracy",)), tmp_path / "run")
+    folder = RunFolder.open(tmp_path / "run")
+    for record in folder.records():
+        predictions = Predictions.load(folder.prediction_path(record["cell"]))
+        assert len(predictions.label) == record["images"] == IMAGES
+        assert int(predictions.correct.sum()) == record["correct"]
+    baseline = folder.records()[0]
+    assert (baseline["correct"], baseline["agreement"], baseline["drop"]) == (IMAGES, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("only", "kinds", "plots"),
+    [
+        (("flops",), {"flops"}, []),
+        (("accuracy",), {"accuracy"}, []),
+        (("accuracy", "flops"), {"flops", "accuracy"}, ["pareto.png"]),
+        (("flops", "speed"), {"flops", "speed"}, []),
+    ],
+)
+def test_only_what_is_asked_for_is_measured(source, tmp_path, only, kinds, plots):
+    listener = Listener()
+    runner.run(small_grid(only=only), tmp_path / "run", progress=listener)
+    assert {record["kind"] for record in RunFolder.open(tmp_path / "run").records()} == kinds
+    assert listener.told[-1][2] == plots
+    assert bool(source.read) == ("accuracy" in only)
+
+
+def test_cells_share_one_copy_of_the_weights(source, tmp_path, monkeypatch):
+    seen = {}
+    real = runner.evaluate
+    monkeypatch.setattr(runner, "evaluate", lambda models, *a, **k: seen.update(models) or real(models, *a, **k))
+    runner.run(small_grid(only=("accuracy",)), tmp_path / "run")
+    storages = [{p.data_ptr() for p in model.parameters()} for model in seen.values()]
+    assert len(storages) == 3
+    assert storages[0] == storages[1] == storages[2]
+
+
+def test_flops_schedules_are_resolved_to_what_runs(source, tmp_path):
+    runner.run(small_grid(MethodSpec("tome", ("flops:0.6",)), only=("flops",)), tmp_path / "run")
+    record = RunFolder.open(tmp_path / "run").records()[1]
+    assert record["schedule"] == "flops:0.6"
+    assert record["resolved"].startswith("list:")
+    assert record["flops_ratio"] == pytest.approx(0.6, abs=0.02)
+
+
+def test_reduced_precision_reaches_the_model(source, tmp_path):
+    runner.run(small_grid(dtype="bf16", only=("accuracy", "speed")), tmp_path / "run")
+    records = RunFolder.open(tmp_path / "run").records()
+    assert [r["kind"] for r in records] == ["accuracy"] * 3 + ["speed"] * 3
+    assert {r["dtype"] for r in records} == {"bf16"}
+
+
+def test_several_models_are_measured_one_after_the_other(source, tmp_path):
+    models = (ModelSpec("tiny"), ModelSpec("tiny", label="again"))
+    table = runner.run(small_grid(models=models, only=("flops",)), tmp_path / "run")
+    assert list(table["model"]) == ["tiny"] * 3 + ["again"] * 3
+    assert table["is_baseline"].sum() == 2
+
+
+@pytest.mark.parametrize(("most", "phase"), [(0, "setup"), (1, "accuracy")])
+def test_a_cell_that_raises_is_recorded_and_the_others_go_on(source, tmp_path, broken_method, most, phase):
+    grid = small_grid(MethodSpec(broken_method(most), ("8",)), MethodSpec("tome", ("8",)))
+    table = runner.run(grid, tmp_path / "run")
+    failure, *more = [r for r in RunFolder.open(tmp_path / "run").records() if r["kind"] == "failure"]
+    assert not more
+    assert (failure["cell"], failure["phase"]) == ("tiny/broken/8", phase)
+    assert failure["message"] == "RuntimeError: it broke"
+    assert "in two lines" in failure["traceback"]
+    rows = table.set_index("cell")
+    assert rows.loc["tiny/broken/8", "error"] == "RuntimeError: it broke"
+    assert rows.loc[["tiny/none", "tiny/tome/8"], "throughput"].notna().all()
+    assert source.read == list(range(IMAGES))
+
+
+def test_a_cell_that_raises_in_the_speed_measurement_only(source, tmp_path, broken_method):
+    grid = small_grid(MethodSpec(broken_method(1), ("8",)), MethodSpec("tome", ("8",)), only=("flops", "speed"))
+    runner.run(grid, tmp_path / "run")
+    kinds = [(r["kind"], r["cell"]) for r in RunFolder.open(tmp_path / "run").records()]
+    assert kinds[-3:] == [("failure", "tiny/broken/8"), ("speed", "tiny/none"), ("speed", "tiny/tome/8")]
+
+
+def test_a_block_that_is_not_there_fails_its_cell_in_one_line(source, tmp_path):
+    table = runner.run(small_grid(MethodSpec("topk", ("keep:0.5@9", "keep:0.5@1"))), tmp_path / "run")
+    errors = table.set_index("schedule")["error"]
+    assert "block 9" in errors["keep:0.5@9"] and "0 to 3" in errors["keep:0.5@9"]
+    assert list(errors.notna()) == [False, True, False]
+
+
+def test_without_the_unreduced_model_nothing_is_compared(source, tmp_path, monkeypatch):
+    def refuse(models, *args, on_failure, **kwargs):
+        on_failure("tiny/none", RuntimeError("out of memory"))
+
+    monkeypatch.setattr(runner, "evaluate", refuse)
+    listener = Listener()
+    table = runner.run(small_grid(), tmp_path / "run", progress=listener)
+    assert table.set_index("cell").loc["tiny/none", "error"] == "RuntimeError: out of memory"
+    assert table["top1"].isna().all() and table["throughput"].isna().all() and table["gflops"].notna().all()
+    assert len(listener.warnings) == 1 and "unreduced model failed" in listener.warnings[0]
+
+
+def test_labels_that_do_not_match_are_said_loudly(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(Source, "__getitem__", lambda self, i: (torch.rand(3, 32, 32), i % CLASSES))
+    with pytest.warns(UserWarning, match="chance level.*probably don't match"):
+        runner.run(small_grid(only=("accuracy",)), tmp_path / "run")
+
+
+def test_operators_without_a_count_are_said(source, tmp_path, monkeypatch):
+    count = runner.FlopCount(total=10, by_module={}, by_operator={}, unsupported={"aten::fft": 2})
+    monkeypatch.setattr(runner, "count_flops", lambda model, size: count)
+    with pytest.warns(UserWarning, match="too low.*aten::fft"):
+        runner.run(small_grid(only=("flops",)), tmp_path / "run")
+
+
+def test_an_interrupted_run_keeps_what_was_measured(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "measure_speed", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(small_grid(), tmp_path / "run")
+    kinds = [record["kind"] for record in RunFolder.open(tmp_path / "run").records()]
+    assert kinds == ["flops"] * 3 + ["accuracy"] * 3
+
+
+def test_bad_input_measures_nothing_and_leaves_no_folder(source, tmp_path, monkeypatch):
+    def unknown(name, checkpoint, input_size):
+        raise UserError(f"unknown model '{name}'")
+
+    monkeypatch.setattr(runner, "load_model", unknown)
+    with pytest.raises(UserError, match="unknown model 'tiny'"):
+        runner.run(small_grid(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_never_overwrites_another(source, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").touch()
+    with pytest.raises(UserError, match="not empty"):
+        runner.run(small_grid(), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
+
+
+def test_from_python_a_run_prints_nothing_and_names_its_own_folder(source, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grid.toml").write_text(
+        "[[models]]\nname = 'tiny'\n[[methods]]\nname = 'tome'\nschedules = ['8']\n"
+        "[options]\ndevice = 'cpu'\nbatch_size = 10\n"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = runner.run(tmp_path / "grid.toml")
+    assert capfd.readouterr() == ("", "")
+    assert (tmp_path / "results" / table["run"].unique().item() / "manifest.json").is_file()
+
+
+def test_progress_counts_cells_images_and_rounds(source, tmp_path):
+    listener = Listener()
+    runner.run(small_grid(), tmp_path / "run", progress=listener)
+    told = [event for event in listener.told if event[0] != "finished"]
+    assert told[:4] == [("phase", "tiny: counting FLOPs", 3), ("advance", 1), ("advance", 2), ("advance", 3)]
+    assert told[4:8] == [("phase", "tiny: accuracy", IMAGES), ("advance", 10), ("advance", 20), ("advance", 24)]
+    assert told[8:11] == [("phase", "tiny: warming up for speed", None), ("phase", "tiny: speed", 5), ("advance", 1)]
+
+
+def test_options_can_be_given_apart_from_the_grid(source, tmp_path):
+    runner.run(small_grid(), tmp_path / "run", options=RunOptions(device="cpu", only=("flops",)))
+    folder = RunFolder.open(tmp_path / "run")
+    assert {record["kind"] for record in folder.records()} == {"flops"}
+    assert folder.manifest["grid"]["options"]["only"] == ["flops"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize("name", ["cuda", "cuda:3"])
+def test_a_device_that_is_not_there(name):
+    with pytest.raises(UserError, match=f"'{name}'.*no CUDA device"):
+        runner.find_device(name)
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_is_not_there():
+    with pytest.raises(UserError, match="counted from cuda:0"):
+        runner.find_device("cuda:99")
+
+
+@pytest.mark.gpu
+def test_a_run_on_the_gpu(source, tmp_path):
+    grid = small_grid()
+    options = RunOptions(device="cuda", dtype="fp16", batch_size=10)
+    table = runner.run(grid, tmp_path / "run", options=options)
+    assert table["error"].isna().all() and table["throughput"].notna().all()
+    assert set(table["device"]) == {"cuda"} and table["machine"].notna().all()
+
+
+def predictions(right: int, wrong: int, classes: int = 10) -> Predictions:
+    n = right + wrong
+    label = np.arange(n) % classes
+    predicted = np.where(np.arange(n) < right, label, (label + 1) % classes)
+    return Predictions(label, predicted, np.full(n, 0.5, np.float32), np.ones(n, bool))
+
+
+def test_accuracy_figures_follow_from_the_predictions():
+    fields = runner.accuracy_fields(predictions(60, 40), predictions(80, 20))
+    assert (fields["images"], fields["correct"], fields["correct5"]) == (100, 60, 100)
+    assert (fields["top1"], fields["top5"]) == (0.6, 1.0)
+    assert fields["drop"] == pytest.approx(20) and fields["drop_low"] < 20 < fields["drop_high"]
+    assert fields["agreement"] == pytest.approx(0.8)
+    assert fields["mcnemar_p"] < 1e-4
+    assert fields["top1_low"] < 0.6 < fields["top1_high"]
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "chance"),
+    [(0, 1000, True), (100, 900, True), (130, 870, False), (700, 300, False), (4, 4, False), (1, 9, True)],
+)
+def test_chance_level(right, wrong, chance):
+    assert runner.at_chance_level(predictions(right, wrong), 10) is chance
+
+
+def test_chance_level_when_one_class_or_no_label_is_there():
+    rest = (np.full(100, 0.5, np.float32), np.ones(100, bool))
+    one_class = Predictions(np.zeros(100, int), np.repeat([0, 1], [90, 10]), *rest)
+    assert not runner.at_chance_level(one_class, 10)
+    unlabelled = Predictions(np.full(100, -1), np.zeros(100, int), *rest)
+    assert runner.at_chance_level(unlabelled, 0)
+
+
+def test_readers_of_images_follow_device_and_source(source, tmp_path):
+    def workers(device: str, streaming: bool, asked: int | None) -> int:
+        bench = runner._Bench(None, None, RunOptions(workers=asked), torch.device(device), Progress())
+        source.streaming = streaming
+        return bench._workers(source)
+
+    assert workers("cpu", False, None) == 0
+    assert workers("cuda", True, None) == 1
+    assert 1 <= workers("cuda", False, None) <= 8
+    assert workers("cpu", False, 3) == 3
+
+
+def test_cell_names():
+    assert Cell("m", MethodSpec("none")).id == "m/none"
+    assert Cell("m", MethodSpec("tome", ("8",), {"prop_attn": False}), "8").id == "m/tome:prop_attn=false/8"

@@ -1,0 +1,201 @@
+"""The command line: parse, call, print. Heavy imports are inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import typer
+from typer.exceptions import TyperException
+
+from tokbench import __version__
+from tokbench.errors import UserError
+
+app = typer.Typer(
+    name="tokbench",
+    help="Which token-fusion method and schedule buys the most speed for the least accuracy, on your Vision "
+    "Transformer, your data and your hardware?",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.", show_default=False)]
+
+
+def main() -> NoReturn:
+    """Run the command line and exit: 0 fine, 2 bad usage or input, 3 some cells failed, 130 interrupted."""
+    try:
+        code = app(args=sys.argv[1:] or ["--help"], prog_name="tokbench", standalone_mode=False)
+    except (UserError, TyperException) as error:
+        _complain(error.format_message() if isinstance(error, TyperException) else str(error))
+        code = 2
+    sys.exit(code)
+
+
+def _complain(text: str) -> None:
+    print("tokbench:", " ".join(text.split()), file=sys.stderr)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"tokbench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_flags(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    grid: Annotated[
+        Path | None,
+        typer.Argument(metavar="GRID.toml", help="What to measure; flags replace what it says.", show_default=False),
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A timm model, or 'bundled'. Repeatable.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Weights for the one --model: .safetensors, .pth, .pt or .bin.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(metavar="METHOD", help="As in tome or tome:prop_attn=false. Repeatable.")
+    ] = None,
+    schedule: Annotated[
+        list[str] | None, typer.Option(metavar="SCHEDULE", help="As in 13 or keep:0.7@3,6,9. Repeatable.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="'bundled', a folder of class folders, or hfds/…, wds/…, torch/…."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Run folder to make (default: a new one under results/).")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1 or mps (default: auto).")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="fp32, bf16 or fp16 (default: fp32).")] = None,
+    batch_size: Annotated[str | None, typer.Option(metavar="N", help="Images, or 'auto' (default: auto).")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Measure accuracy on N images (default: 1,000 bundled ones, else all)."),
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="MEASURES", help="Some of flops,accuracy,speed (default: all).")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that read images.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and stop.")] = False,
+) -> None:
+    """Measure accuracy, FLOPs and speed of every cell of a grid.
+
+    Without arguments: the bundled model on 1,000 bundled images, every method at a few schedules.
+    """
+    from rich.console import Console
+
+    from tokbench.config import Grid
+
+    chosen = Grid.from_flags(
+        Grid.from_toml(grid) if grid else None,
+        models=model or (),
+        checkpoint=checkpoint,
+        methods=method or (),
+        schedules=schedule or (),
+        data=data,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        limit=limit,
+        only=only,
+        workers=workers,
+    )
+    if dry_run:
+        print(chosen.describe())
+        return
+
+    from tokbench.progress import LiveProgress
+
+    progress = LiveProgress(Console())
+    try:
+        with progress:
+            from tokbench.runner import run as run_grid
+
+            run_grid(chosen, out, progress=progress)
+    except KeyboardInterrupt:
+        _complain(progress.kept())
+        raise typer.Exit(130) from None
+    raise typer.Exit(3 if progress.failures else 0)
+
+
+@app.command()
+def plot(
+    runs: Runs,
+    x: Annotated[
+        list[str] | None,
+        typer.Option("--x", metavar="METRIC", help="A panel's x axis. Repeatable (default: gflops, throughput)."),
+    ] = None,
+    y: Annotated[str, typer.Option("--y", metavar="METRIC", help="top1, drop or agreement.")] = "top1",
+    format: Annotated[str, typer.Option(metavar="FORMAT", help="png, svg or pdf.")] = "png",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File to write (default: pareto.png in the first RUN).")
+    ] = None,
+) -> None:
+    """Draw accuracy against cost, with the Pareto front."""
+    from tokbench.report.metrics import load_table
+    from tokbench.report.plots import plot_pareto
+
+    target = out or runs[0] / f"pareto.{format}"
+    print(plot_pareto(load_table(runs), target, x=x, y=y))
+
+
+@app.command()
+def table(
+    runs: Runs,
+    format: Annotated[str, typer.Option(metavar="FORMAT", help="rich, md, csv, tex or json.")] = "rich",
+    sort: Annotated[str, typer.Option(metavar="COLUMN", help="Sort by this column, best first.")] = "",
+    pareto: Annotated[bool, typer.Option("--pareto", help="Only the Pareto front.")] = False,
+) -> None:
+    """Print the cells of one or more runs as a table."""
+    from rich.console import Console
+
+    from tokbench.report.metrics import load_table
+    from tokbench.report.tables import render_table
+
+    console = Console()
+    rendered = render_table(load_table(runs), format, sort, pareto, width=console.width)
+    if isinstance(rendered, str):
+        print(rendered, end="")
+    else:
+        console.print(rendered)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[Literal["models", "methods", "schedules", "data"], typer.Argument(metavar="WHAT")],
+    pattern: Annotated[str, typer.Argument(help="For models: part of the name, or '*small*'.")] = "",
+) -> None:
+    """List the models, methods, schedules or kinds of data there are."""
+    match what:
+        case "models":
+            from tokbench.models import model_names
+
+            print("\n".join(model_names(pattern)))
+        case "methods":
+            from tokbench.config import describe_methods
+
+            print(describe_methods())
+        case "schedules":
+            from tokbench.config import describe_schedules
+
+            print(describe_schedules())
+        case "data":
+            from tokbench.data import SPECS
+
+            print(SPECS)

@@ -1,0 +1,133 @@
+"""What a run tells while it is going on: nothing (`Progress`), or a live table and a bar (`LiveProgress`)."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+
+    from tokbench.store import RunFolder
+
+
+class Progress:
+    """Silent but for warnings, which go through Python's `warnings`. Subclasses show what they are told."""
+
+    def started(self, folder: RunFolder, cells: int) -> None:
+        """The run folder exists, and `cells` cells are going to be measured into it."""
+
+    def phase(self, name: str, total: int | None) -> None:
+        """A new stretch of work begins, of `total` steps, None where that is not known."""
+
+    def advance(self, done: int) -> None:
+        """So many steps of the phase are done by now."""
+
+    def recorded(self, record: dict[str, Any]) -> None:
+        """This record was just written."""
+
+    def warn(self, text: str) -> None:
+        """Something that makes the results doubtful."""
+        warnings.warn(text, stacklevel=2)
+
+    def finished(self, table: pd.DataFrame, plots: list[Path]) -> None:
+        """The run is over; `table` has a row per cell, `plots` are the files drawn."""
+
+
+class LiveProgress(Progress):
+    """A rich table that fills while the run goes on, over a progress bar with the time left.
+
+    Use it as a context manager. Where the output is no terminal, each phase is one line instead.
+    """
+
+    def __init__(self, console: Console) -> None:
+        from rich.live import Live
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        self.folder: RunFolder | None = None
+        self.failures = 0
+        self._console = console
+        self._records: list[dict[str, Any]] = []
+        self._bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("·"),
+            TimeElapsedColumn(),
+            TextColumn("· left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._bars.add_task("Loading", total=None)
+        self._live = Live(self._bars, console=console, transient=True, refresh_per_second=4)
+
+    def __enter__(self) -> LiveProgress:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def started(self, folder: RunFolder, cells: int) -> None:
+        self.folder = folder
+        self._say(f"{cells} cells → {folder.path}")
+
+    def phase(self, name: str, total: int | None) -> None:
+        self._bars.remove_task(self._task)
+        self._task = self._bars.add_task(name, total=total)
+        if not self._console.is_terminal:
+            self._say(name)
+
+    def advance(self, done: int) -> None:
+        self._bars.update(self._task, completed=done)
+
+    def recorded(self, record: dict[str, Any]) -> None:
+        self._records.append(record)
+        if record["kind"] == "failure":
+            self.failures += 1
+            self._say(f"failed: {record['cell']}: {record['message']}", style="red")
+        if self._console.is_terminal:
+            self._show_table()
+
+    def warn(self, text: str) -> None:
+        self._say(f"Warning: {text}", style="bold red")
+
+    def finished(self, table: pd.DataFrame, plots: list[Path]) -> None:
+        from tokbench.report.tables import render_table
+
+        self._live.stop()
+        self._console.print(render_table(table, "rich", width=self._console.width))
+        for plot in plots:
+            self._say(f"Plot: {plot}")
+
+    def kept(self) -> str:
+        """For a run that was interrupted: what is on disk."""
+        if self.folder is None:
+            return "interrupted before anything was measured"
+        if not self._records:
+            return f"interrupted before anything was measured; {self.folder.path} holds the manifest only"
+        cells = len({record["cell"] for record in self._records})
+        return (
+            f"interrupted; {len(self._records)} records of {cells} cells are kept in {self.folder.path} "
+            f"(see them with: tokbench table {self.folder.path})"
+        )
+
+    def _show_table(self) -> None:
+        from rich.console import Group
+
+        from tokbench.report.metrics import table_of_records
+        from tokbench.report.tables import render_table
+
+        table = render_table(table_of_records(self._records), "rich", width=self._console.width)
+        table.caption = None
+        # The bar on top: where the table is taller than the terminal, its end is what goes unseen.
+        self._live.update(Group(self._bars, table))
+
+    def _say(self, text: str, style: str | None = None) -> None:
+        self._console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
