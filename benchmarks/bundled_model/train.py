@@ -166,8 +166,7 @@ def worker(rank: int, world: int, args: argparse.Namespace) -> None:
         seed = args.seed * 1000 + stage * 100 + rank
         return Composites(items[:-HELD_OUT], labels[:-HELD_OUT], seed, device)
 
-    mode = "a" if args.from_patch_8 else "w"
-    with open(args.log, mode) as log:
+    with open(args.log if rank == 0 else os.devnull, "a" if args.from_patch_8 else "w") as log:
         model = VisionTransformer(patch_size=8, **MODEL).to(device)
         bf16 = device.type == "cuda"
         if args.from_patch_8:
