@@ -112,7 +112,9 @@ def test_an_interrupted_run_says_what_is_kept(tokbench_command, tiny, tmp_path, 
 
 def test_dry_run_names_the_cells_and_loads_nothing(tokbench_command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    code, out, _ = tokbench_command("run", "--model", "no_such_model", "--method", "topk", "--dry-run")
+    code, out, _ = tokbench_command(
+        "run", "--model", "no_such_model", "--method", "topk", "--schedule", "keep:0.7@3,6,9", "--dry-run"
+    )
     assert code == 0
     assert "no_such_model/topk/keep:0.7@3,6,9" in out
     assert not list(tmp_path.iterdir())

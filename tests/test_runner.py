@@ -397,3 +397,10 @@ def test_readers_of_images_follow_device_and_source(source, tmp_path):
 def test_cell_names():
     assert Cell("m", MethodSpec("none")).id == "m/none"
     assert Cell("m", MethodSpec("tome", ("8",), {"prop_attn": False}), "8").id == "m/tome:prop_attn=false/8"
+
+
+def test_a_folder_in_use_is_refused_before_any_model_is_loaded(tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").touch()
+    monkeypatch.setattr(runner, "load_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match="not empty"):
+        runner.run(Grid(), tmp_path)

@@ -32,13 +32,13 @@ from tokbench.measure.stats import mcnemar_p, paired_drop, wilson
 from tokbench.models import load_model, weights_sha256
 from tokbench.progress import Progress
 from tokbench.resolve import apply
-from tokbench.store import RunFolder, new_run_path
+from tokbench.store import RunFolder, new_run_path, require_free
 
 if TYPE_CHECKING:
     import pandas as pd
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# On two CPU cores the default grid then spends half a minute on speed, in some twelve rounds.
+# A budget for all rounds together; slow cells exceed it, because each makes five rounds at least.
 SPEED_SECONDS_PER_CELL = 2.0
 
 
@@ -63,6 +63,7 @@ def run(
     options = options or grid.options
     progress = progress or Progress()
     path = Path(out) if out else new_run_path(label=grid.models[0].label)
+    require_free(path)  # before any model is downloaded
     device = find_device(options.device)
     subjects = [_load(spec, grid, options) for spec in grid.models]
     folder = RunFolder.create(path, _manifest(grid, options, device))

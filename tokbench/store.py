@@ -46,10 +46,7 @@ class RunFolder:
         Raises UserError if `path` is a file or a folder that is not empty: a run never overwrites another.
         """
         path = Path(path)
-        if path.exists() and not path.is_dir():
-            raise UserError(f"cannot make the run folder {path}: a file of that name exists.")
-        if path.is_dir() and any(path.iterdir()):
-            raise UserError(f"the run folder {path} is not empty; name a new one with --out, or remove it.")
+        require_free(path)
         try:
             (path / "predictions").mkdir(parents=True, exist_ok=True)
             (path / RECORDS).touch()
@@ -97,6 +94,14 @@ class RunFolder:
     def prediction_path(self, cell_id: str) -> Path:
         """Where the cell's per-image predictions lie: a readable name, unique per cell id."""
         return self.path / "predictions" / f"{_slug(cell_id)}.npz"
+
+
+def require_free(path: Path) -> None:
+    """Raise UserError if a new run cannot go to `path`: it is a file, or a folder that is not empty."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"cannot make the run folder {path}: a file of that name exists.")
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"the run folder {path} is not empty; name a new one with --out, or remove it.")
 
 
 def new_run_path(root: str | Path = "results", label: str = "run") -> Path:
