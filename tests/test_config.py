@@ -237,7 +237,7 @@ def test_methods_are_described_with_parameters_and_paper():
     assert set(lines) >= {"none", "tome", "topk", "random"}
 
 
-def test_the_default_grid_has_every_method():
+def test_every_method_has_levels_for_the_bundled_model():
     assert {"none", *BUNDLED_SCHEDULES} == set(list_methods())
 
 
