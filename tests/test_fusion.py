@@ -165,6 +165,14 @@ def test_on_a_gpu_it_is_what_it_is_on_the_cpu(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_no_block_holds_on_to_activations(method):
+    model = tokbench.apply(tiny(), method, "keep:0.5@1,2")
+    model(images(model))
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    assert len(hooks) == 8 and all(hook.value is None for hook in hooks)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_gradients_flow_to_the_first_layer(method):
     model = tokbench.apply(tiny(), method, 5).train()
     model(images(model)).sum().backward()

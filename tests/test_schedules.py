@@ -42,6 +42,13 @@ def test_canonical_text_parses_to_the_same_schedule(example):
     assert parse_schedule(str(parse_schedule(example))) == parse_schedule(example)
 
 
+@given(st.integers(1, 400), st.data())
+def test_a_keep_rate_that_was_found_by_counting_survives_its_text(patches, data):
+    kept = data.draw(st.integers(1, patches))
+    schedule = Schedule("keep", (kept / patches,), (3, 6))
+    assert parse_schedule(str(schedule)) == schedule
+
+
 @given(st.floats(0.01, 1.0), st.integers(1, 2000))
 def test_keep_never_removes_everything(rate, patches):
     assert 0 <= Schedule("keep", (rate,), (0,)).removals(0, 12, patches) < patches

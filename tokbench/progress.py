@@ -81,6 +81,7 @@ class LiveProgress(Progress):
     def phase(self, name: str, total: int | None) -> None:
         self._bars.remove_task(self._task)
         self._task = self._bars.add_task(name, total=total)
+        self._live.refresh()
         if not self._console.is_terminal:
             self._say(name)
 

@@ -30,7 +30,8 @@ class Schedule:
     blocks: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        text = f"{self.kind}:{','.join(f'{value:.12g}' for value in self.values)}"
+        values = (int(value) if value == int(value) else value for value in self.values)
+        text = f"{self.kind}:{','.join(map(repr, values))}"
         return f"{text}@{','.join(map(str, self.blocks))}" if self.blocks else text
 
     def removals(self, block: int, depth: int, patches: int) -> int:

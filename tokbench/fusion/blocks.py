@@ -143,6 +143,8 @@ class _Reduced:
                 x, _ = fusion.reduce(self.tapped_view(x), r)
             case _:
                 x = super().forward(x, attn_mask=self.mask(x))  # type: ignore[misc]
+        for norm in (self.attn.q_norm, self.attn.k_norm):
+            tapped(norm)
         fusion.state.tokens.append(int(x.shape[1]))
         return x
 

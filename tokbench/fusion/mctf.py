@@ -61,7 +61,8 @@ class MCTF(Method):
         return min(patches // 2, patches + prefix - 10)
 
     def plan(self, view: View, r: int) -> Assignment:
-        received = view.attention().mean((1, 2))
+        # Softmax can underflow to 0, which no weighted mean or reciprocal survives.
+        received = view.attention().mean((1, 2)).clamp_min(1e-30)
         position = torch.arange(view.prefix + view.patches, device=received.device)
         odd = view.prefix % 2
         a, b = position[view.prefix + odd :: 2], position[view.prefix + 1 - odd :: 2]

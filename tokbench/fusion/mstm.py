@@ -35,7 +35,8 @@ class MSTM(Method):
         return isinstance(value, tuple) and all(isinstance(side, int) and side > 0 for side in value)
 
     def plan(self, view: View, r: int) -> Assignment:
-        prefix, attention = view.prefix, view.class_attention()
+        prefix = view.prefix
+        attention = view.class_attention().clamp_min(1e-30)  # softmax can underflow to 0, a mean needs some weight
         ranked = attention[:, prefix:].argsort(dim=-1, descending=True, stable=True)
         crucial, rest = (part.sort(dim=-1).values for part in (ranked[:, :-r], ranked[:, -r:]))
         unit = F.normalize(self.features(view)[:, prefix:], dim=-1)
