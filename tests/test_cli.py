@@ -82,7 +82,7 @@ def test_on_a_terminal_the_table_grows_under_a_bar(tiny, tmp_path, monkeypatch):
     with progress.LiveProgress(console) as live:
         run(grid, tmp_path / "run", progress=live)
     shown = console.file.getvalue()
-    assert "accuracy" in shown and "/24" in shown and "Top-1" in shown
+    assert "accuracy" in shown and "24/24" in shown and "Top-1" in shown
     assert live.failures == 0
 
 

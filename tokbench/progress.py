@@ -79,6 +79,7 @@ class LiveProgress(Progress):
         self._say(f"{cells} cells → {folder.path}")
 
     def phase(self, name: str, total: int | None) -> None:
+        self._live.refresh()  # the last phase's bar, full
         self._bars.remove_task(self._task)
         self._task = self._bars.add_task(name, total=total)
         self._live.refresh()

@@ -7,7 +7,6 @@ gathering and other elementwise work are free. Fused attention counts as its two
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokbench.fusion.patch import fork
 from tokbench.measure._model import placement, resolve_input_size
 
 Handler = Callable[[list[Any], list[Any]], int]
@@ -79,7 +79,9 @@ def count_flops(model: nn.Module, input_size: int | Sequence[int] | None = None)
     shares its parameters and buffers is traced. A compiled model counts as the eager one it was made from.
     """
     size = resolve_input_size(_eager(model), input_size)
-    twin = _twin(_eager(model)).eval()
+    # Sizes are traced integers, which a module may store, and fvcore's hooks stay when a forward pass raises: none of
+    # it may reach the caller's model.
+    twin = fork(_eager(model)).eval()
     device, dtype = placement(twin)
     # Random rather than zeros, so that no method meets the division by zero that equal tokens could bring.
     image = torch.rand(1, *size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
@@ -108,15 +110,6 @@ def _eager(model: nn.Module) -> nn.Module:
     inner = getattr(model, "_orig_mod", model)
     assert isinstance(inner, nn.Module)
     return inner
-
-
-def _twin(model: nn.Module) -> nn.Module:
-    """A copy on the same tensors: nothing that happens while tracing may stay behind in the caller's model.
-
-    Sizes are traced integers then, which a module may store; fvcore's hooks stay when a forward pass raises.
-    """
-    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, shared)
 
 
 def _handlers() -> dict[str, Handler]:
