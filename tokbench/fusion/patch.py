@@ -7,7 +7,7 @@ as before, and `remove` gives back timm's own model.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.layers.attention import Attention
@@ -20,6 +20,8 @@ from tokbench.errors import UserError
 from tokbench.fusion.blocks import REDUCED_BLOCKS, Fusion, Tap
 from tokbench.fusion.core import Method
 from tokbench.schedules import Schedule
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class UnsupportedModelError(UserError):
@@ -122,7 +124,7 @@ def remove(model: VisionTransformer) -> VisionTransformer:
     return model
 
 
-def fork(model: VisionTransformer) -> VisionTransformer:
+def fork(model: Model) -> Model:
     """A second model on the same parameters and buffers: many cells, one copy of the weights in memory."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
