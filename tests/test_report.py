@@ -18,7 +18,9 @@ from tokbench.errors import UserError
 from tokbench.report import plots
 from tokbench.report.labels import Spot, place, spots_along, spots_around
 from tokbench.report.metrics import METRICS, comparable, load_table, pareto_front, table_of_records
-from tokbench.report.plots import STYLES, method_style, plot_pareto, short_schedule
+from tokbench.report.plots import plot_pareto
+from tokbench.report.published import published_points
+from tokbench.report.styles import STYLES, method_style, short_schedule
 from tokbench.report.tables import render_table
 from tokbench.store import RunFolder
 
@@ -132,6 +134,19 @@ def test_equal_cells_share_the_front_and_unmeasured_ones_are_off_it(df: pd.DataF
     front = pareto_front(twice, "gflops", "top1")
     assert front[:5].to_list() == front[10:].to_list() == [True, True, True, False, False]
     assert not front[5:10].any()
+
+
+def test_costs_within_a_percent_are_equal_on_the_front(df: pd.DataFrame) -> None:
+    worse = df.iloc[[2]].assign(gflops=0.1985, top1=60.0)
+    assert pareto_front(pd.concat([df, worse], ignore_index=True), "gflops", "top1").to_list()[-1] is False
+    cheaper = worse.assign(gflops=0.15)
+    assert pareto_front(pd.concat([df, cheaper], ignore_index=True), "gflops", "top1").to_list()[-1] is True
+
+
+def test_a_run_named_twice_is_read_once_and_equal_names_are_told_apart(tmp_path: Path, run: Path) -> None:
+    assert len(load_table([run, run])) == len(load_table([run]))
+    both = load_table([run, make_run(tmp_path / "elsewhere" / "run")])
+    assert list(both["run"].unique()) == [f"{tmp_path.name}/run", "elsewhere/run"]
 
 
 def test_cells_of_other_models_or_data_do_not_compete(tmp_path: Path, run: Path) -> None:
@@ -260,7 +275,7 @@ def test_plots_are_written_by_suffix(df: pd.DataFrame, tmp_path: Path, suffix: s
 def svg(df: pd.DataFrame, tmp_path: Path, **axes: Any) -> str:
     """The plot as SVG whose words can be searched: fonts as text, and no halos, which turn text into shapes."""
     with matplotlib.rc_context({"svg.fonttype": "none"}), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "_HALO", [])
+        patch.setattr(plots, "HALOS", False)
         return plot_pareto(df, tmp_path / "plot.svg", **axes).read_text()
 
 
@@ -301,16 +316,79 @@ def test_a_run_without_the_unreduced_model_can_be_drawn(df: pd.DataFrame, tmp_pa
     assert "unreduced:" not in svg(df[~df["is_baseline"]], tmp_path)
 
 
+def test_two_machines_are_laid_over_each_other_and_named(run: Path, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "other", device="cuda")
+    text = svg(load_table([run, other]), tmp_path)
+    assert text.count("bundled: token fusion") == 1 and "A CPU" in text and "A GPU" in text
+    assert "A CPU (cpu)" not in text  # in the legend, not among what all cells share
+    again = svg(load_table([run, make_run(tmp_path / "again")]), tmp_path)
+    assert ">run<" in again and ">again<" in again
+
+
+def test_models_have_panels_of_their_own(run: Path, tmp_path: Path) -> None:
+    text = svg(load_table([run, make_run(tmp_path / "other", model="deit")]), tmp_path)
+    assert "bundled: token fusion" in text and "deit: token fusion" in text
+
+
+@pytest.mark.parametrize("size, inches", [("wide", 11.1), ("page", 7.0), ("paper", 3.4)])
+def test_a_figure_has_the_width_it_is_asked_for(df: pd.DataFrame, tmp_path: Path, size: str, inches: float) -> None:
+    text = svg(df, tmp_path, size=size)
+    assert f'width="{72 * inches:g}pt"' in text
+    assert ("token fusion without training" in text) == (size == "wide")
+
+
+def test_a_dark_figure_has_a_dark_background(df: pd.DataFrame, tmp_path: Path) -> None:
+    assert "#16191d" in svg(df, tmp_path, theme="dark") and "#16191d" not in svg(df, tmp_path)
+
+
+def test_the_axis_is_stretched_only_where_a_few_cells_fall_far_behind(df: pd.DataFrame, tmp_path: Path) -> None:
+    many = pd.concat([df, df.iloc[1:3].assign(gflops=0.1), df.iloc[1:3].assign(gflops=0.15)], ignore_index=True)
+    fallen = many.assign(top1=many["top1"].where(many["method"] != "random", 20.0))
+    assert "stretched" not in svg(many, tmp_path) and "stretched" in svg(fallen, tmp_path)
+    assert "stretched" not in svg(fallen, tmp_path, linear=True)
+
+
+def test_published_points_are_named_as_such(tmp_path: Path) -> None:
+    table = load_table([make_run(tmp_path / "run", model="vit_small_patch16_224.augreg_in21k_ft_in1k")])
+    text = svg(table, tmp_path, published=True)
+    assert text.count("ToMe r=13, published") == 1 and "ImageNet-1k, V100" in text
+    assert "published" not in svg(table, tmp_path)
+    with pytest.raises(UserError, match="nothing published is known for .* with agreement against gflops"):
+        plot_pareto(table, tmp_path / "a.png", published=True, x="gflops", y="agreement")
+
+
+def test_published_points_go_with_the_weights_they_were_measured_on() -> None:
+    assert published_points(["vit_base_patch16_224"], ["top1"]).empty  # timm's default has other weights
+    exact = published_points(["vit_base_patch16_224.augreg_in21k_ft_in1k"], ["top1", "drop", "speedup"])
+    assert exact["method"].to_list() == ["none", "tome"] and exact["top1"].to_list() == [84.57, 82.60]
+    assert exact["drop"].to_list() == pytest.approx([0, 1.97]) and exact["speedup"].iloc[1] == pytest.approx(
+        1.6537, abs=1e-4
+    )
+    assert published_points(["deit_small_patch16_224@mine"], ["gflops"]).empty
+
+
+def test_wrong_sizes_and_themes_are_one_line(df: pd.DataFrame, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no size 'papre'; there are wide, page, paper. Did you mean 'paper'"):
+        plot_pareto(df, tmp_path / "a.png", size="papre")
+    with pytest.raises(UserError, match="no theme 'drak'.* Did you mean 'dark'"):
+        plot_pareto(df, tmp_path / "a.png", theme="drak")
+
+
 def test_styles_are_distinct_and_fixed() -> None:
     assert len({style.color for style in STYLES.values()}) == len({s.marker for s in STYLES.values()}) == len(STYLES)
-    spare = [method_style(name, ["mine", "yours", "tome"]) for name in ("mine", "yours")]
-    assert len({style.color for style in spare}) == 2
+
+
+def test_a_method_of_other_people_looks_the_same_in_every_figure_and_like_none_of_ours() -> None:
+    mine = method_style("mine")
+    assert mine == method_style("mine") != method_style("yours") and mine.name == "mine"
+    assert mine.color not in {style.color for style in STYLES.values()}
+    assert mine.marker not in {style.marker for style in STYLES.values()}
 
 
 @pytest.mark.parametrize(
     "schedule, label",
     [("constant:13", "r=13"), ("13", "r=13"), ("keep:0.7@3,6,9", "keep 0.7"), ("linear:13,-1", "linear 13,-1"),
-     ("list:8,8,0,4", "list"), ("ratio:0.9", "ratio 0.9"), ("flops:0.5", "flops 0.5")],
+     ("list:8,8,0,4", "list"), ("ratio:0.9", "ratio 0.9"), ("flops:0.5", "50 % FLOPs")],
 )  # fmt: skip
 def test_schedules_are_short_in_labels(schedule: str, label: str) -> None:
     assert short_schedule(schedule) == label

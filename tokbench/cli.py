@@ -141,18 +141,30 @@ def plot(
         list[str] | None,
         typer.Option("--x", metavar="METRIC", help="A panel's x axis. Repeatable (default: gflops, throughput)."),
     ] = None,
-    y: Annotated[str, typer.Option("--y", metavar="METRIC", help="top1, drop or agreement.")] = "top1",
+    y: Annotated[
+        str, typer.Option("--y", metavar="METRIC", help="top1, drop, agreement or any other metric.")
+    ] = "top1",
     format: Annotated[str, typer.Option(metavar="FORMAT", help="png, svg or pdf.")] = "png",
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="File to write (default: pareto.png in the first RUN).")
     ] = None,
+    size: Annotated[
+        str, typer.Option(metavar="SIZE", help="wide (a screen), page (a paper's width) or paper (one column).")
+    ] = "wide",
+    theme: Annotated[str, typer.Option(metavar="THEME", help="light or dark.")] = "light",
+    published: Annotated[
+        bool, typer.Option("--published", help="Lay over what papers printed for this model, where they did.")
+    ] = False,
+    linear: Annotated[
+        bool, typer.Option("--linear", help="Never stretch the y axis near the unreduced model.")
+    ] = False,
 ) -> None:
-    """Draw accuracy against cost, with the Pareto front."""
+    """Draw accuracy against cost, with the Pareto front. Several runs are laid over each other."""
     from tokbench.report.metrics import load_table
     from tokbench.report.plots import plot_pareto
 
     target = out or runs[0] / f"pareto.{format}"
-    print(plot_pareto(load_table(runs), target, x=x, y=y))
+    print(plot_pareto(load_table(runs), target, x=x, y=y, size=size, theme=theme, published=published, linear=linear))
 
 
 @app.command()

@@ -32,6 +32,7 @@ class Metric:
         better: which way is better.
         digits: after the decimal point, in tables.
         low, high: columns of its 95 % interval, drawn as error bars; "" where there is none.
+        tie: values closer than this share of each other count as equal on a Pareto front.
     """
 
     label: str
@@ -41,7 +42,11 @@ class Metric:
     digits: int
     low: str = ""
     high: str = ""
+    tie: float = 0.0
 
+
+# Schedules that aim at the same FLOPs end a fraction of a percent apart, which must not decide who is on a front.
+_TIE = 0.01
 
 METRICS: dict[str, Metric] = {
     # The bars of top-1 are the paired interval of the drop, laid around the cell's top-1: all cells saw the same
@@ -50,20 +55,22 @@ METRICS: dict[str, Metric] = {
     "top5": Metric("Top-5 accuracy (%)", "Top-5 %", "top5", "higher", 2),
     "drop": Metric("Top-1 drop (points)", "Drop (points)", "drop", "lower", 2, "drop_low", "drop_high"),
     "agreement": Metric("Agreement with the unreduced model (%)", "Agree %", "agreement", "higher", 2),
-    "gflops": Metric("GFLOPs per image", "GFLOPs", "gflops", "lower", 3),
-    "flops_ratio": Metric("FLOPs relative to the unreduced model", "FLOPs ratio", "flops_ratio", "lower", 2),
+    "gflops": Metric("GFLOPs per image", "GFLOPs", "gflops", "lower", 3, tie=_TIE),
+    "flops_ratio": Metric("FLOPs relative to the unreduced model", "FLOPs ratio", "flops_ratio", "lower", 2, tie=_TIE),
     "throughput": Metric(
-        "Throughput (images/s)", "Images/s", "throughput", "higher", 0, "throughput_low", "throughput_high"
+        "Throughput (images/s)", "Images/s", "throughput", "higher", 0, "throughput_low", "throughput_high", _TIE
     ),
     "speedup": Metric(
-        "Speed-up over the unreduced model (×)", "Speed-up", "speedup", "higher", 2, "speedup_low", "speedup_high"
+        "Speed-up over the unreduced model (×)", "Speed-up", "speedup", "higher", 2, "speedup_low", "speedup_high", _TIE
     ),
-    "latency": Metric("Latency (ms)", "Latency ms", "latency_ms", "lower", 2),
-    "memory": Metric("Peak memory (MiB)", "Memory MiB", "memory_mib", "lower", 0),
+    "latency": Metric("Latency (ms)", "Latency ms", "latency_ms", "lower", 2, tie=_TIE),
+    "memory": Metric("Peak memory (MiB)", "Memory MiB", "memory_mib", "lower", 0, tie=_TIE),
 }
 
 # Cells that agree in all of these may be compared with each other, whichever run they come from.
 COMPARABLE = ("model", "weights_sha256", "input_size", "data", "data_fingerprint", "device", "machine", "dtype")
+# Cells that agree in these lie in the same panel of a plot, so that machines can be laid over each other.
+PANEL = ("model", "weights_sha256", "input_size", "data", "data_fingerprint")
 
 COLUMNS = (
     "run", "model", "method", "variant", "params", "schedule", "resolved", "is_baseline", "tokens_final",
@@ -91,13 +98,29 @@ def load_table(runs: Iterable[str | Path]) -> pd.DataFrame:
     """All cells of these runs, a row each, in the order they were first recorded (columns: `COLUMNS`).
 
     Accuracies and agreement are in percent, drops in points, FLOPs in 1e9 multiply-adds. What was not measured is
-    NaN or None. Raises UserError for a folder that is no run.
+    NaN or None. A run is called by its folder, and by the folder above it too where names repeat; one named twice is
+    read once. Raises UserError for a folder that is no run.
     """
-    tables = []
-    for path in runs:
-        folder = RunFolder.open(path)
-        tables.append(table_of_records(folder.records(), folder.path.resolve().name, folder.manifest))
+    folders = [RunFolder.open(path) for path in dict.fromkeys(Path(run).resolve() for run in runs)]
+    names = [folder.path.name for folder in folders]
+    tables = [
+        table_of_records(
+            folder.records(),
+            str(Path(folder.path.parent.name, name)) if names.count(name) > 1 else name,
+            folder.manifest,
+        )
+        for folder, name in zip(folders, names, strict=True)
+    ]
     return pd.concat(tables, ignore_index=True) if tables else table_of_records([])
+
+
+def run_names(df: pd.DataFrame) -> dict[str, str]:
+    """What tells the runs of a table apart, in words: the machine, or machine and dtype, or else the folder."""
+    runs = df.drop_duplicates("run").set_index("run")
+    for columns in (["machine"], ["dtype"], ["machine", "dtype"]):
+        if runs[columns].notna().all(axis=None) and not runs.duplicated(columns).any():
+            return {str(run): ", ".join(row) for run, row in runs[columns].iterrows()}
+    return {str(run): str(run) for run in runs.index}
 
 
 def table_of_records(
@@ -132,16 +155,15 @@ def comparable(df: pd.DataFrame) -> list[pd.DataFrame]:
 def pareto_front(df: pd.DataFrame, x: str, y: str) -> pd.Series:
     """True for each row that no comparable row beats: as good in both metrics and better in one.
 
-    x, y: names in `METRICS`. Rows where either is missing are False. The index is that of `df`.
+    x, y: names in `METRICS`; what differs by less than a metric's `tie` counts as equal. Rows where either is missing
+    are False. The index is that of `df`.
     """
     front = pd.Series(False, index=df.index)
     for group in comparable(df):
         measured = group[_measured(group, x, y)]
-        # Signs make higher better in both, so that one comparison serves all metrics.
-        a, b = (_signed(measured, name) for name in (x, y))
-        no_worse = (a[:, None] >= a) & (b[:, None] >= b)
-        better = (a[:, None] > a) | (b[:, None] > b)
-        front[measured.index] = ~(no_worse & better).any(axis=0)
+        no_worse_x, better_x = _compare(measured, x)
+        no_worse_y, better_y = _compare(measured, y)
+        front[measured.index] = ~(no_worse_x & no_worse_y & (better_x | better_y)).any(axis=0)
     return front
 
 
@@ -149,9 +171,14 @@ def _measured(df: pd.DataFrame, x: str, y: str) -> pd.Series:
     return df[find_metric(x).column].notna() & df[find_metric(y).column].notna()
 
 
-def _signed(df: pd.DataFrame, name: str) -> np.ndarray:
+def _compare(df: pd.DataFrame, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(n, n) each: whether row i is no worse than row j, and whether it is better, in this metric."""
     metric = find_metric(name)
-    return df[metric.column].to_numpy(float) * (1 if metric.better == "higher" else -1)
+    values = df[metric.column].to_numpy(float)
+    mine, other = values[:, None], values[None, :]
+    if metric.better == "lower":
+        return mine <= other * (1 + metric.tie), mine * (1 + metric.tie) < other
+    return mine * (1 + metric.tie) >= other, mine > other * (1 + metric.tie)
 
 
 def _row(kinds: Mapping[str, Record], run: str, machine: Mapping[str, Any]) -> dict[str, Any]:

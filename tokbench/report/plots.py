@@ -1,10 +1,10 @@
-"""Pareto plots: a panel per pair of metrics, a row of panels per set of comparable cells."""
+"""Pareto plots: a panel per pair of metrics, a row of panels per model and data, runs laid over each other."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,100 +14,147 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from tokbench.errors import UserError, nearest
 from tokbench.report.labels import Spot, place, sampled, spots_along, spots_around
-from tokbench.report.metrics import METRICS, comparable, find_metric, pareto_front
+from tokbench.report.metrics import METRICS, PANEL, find_metric, pareto_front, run_names
+from tokbench.report.published import PUBLISHED, published_points
+from tokbench.report.styles import STYLES, Style, Theme, blend, find_theme, method_style, short_schedule, variant_name
 
 FORMATS = ("png", "svg", "pdf")
 DEFAULT_X = ("gflops", "throughput")
-Color = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
-class Style:
-    """How a method looks in every plot: the name papers use, an Okabe-Ito color, a marker and its relative size."""
+class Size:
+    """A figure's measures: inches, and font sizes in points.
 
-    name: str
-    color: str
-    marker: str
-    size: float = 1.0
+    Attributes:
+        panel: width of a panel; None where the figure's width is fixed.
+        width: of the figure; the legend's, where panels have a width.
+        height: of a row of panels.
+        stacked: one panel a row, instead of all panels of a model beside each other.
+        text: whether title, conditions and notes are in the picture; in a paper they are in its caption.
+    """
+
+    panel: float | None
+    width: float
+    height: float
+    font: float
+    label: float
+    marker: float
+    stacked: bool = False
+    text: bool = False
+
+    def figure(self, rows: int, columns: int) -> tuple[float, float]:
+        """(width, height) of a figure of so many rows and columns of panels."""
+        if self.panel:
+            return self.width + self.panel * columns, 1.0 + self.height * rows
+        return self.width, 0.7 + self.height * rows
 
 
-STYLES: dict[str, Style] = {
-    "none": Style("unreduced", "#000000", "*", 1.9),
-    "tome": Style("ToMe", "#0072B2", "o"),
-    "tofu": Style("ToFu", "#56B4E9", "s", 0.92),
-    "mctf": Style("MCTF", "#D55E00", "^", 1.1),
-    "mstm": Style("MSTM", "#F0E442", "D", 0.88),
-    "evit": Style("EViT", "#009E73", "v", 1.1),
-    "pitome": Style("PiToMe", "#CC79A7", "h", 1.15),
-    "topk": Style("top-k", "#E69F00", "P", 1.15),
-    "random": Style("random", "#999999", "X", 1.1),
-}
-# Methods registered by users take these in turn.
-_SPARE = ("#6A3D9A", "#8C510A", "#01665E", "#B2182B"), ("p", "8", "<", ">")
-
-_INK, _MUTED, _FRONT = "#222222", "#666666", "#222222"
-_MARKER_PT, _FRONT_WIDTH_PT, _FRONT_ALPHA = 6.5, 10.0, 0.18
-_LABEL_PT = 8.5
-_HALO = [withStroke(linewidth=2.2, foreground="white")]
-_RC: dict[Any, Any] = {
-    "font.size": 9.5,
-    "axes.edgecolor": "#888888",
-    "axes.labelcolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "grid.color": "#E8E8E8",
-    "grid.linewidth": 0.7,
-    "pdf.fonttype": 42,
-    "svg.hashsalt": "tokbench",
+SIZES = {
+    "wide": Size(panel=4.9, width=1.3, height=4.5, font=9.5, label=8.5, marker=6.5, text=True),
+    "page": Size(panel=None, width=7.0, height=2.7, font=8, label=7, marker=5),
+    "paper": Size(panel=None, width=3.4, height=2.35, font=7.5, label=6.5, marker=4.5, stacked=True),
 }
 
 
-def plot_pareto(df: pd.DataFrame, out: str | Path, *, x: str | Sequence[str] | None = None, y: str = "top1") -> Path:
+@dataclass(frozen=True)
+class _Art:
+    """What all parts of a figure draw with."""
+
+    size: Size
+    theme: Theme
+    runs: dict[str, str] = field(default_factory=dict)  # runs laid over each other, by what the legend calls them
+
+    @property
+    def front(self) -> dict[str, Any]:
+        width = 10.0 * self.size.marker / 6.5
+        return {"color": self.theme.ink, "alpha": 0.18, "linewidth": width, "solid_capstyle": "round"}
+
+    @property
+    def halo(self) -> list[Any]:
+        return [withStroke(linewidth=2.2, foreground=self.theme.background)] if HALOS else []
+
+    @property
+    def rc(self) -> dict[Any, Any]:
+        theme = self.theme
+        return {
+            "font.size": self.size.font,
+            "figure.facecolor": theme.background,
+            "savefig.facecolor": theme.background,
+            "axes.facecolor": theme.background,
+            "axes.edgecolor": theme.axis,
+            "axes.labelcolor": theme.ink,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "text.color": theme.ink,
+            "xtick.color": theme.muted,
+            "ytick.color": theme.muted,
+            "grid.color": theme.grid,
+            "grid.linewidth": 0.7,
+            "pdf.fonttype": 42,
+            "svg.hashsalt": "tokbench",
+        }
+
+
+HALOS = True  # a rim of background around labels; in SVG it turns text into shapes
+_FILLS = ("full", "none", "left", "right", "bottom", "top")  # of markers: the method as it is, then with parameters
+_DASHES: tuple[Any, ...] = ("-", (0, (3, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+
+
+def plot_pareto(
+    df: pd.DataFrame,
+    out: str | Path,
+    *,
+    x: str | Sequence[str] | None = None,
+    y: str = "top1",
+    size: str = "wide",
+    theme: str = "light",
+    published: bool = False,
+    linear: bool = False,
+) -> Path:
     """Draw y against each x for the cells of `metrics.load_table`; returns `out`.
 
     Args:
         out: the file; .png, .svg or .pdf.
         x: one or several metrics, a panel each; None means GFLOPs and images/s, as far as they were measured.
         y: a metric.
+        size: "wide", for screens; "page", two columns of a paper; "paper", one column.
+        theme: "light" or "dark".
+        published: lay over what papers printed for the same model and metrics.
+        linear: never stretch the y axis near the unreduced model, which happens where a few cells fall far behind.
 
-    Raises UserError for an unknown metric or suffix, and when no cell has both metrics of a panel.
+    Raises UserError for an unknown metric, size, theme or suffix, when no cell has both metrics of a panel, and when
+    nothing was published that fits.
     """
     out = Path(out)
     if out.suffix.lstrip(".") not in FORMATS:
         hint = nearest(out.suffix.lstrip("."), FORMATS)
         raise UserError(f"cannot draw to {out}: the suffix must be one of {', '.join(FORMATS)}.{hint}")
+    if size not in SIZES:
+        raise UserError(f"no size {size!r}; there are {', '.join(SIZES)}.{nearest(size, SIZES)}")
     names = _panels(df, x, y)
     both = [df[find_metric(name).column].notna() & df[find_metric(y).column].notna() for name in names]
     df = df[np.logical_or.reduce(both)]
-    groups = comparable(df)
-    with rc_context(_RC):
-        figure = _draw(groups, names, y)
+    groups = [group for _, group in df.groupby(list(PANEL), sort=False, dropna=False)]
+    laid_over = {run for group in groups if group["run"].nunique() > 1 for run in group["run"]}
+    art = _Art(SIZES[size], find_theme(theme), run_names(df[df["run"].isin(laid_over)]))
+    printed = _published(df, names, y) if published else {}
+    with rc_context(art.rc):
+        figure = _draw(groups, names, y, art, printed, linear)
         metadata: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(out.suffix[1:], {})
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(out, dpi=200, metadata=metadata)
+            figure.savefig(out, dpi=200 if art.size.text else 300, metadata=metadata)
         except OSError as error:
             raise UserError(f"cannot write the plot {out}: {error.strerror}.") from error
     return out
-
-
-def method_style(method: str, methods: Sequence[str] = ()) -> Style:
-    """The method's fixed style; for one that is not among ours, a spare style by its place among such `methods`."""
-    if method in STYLES:
-        return STYLES[method]
-    colors, markers = _SPARE
-    place = sorted({name for name in methods if name not in STYLES} | {method}).index(method)
-    return Style(method, colors[place % len(colors)], markers[place // len(colors) % len(markers)])
 
 
 def _panels(df: pd.DataFrame, x: str | Sequence[str] | None, y: str) -> list[str]:
@@ -127,136 +174,268 @@ def _panels(df: pd.DataFrame, x: str | Sequence[str] | None, y: str) -> list[str
     return asked
 
 
-def _draw(groups: list[pd.DataFrame], names: list[str], y: str) -> Figure:
-    width = 1.3 + 4.9 * len(names)
-    figure = Figure(figsize=(width, 1.0 + 4.5 * len(groups)), layout="constrained")
+def _published(df: pd.DataFrame, names: Sequence[str], y: str) -> dict[str, pd.DataFrame]:
+    """Printed points by x metric. Raises UserError where there are none for these models and metrics."""
+    printed = {
+        name: published_points(df["model"].unique(), [find_metric(name).column, find_metric(y).column])
+        for name in names
+    }
+    if all(points.empty for points in printed.values()):
+        models = list(dict.fromkeys(row.models[0] for row in PUBLISHED))
+        raise UserError(
+            f"nothing published is known for {', '.join(map(str, df['model'].unique()))} with {y} against "
+            f"{' or '.join(names)}; there are figures for {', '.join(models)}."
+        )
+    return printed
+
+
+def _draw(
+    groups: list[pd.DataFrame], names: list[str], y: str, art: _Art, printed: dict[str, pd.DataFrame], linear: bool
+) -> Figure:
+    rows, columns = (len(groups) * len(names), 1) if art.size.stacked else (len(groups), len(names))
+    figure = Figure(figsize=art.size.figure(rows, columns), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(groups), len(names), squeeze=False, sharey="row")
-    for row, group in zip(axes, groups, strict=True):
-        _row_title(row[0], group)
-        for panel, name in zip(row, names, strict=True):
-            _panel(panel, group, name, y, first=panel is row[0])
-        bottom, top = row[0].get_ylim()
-        row[0].set_ylim(bottom, top + 0.14 * (top - bottom))  # room for the labels of the front
-    _legend(figure, pd.concat(groups), names, y)
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=False if art.size.stacked else "row")
+    grid = axes.reshape(len(groups), len(names))
+    jobs = [
+        (panel, group, name)
+        for row, group in zip(grid, groups, strict=True)
+        for panel, name in zip(row, names, strict=True)
+    ]
+    for row, group in zip(grid, groups, strict=True):
+        _row_title(row[0], group, groups, columns, art)
+    for panel, group, name in jobs:
+        first = panel.get_subplotspec().is_first_col()
+        _panel(panel, group, name, y, art, first=first)
+        if name in printed:
+            _draw_published(panel, _of_model(printed[name], group), name, y, art)
+    for panel, group, _ in jobs:
+        if panel.get_subplotspec().is_first_col():
+            _scale_y(panel, group, y, linear)
+    _legend(figure, pd.concat(groups), names, y, art, printed)
     # Labels are placed by their size on the page, so everything else has to be in its place before.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    for row, group in zip(axes, groups, strict=True):
-        for panel, name in zip(row, names, strict=True):
-            _label(panel, group, name, y)
+    for panel, group, name in jobs:
+        _label(panel, group, name, y, art, _of_model(printed[name], group) if name in printed else None)
     return figure
 
 
-def _row_title(panel: Axes, group: pd.DataFrame) -> None:
-    first = group.iloc[0]
-    images, batch = group["images"].dropna(), group["batch_size"].dropna()
-    parts = [
-        f"data {first['data']}" if pd.notna(first["data"]) else "",
-        f"{images.max():,} images" if len(images) else "",
-        f"{first['machine']} ({first['device']})" if pd.notna(first["machine"]) else str(first["device"] or ""),
-        str(first["dtype"] or ""),
-        f"batch {batch.max()}" if len(batch) else "",
-    ]
-    figure = panel.get_figure(root=True)
-    assert figure is not None, "panels belong to a figure"
-    per_line = int(figure.get_figwidth() * 72 / 5.6) - 16  # characters of this size beside the axis labels
-    details = textwrap.wrap(" · ".join(part for part in parts if part), per_line)
+def _of_model(printed: pd.DataFrame, group: pd.DataFrame) -> pd.DataFrame:
+    return printed[printed["model"] == group["model"].iloc[0]]
+
+
+def _row_title(panel: Axes, group: pd.DataFrame, groups: Sequence[pd.DataFrame], columns: int, art: _Art) -> None:
+    model = str(group["model"].iloc[0])
+    if not art.size.text:
+        if len(groups) > 1:
+            panel.set_title(model, loc="left", fontsize=art.size.font)
+        return
+    points = 72 * (columns * (art.size.panel or 0) - 0.7)
+    details = textwrap.wrap(" · ".join(_conditions(group, groups)), int(points / 5.6))
+    title = f"{model}: token fusion without training"
+    if len(title) > points / 8:
+        title = model
     # The blank title keeps the height free; the texts stay out of the layout, or their width would push the panels
     # apart.
     panel.set_title("\n".join(" " * (2 + len(details))), loc="left", fontsize=10)
     lines: list[tuple[str, int, dict[str, Any]]] = [
-        (f"{first['model']}: token fusion without training", 9 + 14 * len(details),
-         {"fontsize": 12, "weight": "bold", "color": _INK}),
-        ("\n".join(details), 8, {"fontsize": 9.5, "color": _MUTED, "linespacing": 1.3}),
-    ]  # fmt: skip
+        (title, 9 + 14 * len(details), {"fontsize": 12, "weight": "bold"}),
+        ("\n".join(details), 8, {"fontsize": 9.5, "color": art.theme.muted, "linespacing": 1.3}),
+    ]
     for text, height, font in lines:
         note = panel.annotate(text, (0, 1), (0, height), xycoords="axes fraction", textcoords="offset points", **font)
         note.set_in_layout(False)
 
 
-def _panel(panel: Axes, group: pd.DataFrame, x: str, y: str, *, first: bool) -> None:
+def _conditions(group: pd.DataFrame, groups: Sequence[pd.DataFrame]) -> list[str]:
+    """What all cells of the group share, in words; what tells it from another group of the same model included."""
+
+    def shared(column: str) -> Any:
+        values = group[column].dropna().unique()
+        return values[0] if len(values) == 1 else None
+
+    def differs(column: str) -> bool:
+        same_model = [other for other in groups if other["model"].iloc[0] == group["model"].iloc[0]]
+        return len({other[column].iloc[0] for other in same_model}) > 1
+
+    device, machine = shared("device"), shared("machine")
+    where = f"{machine} ({device})" if machine and device else machine or device
+    parts = {
+        "data {}": shared("data"),
+        "{} px": shared("input_size") if differs("input_size") else None,
+        "weights {:.8}": shared("weights_sha256") if differs("weights_sha256") else None,
+        "{:,} images": shared("images"),
+        "{}": where,
+        "{} ": shared("dtype"),
+        "batch {}": shared("batch_size"),
+    }
+    return [text.format(value).strip() for text, value in parts.items() if value is not None]
+
+
+def _panel(panel: Axes, group: pd.DataFrame, x: str, y: str, art: _Art, *, first: bool) -> None:
     horizontal, vertical = find_metric(x), find_metric(y)
     panel.grid(True)
     panel.set_axisbelow(True)
-    better_x = "lower is better ←" if horizontal.better == "lower" else "higher is better →"
-    panel.set_xlabel(f"{_axis_name(x, group)}\n{better_x}")
+    panel.set_xlabel(_axis_name(x, art, "lower is better ←" if horizontal.better == "lower" else "higher is better →"))
     if first:
-        panel.set_ylabel(f"{vertical.label}\n{vertical.better} is better →")
+        panel.set_ylabel(_axis_name(y, art, f"{vertical.better} is better →"))
     if vertical.better == "lower" and first:
         # Up is better in every plot.
         panel.invert_yaxis()
-    _draw_front(panel, group, x, y)
-    base = _baseline(group, x, y)
-    if base:
-        _reference_lines(panel, *base)
-    methods = sorted(set(group["method"]))
-    for variant in dict.fromkeys(group["variant"]):
-        _draw_variant(panel, group[group["variant"] == variant], x, y, methods)
-    _ring_front(panel, group, x, y, methods)
+    for _, cells in group.groupby(["machine", "device", "dtype"], sort=False, dropna=False):
+        _draw_front(panel, cells, x, y, art)
+    for base in _baselines(group, x, y):
+        _reference_lines(panel, *base, art)
+    for series in _series(group, art):
+        _draw_series(panel, series, x, y)
+    _ring_front(panel, group, x, y, art)
     panel.margins(0.11, 0.06)
-    panel.yaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
-    panel.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=8 if art.size.text else 6, steps=[1, 2, 5, 10]))
 
 
-def _baseline(group: pd.DataFrame, x: str, y: str) -> tuple[float, float] | None:
-    """Where the unreduced model lies; the first run's, where several runs measured it."""
+def _axis_name(name: str, art: _Art, direction: str) -> str:
+    label = find_metric(name).label
+    if name == "gflops":
+        label = f"{label} (multiply-adds)"
+    return f"{label}\n{direction}" if art.size.text else label
+
+
+def _scale_y(panel: Axes, group: pd.DataFrame, y: str, linear: bool) -> None:
+    """Limits, ticks and, where a few cells fall far behind, a scale that leaves the others room."""
+    bases = group.loc[group["is_baseline"], find_metric(y).column].dropna()
+    values = group.loc[~group["is_baseline"], find_metric(y).column].dropna()
+    unit = 0.0 if linear or bases.empty or values.empty else _stretch_unit(values - bases.iloc[0], y)
+    if unit:
+        base = float(bases.iloc[0])
+        panel.set_yscale(
+            "function",
+            functions=(lambda v: np.arcsinh((v - base) / unit), lambda t: base + unit * np.sinh(t)),
+        )
+    to_axis = panel.yaxis.get_transform()
+    bottom, top = to_axis.transform(np.array(panel.get_ylim()))
+    limits = to_axis.inverted().transform(
+        np.array([bottom, top + 0.14 * (top - bottom)])
+    )  # room for the front's labels
+    if unit:
+        ticks = _spread_ticks(float(min(limits)), float(max(limits)), base, to_axis)
+        panel.yaxis.set_major_locator(FixedLocator(ticks))
+        panel.yaxis.set_minor_locator(NullLocator())
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.set_ylabel(panel.get_ylabel() + "\n(stretched scale)")
+    else:
+        panel.yaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
+    panel.set_ylim(*limits)
+
+
+def _stretch_unit(gaps: pd.Series, y: str) -> float:
+    """The points near the unreduced model that a stretched axis draws about linearly; 0 where none is needed."""
+    if find_metric(y).column not in ("top1", "top5", "drop", "agreement") or len(gaps) < 6:
+        return 0.0
+    most, near = gaps.abs().max(), gaps.abs().quantile(0.7)
+    return max(near / 2, 0.5) if most > 8 and most > 5 * near else 0.0
+
+
+def _spread_ticks(low: float, high: float, base: float, to_axis: Any) -> list[float]:
+    """Numbers that stand apart on a scale stretched around `base`; the farther from it, the rounder."""
+    room = 0.065 * abs(np.diff(to_axis.transform(np.array([low, high])))[0])
+    ticks: list[float] = []
+    for step in (50, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1):
+        for tick in np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step:
+            there = to_axis.transform(np.array([*ticks, tick]))
+            if abs(tick - base) < 5 * step and (abs(there[:-1] - there[-1]) > room).all():
+                ticks.append(round(float(tick), 6) + 0.0)  # no −0
+    return sorted(ticks)
+
+
+def _baselines(group: pd.DataFrame, x: str, y: str) -> list[tuple[float, float]]:
+    """Where the unreduced model lies, once for each run that measured it."""
     columns = [find_metric(x).column, find_metric(y).column]
-    cells = group[group["is_baseline"]].dropna(subset=columns)
-    return None if cells.empty else (float(cells.iloc[0][columns[0]]), float(cells.iloc[0][columns[1]]))
+    cells = group[group["is_baseline"]].dropna(subset=columns).drop_duplicates("run")
+    return [(float(cell[columns[0]]), float(cell[columns[1]])) for _, cell in cells.iterrows()]
 
 
-def _axis_name(x: str, group: pd.DataFrame) -> str:
-    label = find_metric(x).label
-    if x == "gflops":
-        return label.replace("GFLOPs per image", "GFLOPs per image (multiply-adds)")
-    return label
-
-
-def _draw_front(panel: Axes, group: pd.DataFrame, x: str, y: str) -> None:
-    front = group[pareto_front(group, x, y)].sort_values(find_metric(x).column)
+def _draw_front(panel: Axes, cells: pd.DataFrame, x: str, y: str, art: _Art) -> None:
+    front = cells[pareto_front(cells, x, y)].sort_values(find_metric(x).column)
     panel.plot(
         front[find_metric(x).column], front[find_metric(y).column],
-        color=_FRONT, alpha=_FRONT_ALPHA, linewidth=_FRONT_WIDTH_PT, solid_capstyle="round", solid_joinstyle="round",
-        zorder=1,
+        solid_joinstyle="round", zorder=1, **art.front,
     )  # fmt: skip
 
 
-def _ring_front(panel: Axes, group: pd.DataFrame, x: str, y: str, methods: Sequence[str]) -> None:
-    for _, cell in group[pareto_front(group, x, y) & ~group["is_baseline"]].iterrows():
-        marks = _marks(method_style(cell["method"], methods), cell["variant"] == cell["method"])
-        marks |= {"markeredgecolor": "black", "markeredgewidth": 1.3, "markersize": marks["markersize"] * 1.25}
-        panel.plot(cell[find_metric(x).column], cell[find_metric(y).column], **marks, zorder=4.5)
+def _ring_front(panel: Axes, group: pd.DataFrame, x: str, y: str, art: _Art) -> None:
+    front = pareto_front(group, x, y) & ~group["is_baseline"]
+    for series in _series(group, art):
+        cells = series.cells[front[series.cells.index]]
+        marks = {**series.marks, "markersize": series.marks["markersize"] * 1.25, "linestyle": "none"}
+        marks |= {"markeredgecolor": art.theme.ink, "markeredgewidth": 0.2 * art.size.marker}
+        panel.plot(cells[find_metric(x).column], cells[find_metric(y).column], **marks, zorder=series.zorder + 0.05)
 
 
-def _draw_variant(panel: Axes, cells: pd.DataFrame, x: str, y: str, methods: Sequence[str]) -> None:
-    first = cells.iloc[0]
-    style = method_style(first["method"], methods)
+@dataclass(frozen=True)
+class _Series:
+    """The cells of one method with one set of parameters in one run, and how they are drawn."""
+
+    cells: pd.DataFrame
+    marks: dict[str, Any]
+    is_baseline: bool
+    zorder: float
+
+
+def _series(group: pd.DataFrame, art: _Art) -> Iterator[_Series]:
+    ranks = _variant_ranks(group)
+    several = group["run"].nunique() > 1
+    for (variant, run), cells in group.groupby(["variant", "run"], sort=False):
+        place = list(art.runs).index(run) if several else 0
+        method = cells["method"].iloc[0]
+        zorder = (5 if method == "none" else 4) - 0.1 * place  # the first run on top
+        yield _Series(cells, _marks(method, ranks[variant], place, art), method == "none", zorder)
+
+
+def _variant_ranks(df: pd.DataFrame) -> dict[str, int]:
+    """0 for a method as it is, then 1, 2, … for each set of parameters it is given."""
+    ranks = {}
+    for method, cells in df.groupby("method", sort=False):
+        changed = sorted(set(cells["variant"]) - {method})
+        ranks.update({method: 0, **{variant: rank for rank, variant in enumerate(changed, 1)}})
+    return ranks
+
+
+def _marks(method: str, rank: int, run: int, art: _Art) -> dict[str, Any]:
+    """Line and marker. Parameters change how a marker is filled; a further run is paler, smaller and dashed."""
+    style, theme = method_style(method), art.theme
+    color = theme.method(style)
+    paler = min(0.5 * run, 0.75)
+    line, edge = (blend(_hex(theme.shade(color, share)), theme.background, paler) for share in (0.15, 0.38))
+    dashes = _DASHES[(run if len(art.runs) > 1 else min(rank, 1)) % len(_DASHES)]
+    return {
+        "color": line,
+        "linewidth": 0.17 * art.size.marker,
+        "linestyle": "none" if method == "none" else dashes,
+        "marker": style.marker,
+        "markersize": art.size.marker * style.size * (0.85 if run else 1),
+        "fillstyle": _FILLS[rank % len(_FILLS)],
+        "markerfacecolor": blend(color, theme.background, paler) if rank % len(_FILLS) != 1 else theme.background,
+        "markerfacecoloralt": theme.background,
+        "markeredgecolor": line if rank else edge,
+        "markeredgewidth": 0.2 * art.size.marker if rank else 0.11 * art.size.marker,
+    }
+
+
+def _hex(color: tuple[float, float, float]) -> str:
+    return "#" + "".join(f"{round(255 * part):02X}" for part in color)
+
+
+def _draw_series(panel: Axes, series: _Series, x: str, y: str) -> None:
     horizontal, vertical = find_metric(x), find_metric(y)
-    plain = first["variant"] == first["method"]
-    cells = cells.dropna(subset=[horizontal.column, vertical.column]).sort_values(horizontal.column)
+    cells = series.cells.dropna(subset=[horizontal.column, vertical.column]).sort_values(horizontal.column)
     xs, ys = cells[horizontal.column], cells[vertical.column]
-    if not first["is_baseline"]:
+    if not series.is_baseline:
         panel.errorbar(
             xs, ys, xerr=_bars(cells, x), yerr=_bars(cells, y), fmt="none",
-            ecolor=_shade(style.color, 0.85), elinewidth=0.9, alpha=0.6, zorder=2,
+            ecolor=series.marks["color"], elinewidth=0.8 * series.marks["linewidth"], alpha=0.6, zorder=2,
         )  # fmt: skip
-    panel.plot(xs, ys, **_marks(style, plain), zorder=5 if first["is_baseline"] else 4)
-
-
-def _marks(style: Style, plain: bool) -> dict[str, Any]:
-    """Line and marker of a method; one with parameters changed is hollow and dashed."""
-    edge = _shade(style.color, 0.62)
-    return {
-        "color": _shade(style.color, 0.85),
-        "linewidth": 1.1,
-        "linestyle": "none" if style.marker == "*" else "-" if plain else (0, (3, 2)),
-        "marker": style.marker,
-        "markersize": _MARKER_PT * style.size,
-        "markerfacecolor": style.color if plain else "white",
-        "markeredgecolor": edge if plain else _shade(style.color, 0.85),
-        "markeredgewidth": 0.7 if plain else 1.4,
-    }
+    panel.plot(xs, ys, **series.marks, zorder=series.zorder)
 
 
 def _bars(cells: pd.DataFrame, name: str) -> np.ndarray | None:
@@ -268,40 +447,80 @@ def _bars(cells: pd.DataFrame, name: str) -> np.ndarray | None:
     return np.nan_to_num(np.clip([middle - low, high - middle], 0, None))
 
 
-def _shade(color: str, factor: float) -> Color:
-    red, green, blue = to_rgb(color)
-    return red * factor, green * factor, blue * factor
+def _draw_published(panel: Axes, printed: pd.DataFrame, x: str, y: str, art: _Art) -> None:
+    columns = [find_metric(x).column, find_metric(y).column]
+    unreduced = printed[printed["method"] == "none"]
+    for method, points in printed.groupby("method", sort=False):
+        path = points if method == "none" else pd.concat([unreduced, points])
+        panel.plot(*path[columns].to_numpy().T, linestyle=":", color=art.theme.muted, linewidth=1.0, zorder=2.5)
+        panel.plot(*points[columns].to_numpy().T, **_published_marks(str(method), art), zorder=3)
 
 
-def _legend(figure: Figure, df: pd.DataFrame, names: list[str], y: str) -> None:
-    methods = sorted(set(df["method"]))
-    handles: list[Any] = []
-    labels: list[str] = []
-    order = [*STYLES, *methods]
-    variants = df.drop_duplicates("variant")
-    for _, cell in sorted(variants.iterrows(), key=lambda item: order.index(item[1]["method"])):
-        style = method_style(cell["method"], methods)
-        handles.append(Line2D([], [], **_marks(style, cell["variant"] == cell["method"])))
-        labels.append(style.name + cell["variant"].removeprefix(cell["method"]).replace(":", "\n", 1))
-    band = Line2D([], [], color=_FRONT, alpha=_FRONT_ALPHA, linewidth=_FRONT_WIDTH_PT, solid_capstyle="round")
-    ring = Line2D([], [], marker="o", linestyle="none", markerfacecolor="white", color="black")
-    handles.append((band, ring))
-    labels.append("Pareto front")
-    figure.legend(handles, labels, loc="outside right center", frameon=False, handlelength=2.2, labelspacing=0.75)
-    figure.supxlabel(_footnote(df, names, y), x=0.01, ha="left", fontsize=8, color=_MUTED)
+def _published_marks(method: str, art: _Art) -> dict[str, Any]:
+    style = method_style(method)
+    return {
+        "linestyle": "none",
+        "marker": style.marker,
+        "markersize": 1.5 * art.size.marker * style.size,
+        "markerfacecolor": "none",
+        "markeredgecolor": art.theme.shade(art.theme.method(style), 0.15),
+        "markeredgewidth": 0.2 * art.size.marker,
+    }
+
+
+def _legend(
+    figure: Figure, df: pd.DataFrame, names: list[str], y: str, art: _Art, printed: dict[str, pd.DataFrame]
+) -> None:
+    entries: list[tuple[Any, str]] = []
+    order = [*STYLES, *sorted(set(df["method"]))]
+    ranks = _variant_ranks(df)
+    plain_art = _Art(art.size, art.theme)
+    for variant, cells in sorted(df.groupby("variant"), key=lambda item: order.index(item[1]["method"].iloc[0])):
+        method = cells["method"].iloc[0]
+        name = variant_name(method, variant)
+        text = name.replace(":", "\n", 1) if art.size.text else name
+        entries.append((Line2D([], [], **_marks(method, ranks[variant], 0, plain_art)), text))
+    entries += [(_run_handle(place, art), name) for place, name in enumerate(art.runs.values())]
+    for where in dict.fromkeys(where for points in printed.values() for where in points["where"]):
+        marks = _published_marks("tome", art) | {"marker": "o", "markeredgecolor": art.theme.muted}
+        handle = Line2D([], [], **{**marks, "linestyle": ":", "color": art.theme.muted})
+        entries.append((handle, "published" + (f":\n{where}" if art.size.text else f" ({where})")))
+    band = Line2D([], [], **art.front)
+    ring = Line2D([], [], marker="o", linestyle="none", color=art.theme.ink, markersize=art.size.marker)
+    ring.set_markerfacecolor(art.theme.background)
+    entries.append(((band, ring), "Pareto front"))
+    handles, labels = zip(*entries, strict=True)
+    if art.size.text:
+        figure.legend(handles, labels, loc="outside right center", frameon=False, handlelength=2.2, labelspacing=0.75)
+        figure.supxlabel(_footnote(df, names, y), x=0.01, ha="left", fontsize=8, color=art.theme.muted)
+        return
+    longest = max(len(label) for label in labels)
+    per_row = int(art.size.width * 72 / (0.55 * art.size.font * (longest + 5)))
+    figure.legend(
+        handles, labels, loc="outside lower center", frameon=False, ncols=max(1, min(per_row, len(labels))),
+        handlelength=1.8, labelspacing=0.35, columnspacing=1.2, handletextpad=0.5,
+    )  # fmt: skip
+
+
+def _run_handle(place: int, art: _Art) -> Line2D:
+    marks = _marks("none", 0, place, art)
+    return Line2D([], [], **{**marks, "marker": "o", "markersize": art.size.marker, "linestyle": _DASHES[place % 4]})
 
 
 def _footnote(df: pd.DataFrame, names: list[str], y: str) -> str:
-    notes = ["Pareto front: no other cell is as good in both metrics and better in one."]
-    if y in ("top1", "drop") and df["drop_low"].notna().any():
-        notes.append("Vertical bars: 95 % interval of the difference from the unreduced model on the same images.")
-    if any(find_metric(name).low for name in names):
-        notes.append("Horizontal bars: 95 % interval over timing rounds.")
+    notes = ["Pareto front: no other cell is as good in both metrics and better in one (costs within 1 % are equal)."]
+    bars = [("Vertical", [y]), ("Horizontal", names)]
+    for direction, metrics in bars:
+        shown = {find_metric(name).low for name in metrics} - {""}
+        if {"top1_paired_low", "drop_low"} & shown and df["drop_low"].notna().any():
+            notes.append(f"{direction} bars: 95 % interval of the difference from the unreduced model, same images.")
+        if {"throughput_low", "speedup_low"} & shown:
+            notes.append(f"{direction} bars: 95 % interval over timing rounds.")
     return "\n".join(notes)
 
 
-def _reference_lines(panel: Axes, at_x: float, at_y: float) -> None:
-    dashes: dict[str, Any] = {"color": _MUTED, "linewidth": 0.9, "linestyle": (0, (4, 3)), "zorder": 1.5}
+def _reference_lines(panel: Axes, at_x: float, at_y: float, art: _Art) -> None:
+    dashes: dict[str, Any] = {"color": art.theme.muted, "linewidth": 0.9, "linestyle": (0, (4, 3)), "zorder": 1.5}
     panel.axhline(at_y, **dashes)
     panel.axvline(at_x, **dashes)
 
@@ -315,64 +534,64 @@ class _Label:
     rotation: int = 0
 
 
-def _label(panel: Axes, group: pd.DataFrame, x: str, y: str) -> None:
-    """Name the members of the front and the reference lines, where there is room."""
+def _label(panel: Axes, group: pd.DataFrame, x: str, y: str, art: _Art, printed: pd.DataFrame | None) -> None:
+    """Name the members of the front, what was published and the reference lines, where there is room."""
     columns = [find_metric(x).column, find_metric(y).column]
     cells = group.dropna(subset=columns)
-    labels = _front_labels(panel, cells, x, y)
-    base = _baseline(cells, x, y)
-    if base:
-        labels += [_line_label(panel, base, axis, name) for axis, name in enumerate((y, x))]
-    points = panel.transData.transform(cells[columns].to_numpy(float))
-    half = (_MARKER_PT / 2 + 1.5) * _pixels_per_point(panel)
+    front = cells[pareto_front(cells, x, y) & ~cells["is_baseline"]]
+    # The end of the front first: it has the frame beside it, so the fewest spots to choose from.
+    front = front.sort_values(columns[0], ascending=find_metric(x).better == "lower")
+    labels = _point_labels(panel, front, x, y, art)
+    places = [cells[columns].to_numpy(float)]
+    if printed is not None:
+        places.append(printed[columns].to_numpy(float))
+        labels += _point_labels(panel, printed[printed["method"] != "none"], x, y, art, ", published")
+    lines = [_line_label(panel, base, axis, name, art)
+             for base in _baselines(cells, x, y) for axis, name in enumerate((y, x))]  # fmt: skip
+    labels += {label.text: label for label in reversed(lines)}.values()
+    points = panel.transData.transform(np.concatenate(places))
+    half = (art.size.marker / 2 + 1.5) * _pixels_per_point(panel)
     markers = np.hstack([points - half, points + half])
     chosen = place([label.spots for label in labels], markers, _line_points(panel), _frame(panel))
     for label, spot in zip(labels, chosen, strict=True):
         if spot is not None:
-            _write(panel, label, spot)
+            _write(panel, label, spot, art)
 
 
-def _front_labels(panel: Axes, cells: pd.DataFrame, x: str, y: str) -> list[_Label]:
+def _point_labels(panel: Axes, cells: pd.DataFrame, x: str, y: str, art: _Art, addition: str = "") -> list[_Label]:
     leftwards = find_metric(x).better == "lower"
-    methods = sorted(set(cells["method"]))
-    labels = []
-    front = cells[pareto_front(cells, x, y) & ~cells["is_baseline"]]
-    # The end of the front first: it has the frame beside it, so the fewest spots to choose from.
-    for _, cell in front.sort_values(find_metric(x).column, ascending=leftwards).iterrows():
-        style = method_style(cell["method"], methods)
-        text = f"{style.name} {short_schedule(cell['schedule'])}"
+    labels: list[_Label] = []
+    for _, cell in cells.iterrows():
+        style: Style = method_style(cell["method"])
+        text = f"{style.name} {short_schedule(cell['schedule'])}{addition}"
         at = (float(cell[find_metric(x).column]), float(cell[find_metric(y).column]))
         point = panel.transData.transform(at)
-        spots = spots_around(point, _text_size(panel, text), _pixels_per_point(panel), leftwards=leftwards)
-        labels.append(_Label(text, at, _shade(style.color, 0.6), spots))
+        near = 8 * _pixels_per_point(panel)
+        if any(text == other.text and np.hypot(*(panel.transData.transform(other.at) - point)) < near
+               for other in labels):  # fmt: skip
+            continue  # the same cell of another run
+        spots = spots_around(point, _text_size(panel, text, art), _pixels_per_point(panel), leftwards=leftwards)
+        labels.append(_Label(text, at, art.theme.shade(art.theme.method(style), 0.4), spots))
     return labels
 
 
-def _line_label(panel: Axes, base: tuple[float, float], axis: int, name: str) -> _Label:
+def _line_label(panel: Axes, base: tuple[float, float], axis: int, name: str, art: _Art) -> _Label:
     """The unreduced model's value of metric `name`, for the line along `axis` (0 horizontal, 1 vertical)."""
     text = f"unreduced: {_value(name, base[1 - axis])}"
     line = panel.transData.transform(base)[1 - axis]
-    size = _text_size(panel, text)
+    size = _text_size(panel, text, art)
     spots = spots_along(line, axis, size[::-1] if axis else size, _frame(panel), gap=3 * _pixels_per_point(panel))
-    return _Label(text, base, _MUTED, spots, rotation=90 * axis)
+    return _Label(text, base, art.theme.muted, spots, rotation=90 * axis)
 
 
-def _write(panel: Axes, label: _Label, spot: Spot) -> None:
+def _write(panel: Axes, label: _Label, spot: Spot, art: _Art) -> None:
     offset = (spot.center - panel.transData.transform(label.at)) / _pixels_per_point(panel)
     line = {"arrowstyle": "-", "color": label.color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
     panel.annotate(
         label.text, label.at, tuple(offset), textcoords="offset points", ha="center", va="center", zorder=6,
-        color=label.color, fontsize=_LABEL_PT, rotation=label.rotation, path_effects=_HALO,
+        color=label.color, fontsize=art.size.label, rotation=label.rotation, path_effects=art.halo,
         arrowprops=line if len(spot.leader) else None,
     )  # fmt: skip
-
-
-def short_schedule(schedule: str) -> str:
-    """A schedule as a plot's label: `constant:13` is "r=13", `keep:0.7@3,6,9` is "keep 0.7"."""
-    kind, _, rest = schedule.rpartition(":")
-    if kind in ("", "constant"):
-        return f"r={rest}"
-    return kind if kind == "list" else f"{kind} {rest.partition('@')[0]}"
 
 
 def _value(name: str, value: float) -> str:
@@ -382,9 +601,9 @@ def _value(name: str, value: float) -> str:
     return number + unit.get(name, "")
 
 
-def _text_size(panel: Axes, text: str) -> np.ndarray:
+def _text_size(panel: Axes, text: str, art: _Art) -> np.ndarray:
     """(2,) width and height in pixels of a label's text, upright, with a little room around it."""
-    drawn = panel.text(0, 0, text, fontsize=_LABEL_PT)
+    drawn = panel.text(0, 0, text, fontsize=art.size.label)
     extent = drawn.get_window_extent()
     drawn.remove()
     return np.array([extent.width, extent.height]) + 2 * _pixels_per_point(panel)
@@ -405,4 +624,4 @@ def _line_points(panel: Axes) -> np.ndarray:
     paths = [np.asarray(line.get_path().transformed(line.get_transform()).vertices) for line in panel.lines]
     bars = [collection for collection in panel.collections if isinstance(collection, LineCollection)]
     paths += [panel.transData.transform(segment) for collection in bars for segment in collection.get_segments()]
-    return np.concatenate([np.empty((0, 2)), *(sampled(path) for path in paths)])
+    return np.concatenate([np.empty((0, 2)), *(sampled(path) for path in paths if np.isfinite(path).all())])

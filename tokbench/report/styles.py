@@ -1,0 +1,108 @@
+"""How methods look wherever they are drawn: the name papers use, a color, a marker, and short words for schedules."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from tokbench.errors import UserError, nearest
+
+Color = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Style:
+    """A method's name in papers, an Okabe-Ito color, a matplotlib marker and its relative size."""
+
+    name: str
+    color: str
+    marker: str
+    size: float = 1.0
+
+
+STYLES: dict[str, Style] = {
+    "none": Style("unreduced", "#000000", "*", 1.9),
+    "tome": Style("ToMe", "#0072B2", "o"),
+    "tofu": Style("ToFu", "#56B4E9", "s", 0.92),
+    "mctf": Style("MCTF", "#D55E00", "^", 1.1),
+    "mstm": Style("MSTM", "#F0E442", "D", 0.88),
+    "evit": Style("EViT", "#009E73", "v", 1.1),
+    "pitome": Style("PiToMe", "#CC79A7", "h", 1.15),
+    "topk": Style("top-k", "#E69F00", "P", 1.15),
+    "random": Style("random", "#999999", "X", 1.1),
+}
+# For methods of other people: which of them depends on the method's name alone, so it is the same in every figure.
+_SPARE_COLORS = ("#6A3D9A", "#8C510A", "#01665E", "#B2182B", "#4D4D4D", "#1B7837")
+_SPARE_MARKERS = ("p", "<", ">", "d", "8")
+
+
+def method_style(method: str) -> Style:
+    """The method's style, in every figure the same; a method that is not ours gets one chosen by its name."""
+    if method in STYLES:
+        return STYLES[method]
+    number = int.from_bytes(hashlib.sha256(method.encode()).digest()[:4], "big")
+    marker, color = divmod(number % (len(_SPARE_COLORS) * len(_SPARE_MARKERS)), len(_SPARE_COLORS))
+    return Style(method, _SPARE_COLORS[color], _SPARE_MARKERS[marker])
+
+
+def variant_name(method: str, variant: str) -> str:
+    """The method as papers call it, and the parameters it was given: `tome:a=1` → "ToMe:a=1"."""
+    return method_style(method).name + variant.removeprefix(method)
+
+
+def short_schedule(schedule: str) -> str:
+    """A schedule in few words: `constant:13` is "r=13", `keep:0.7@3,6,9` "keep 0.7", `flops:0.5` "50 % FLOPs"."""
+    kind, _, rest = schedule.rpartition(":")
+    if kind in ("", "constant"):
+        return f"r={rest}" if rest else ""
+    if kind == "flops":
+        return f"{100 * float(rest):.3g} % FLOPs"
+    return kind if kind == "list" else f"{kind} {rest.partition('@')[0]}"
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colors of everything that is no method, and towards what a method's color is shaded for lines and text."""
+
+    ink: str
+    muted: str
+    axis: str
+    grid: str
+    background: str
+
+    @property
+    def is_dark(self) -> bool:
+        return sum(rgb(self.background)) < 1.5
+
+    def shade(self, color: str, share: float) -> Color:
+        """A color moved towards the ink, so that thin lines and small text stand out from the background."""
+        return blend(color, "#FFFFFF" if self.is_dark else "#000000", share)
+
+    def method(self, style: Style) -> str:
+        """The color of a method's markers: its own, or the ink where that would not be seen."""
+        return self.ink if style.color == "#000000" else style.color
+
+
+THEMES = {
+    "light": Theme("#222222", "#666666", "#888888", "#E8E8E8", "#FFFFFF"),
+    "dark": Theme("#EDEDED", "#A8A8A8", "#777777", "#33373D", "#16191D"),
+}
+
+
+def find_theme(name: str) -> Theme:
+    """The theme of that name. Raises UserError with the names there are."""
+    if name not in THEMES:
+        raise UserError(f"no theme {name!r}; there are {', '.join(THEMES)}.{nearest(name, THEMES)}")
+    return THEMES[name]
+
+
+def rgb(color: str) -> Color:
+    """`#RRGGBB` as three numbers from 0 to 1."""
+    red, green, blue = (int(color[start : start + 2], 16) / 255 for start in (1, 3, 5))
+    return red, green, blue
+
+
+def blend(color: str, other: str, share: float) -> Color:
+    """`color` with `share` of `other` mixed in, as three numbers from 0 to 1."""
+    red, green, blue = (a + share * (b - a) for a, b in zip(rgb(color), rgb(other), strict=True))
+    return red, green, blue
