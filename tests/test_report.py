@@ -17,7 +17,7 @@ from rich.console import Console
 from tokbench.errors import UserError
 from tokbench.report import plots
 from tokbench.report.labels import Spot, place, spots_along, spots_around
-from tokbench.report.metrics import METRICS, comparable, load_table, pareto_front, table_of_records
+from tokbench.report.metrics import METRICS, comparable, filter_cells, load_table, pareto_front, table_of_records
 from tokbench.report.plots import plot_pareto
 from tokbench.report.published import published_points
 from tokbench.report.styles import STYLES, method_style, short_schedule
@@ -197,6 +197,43 @@ def test_digits_follow_the_number_of_images(tmp_path: Path) -> None:
 def test_front_members_are_marked(df: pd.DataFrame) -> None:
     lines = [line for line in render_table(df, "md").splitlines() if line.startswith("| ")]
     assert [line.split("|")[-2].strip() for line in lines] == ["Front", "both", "both", "both", "speed", ""]
+
+
+def test_the_best_for_its_cost_is_bold_in_files(df: pd.DataFrame) -> None:
+    assert "| **79.8** |" in render_table(df, "md") and "| 70.0 |" in render_table(df, "md")
+    assert r"\textbf{79.8}" in render_table(df, "tex") and r"\textbf{70.0}" not in render_table(df, "tex")
+
+
+def test_speed_ups_have_their_interval(df: pd.DataFrame) -> None:
+    assert "| 1.30× | [1.29, 1.31] |" in render_table(df, "md")
+
+
+@pytest.mark.parametrize(
+    "filters, rows",
+    [(["method=tome"], [1, 2]), (["method=tome", "method=none"], [0, 1, 2]), (["schedule=constant:*"], [1, 2, 4]),
+     (["drop<2"], [0, 1]), (["drop<=2", "gflops<0.25"], [2]), (["variant=random:seed=1"], [4]),
+     (["images=1000"], [0, 1, 2, 3, 4]),
+     (["tokens_final>=100", "method=to*", "top1>79"], [1]), ([], [0, 1, 2, 3, 4])],
+)  # fmt: skip
+def test_filters_choose_cells(df: pd.DataFrame, filters: list[str], rows: list[int]) -> None:
+    assert filter_cells(df, filters).index.to_list() == rows
+
+
+def test_filters_leave_the_front_as_it_is(df: pd.DataFrame) -> None:
+    row = json.loads(render_table(df, "json", filters=["method=random"]))[0]
+    assert row["front_gflops"] is False
+
+
+def test_filters_that_cannot_be_are_one_line(df: pd.DataFrame) -> None:
+    for wrong, answer in {
+        "method": "write COLUMN=VALUE",
+        "methd=tome": "no column 'methd'. Did you mean 'method'",
+        "method<tome": "method is text",
+        "drop<much": "'much' is not a number",
+        "method=tme": "no cell meets method=tme; there are methods none, random, tome, topk; schedules constant:13",
+    }.items():
+        with pytest.raises(UserError, match=answer.replace("(", r"\(")):
+            render_table(df, "md", filters=[wrong])
 
 
 def test_pareto_keeps_the_front_and_the_unreduced_model(df: pd.DataFrame) -> None:

@@ -172,6 +172,12 @@ def table(
     runs: Runs,
     format: Annotated[str, typer.Option(metavar="FORMAT", help="rich, md, csv, tex or json.")] = "rich",
     sort: Annotated[str, typer.Option(metavar="COLUMN", help="Sort by this column, best first.")] = "",
+    filter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CONDITION", help="Only cells such as method=tome, schedule=flops:* or drop<1. Repeatable."
+        ),
+    ] = None,
     pareto: Annotated[bool, typer.Option("--pareto", help="Only the Pareto front.")] = False,
 ) -> None:
     """Print the cells of one or more runs as a table."""
@@ -181,7 +187,7 @@ def table(
     from tokbench.report.tables import render_table
 
     console = Console()
-    rendered = render_table(load_table(runs), format, sort, pareto, width=console.width)
+    rendered = render_table(load_table(runs), format, sort, pareto, filters=filter or (), width=console.width)
     if isinstance(rendered, str):
         print(rendered, end="")
     else:

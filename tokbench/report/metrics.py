@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -145,6 +147,58 @@ def table_of_records(
         else:
             frame[column] = frame[column].astype(object if column in _TEXT else float)
     return _fill_conditions(frame)
+
+
+_OPERATORS: dict[str, Callable[[pd.Series, float], pd.Series]] = {
+    "<=": pd.Series.le,
+    ">=": pd.Series.ge,
+    "<": pd.Series.lt,
+    ">": pd.Series.gt,
+}
+
+
+def filter_cells(df: pd.DataFrame, conditions: Iterable[str]) -> pd.DataFrame:
+    """The rows that meet every condition: `method=tome`, `schedule=flops:*`, `drop<1`, `gflops<=2.5`.
+
+    Text may hold the wildcards * and ?; numbers compare with <, <=, >, >= and =. Two conditions with = on one column
+    are alternatives. Raises UserError for a condition that cannot be read and for an unknown column.
+    """
+    wanted: dict[str, pd.Series] = {}
+    for number, condition in enumerate(conditions):
+        name, operator, value = _split_condition(condition)
+        column = METRICS[name].column if name in METRICS else name
+        if column not in COLUMNS:
+            options = [*METRICS, *COLUMNS]
+            hint = nearest(name, options) or " Try model, method, schedule, run or a metric."
+            raise UserError(f"filter {condition!r}: no column {name!r}.{hint}")
+        meets = _meets(df[column], operator, value, condition)
+        key = column if operator == "=" else f"{column} {number}"
+        wanted[key] = wanted[key] | meets if key in wanted else meets
+    return df[np.logical_and.reduce([np.ones(len(df), bool), *(meets.to_numpy(bool) for meets in wanted.values())])]
+
+
+def _split_condition(condition: str) -> tuple[str, str, str]:
+    parts = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>|=)\s*(.+?)\s*", condition)
+    if parts is None:
+        raise UserError(
+            f"filter {condition!r}: write COLUMN=VALUE or METRIC<NUMBER, such as 'method=tome' or 'drop<1'."
+        )
+    return parts[1], parts[2], parts[3]
+
+
+def _meets(values: pd.Series, operator: str, value: str, condition: str) -> pd.Series:
+    if operator == "=" and (values.name in _TEXT or values.name == "is_baseline"):
+        return values.astype(str).map(lambda text: fnmatchcase(text.lower(), value.lower()))
+    if values.name in _TEXT:
+        raise UserError(f"filter {condition!r}: {values.name} is text, which compares with = only.")
+    try:
+        number = float(value)
+    except ValueError:
+        raise UserError(f"filter {condition!r}: {value!r} is not a number.") from None
+    floats = values.astype("Float64").fillna(np.nan).astype(float)
+    return (
+        pd.Series(np.isclose(floats, number), values.index) if operator == "=" else _OPERATORS[operator](floats, number)
+    )
 
 
 def comparable(df: pd.DataFrame) -> list[pd.DataFrame]:

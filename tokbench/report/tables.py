@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args, overload
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tokbench.errors import UserError, nearest
-from tokbench.report.metrics import METRICS, Metric, find_metric, pareto_front
+from tokbench.report.metrics import METRICS, Metric, filter_cells, find_metric, pareto_front
 
 TextFormat = Literal["md", "csv", "tex", "json"]
 Format = Literal["rich", "md", "csv", "tex", "json"]
@@ -41,40 +41,64 @@ def render_table(
     sort: str = "",
     pareto: bool = False,
     *,
+    filters: Sequence[str] = (),
     width: int | None = None,
 ) -> Table: ...
 @overload
 def render_table(
-    df: pd.DataFrame, format: TextFormat, sort: str = "", pareto: bool = False, *, width: int | None = None
+    df: pd.DataFrame,
+    format: TextFormat,
+    sort: str = "",
+    pareto: bool = False,
+    *,
+    filters: Sequence[str] = (),
+    width: int | None = None,
 ) -> str: ...
 @overload
 def render_table(
-    df: pd.DataFrame, format: str, sort: str = "", pareto: bool = False, *, width: int | None = None
+    df: pd.DataFrame,
+    format: str,
+    sort: str = "",
+    pareto: bool = False,
+    *,
+    filters: Sequence[str] = (),
+    width: int | None = None,
 ) -> str | Table: ...
 
 
 def render_table(
-    df: pd.DataFrame, format: str = "rich", sort: str = "", pareto: bool = False, *, width: int | None = None
+    df: pd.DataFrame,
+    format: str = "rich",
+    sort: str = "",
+    pareto: bool = False,
+    *,
+    filters: Sequence[str] = (),
+    width: int | None = None,
 ) -> str | Table:
     """The cells of `metrics.load_table` as a table.
 
-    `rich`, `md` and `tex` are for reading: rounded, columns nobody measured left out, members of a Pareto front
-    marked, drops that cannot be told from none written `n.s.`. `csv` and `json` carry every column unrounded.
+    `rich`, `md` and `tex` are for reading: rounded, columns nobody measured left out, the best for their cost (members
+    of a Pareto front) marked, drops that cannot be told from none written `n.s.`. `csv` and `json` carry every
+    column unrounded.
 
     Args:
         sort: a metric (best first), or model, method, schedule, tokens_final; "" keeps the order of the runs.
         pareto: only members of a front, and the unreduced models.
+        filters: conditions as of `metrics.filter_cells`; who is on a front does not depend on them.
         width: characters to fill, the terminal's when None; the least important columns go where all do not
             fit (`rich` only).
 
-    Raises UserError for an unknown format or sort column.
+    Raises UserError for an unknown format, sort column or filter, and for filters that no cell meets.
     """
     if format not in FORMATS:
         raise UserError(f"no table format {format!r}; there are {', '.join(FORMATS)}.{nearest(format, FORMATS)}")
     df = df.assign(**{f"front_{x}": pareto_front(df, x, "top1") for x in FRONTS.values()})
     if pareto:
         df = df[df["is_baseline"] | df[[f"front_{x}" for x in FRONTS.values()]].any(axis=1)]
-    df = _sorted(df, sort)
+    chosen = _sorted(filter_cells(df, filters), sort)
+    if filters and chosen.empty and not df.empty:
+        raise UserError(f"no cell meets {' and '.join(filters)}; there are {_some_cells(df)}.")
+    df = chosen
     if format == "csv":
         return df.to_csv(index=False, lineterminator="\n")
     if format == "json":
@@ -97,6 +121,12 @@ def _sorted(df: pd.DataFrame, sort: str) -> pd.DataFrame:
         raise UserError(f"cannot sort by {sort!r}; there are {', '.join(options)}.{hint}")
     metric = find_metric(sort)
     return df.sort_values(metric.column, ascending=metric.better == "lower", kind="stable", na_position="last")
+
+
+def _some_cells(df: pd.DataFrame) -> str:
+    """What a filter could have named."""
+    words = {column: sorted(set(df[column])) for column in ("method", "schedule")}
+    return "; ".join(f"{column}s {', '.join(filter(None, values))}" for column, values in words.items())
 
 
 def _json(df: pd.DataFrame) -> str:
@@ -123,6 +153,7 @@ def _columns(df: pd.DataFrame) -> list[_Column]:
         _number(METRICS["flops_ratio"], rank=5),
         _number(METRICS["throughput"], rank=1),
         _Column("Speed-up", _speedup),
+        _Column("[95 %]", _speedup_interval, rank=8),
         _number(METRICS["latency"], rank=3),
         _number(METRICS["memory"], rank=7),
         _Column("Front", _front, left=True),
@@ -190,6 +221,12 @@ def _speedup(row: pd.Series) -> str:
     return text if text in ("", "failed") else f"{text}×"
 
 
+def _speedup_interval(row: pd.Series) -> str:
+    if row["is_baseline"] or pd.isna(row["speedup_low"]):
+        return ""
+    return f"[{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
+
+
 def _front(row: pd.Series) -> str:
     words = [word for word, x in FRONTS.items() if row[f"front_{x}"]]
     return "both" if len(words) == len(FRONTS) else "".join(words)
@@ -226,7 +263,10 @@ def _notes(df: pd.DataFrame) -> list[str]:
     if any(not_significant(row) for _, row in df[~df["is_baseline"]].iterrows()):
         notes.append("n.s.: cannot be told from no drop.")
     if df[[f"front_{x}" for x in FRONTS.values()]].to_numpy().any():
-        notes.append("Front: no other cell is as good in both top-1 and FLOPs (or images/s) and better in one.")
+        notes.append(
+            "Front: the best top-1 for its FLOPs (or images/s): no other cell is as good in both and better in one; "
+            "costs within 1 % are equal."
+        )
     for _, row in df[df["error"].notna()].iterrows():
         notes.append(f"{row['variant']} {row['schedule']} failed: {row['error']}")
     return notes
@@ -259,6 +299,12 @@ def _rich(df: pd.DataFrame, columns: list[_Column]) -> Table:
     return table
 
 
+def _marked(column: _Column, row: pd.Series, bold: str, escape: Callable[[str], str] = str) -> str:
+    """A cell's text, the top-1 of a member of a front in bold."""
+    text = escape(column.text(row))
+    return bold.format(text) if column.head == METRICS["top1"].short and _front(row) else text
+
+
 def _markdown(df: pd.DataFrame, columns: list[_Column], title: str, notes: list[str]) -> str:
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
@@ -266,7 +312,7 @@ def _markdown(df: pd.DataFrame, columns: list[_Column], title: str, notes: list[
     lines = [f"**{title}**", ""] if title else []
     lines.append(line([column.head for column in columns]))
     lines.append("|" + "|".join(":---" if column.left else "---:" for column in columns) + "|")
-    lines += [line([column.text(row) for column in columns]) for _, row in df.iterrows()]
+    lines += [line([_marked(column, row, "**{}**") for column in columns]) for _, row in df.iterrows()]
     # Two spaces end a line without a paragraph.
     return "\n".join(lines) + "\n" + ("\n" + "  \n".join(notes) + "\n" if notes else "")
 
@@ -284,15 +330,15 @@ def _tex(text: str) -> str:
 
 def _latex(df: pd.DataFrame, columns: list[_Column], title: str, notes: list[str]) -> str:
     def line(cells: list[str]) -> str:
-        return "  " + " & ".join(_tex(cell) for cell in cells) + r" \\"
+        return "  " + " & ".join(cells) + r" \\"
 
     lines = [
         f"% {_tex(title)}. Needs \\usepackage{{booktabs}}.",
         r"\begin{tabular}{" + "".join("l" if column.left else "r" for column in columns) + "}",
         r"  \toprule",
-        line([column.head for column in columns]),
+        line([_tex(column.head) for column in columns]),
         r"  \midrule",
-        *(line([column.text(row) for column in columns]) for _, row in df.iterrows()),
+        *(line([_marked(column, row, r"\textbf{{{}}}", _tex) for column in columns]) for _, row in df.iterrows()),
         r"  \bottomrule",
         r"\end{tabular}",
         *(f"% {_tex(note)}" for note in notes),
