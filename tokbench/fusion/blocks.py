@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
-from tokbench.fusion.core import Method, State, View, merge, reduce_attention, score_dtype
+from tokbench.fusion.core import Method, State, View, for_every_head, merge, reduce_attention, score_dtype
 from tokbench.schedules import Schedule
 
 
@@ -24,11 +27,12 @@ class Fusion:
     prefix: int
     grid: tuple[int, int]
     has_class_token: bool
+    rotary: bool = False
     trace: bool = False
     state: State = field(default_factory=State)
 
     def begin(self, x: Tensor) -> None:
-        self.state = State()
+        self.state = State(rotary=self.rotary)
         if self.trace or self.method.needs_map:
             batch, tokens, _ = x.shape
             self.state.token_map = torch.arange(tokens, device=x.device).expand(batch, -1)
@@ -45,8 +49,22 @@ class Fusion:
         """log s for the attention logits, (B, N), where the method uses it and something has merged."""
         return self.state.size.log() if self.method.proportional and self.state.size is not None else None
 
-    def view(self, x: Tensor, block: int, attention: Any, queries: Tensor, keys: Tensor) -> View:
-        """What the method may look at: x (B, N, C), and this block's queries and keys (B, H, N, d)."""
+    def rope(self, table: Tensor | None) -> Tensor | None:
+        """The rotary embedding of the patch tokens as they now are: each token's row of the model's own table.
+
+        table: (T₀, D), or (H, T₀, D) where heads differ. Returns it as it is while nothing was reduced, after that
+        one for each image: (B, 1, T, D) or (B, H, T, D).
+        """
+        if table is None or self.state.origin is None:
+            return table
+        rows = self.state.origin[:, self.prefix :] - self.prefix
+        return table[rows].unsqueeze(1) if table.ndim == 2 else table[:, rows].transpose(0, 1)
+
+    def view(
+        self, x: Tensor, block: int, attention: Any, queries: Tensor, keys: Tensor, rope: Tensor | None = None
+    ) -> View:
+        """What the method may look at: x (B, N, C), this block's queries and keys (B, H, N, d) and the model's rope."""
+        rope = self.rope(rope)
         return View(
             x=x,
             prefix=self.prefix,
@@ -55,6 +73,7 @@ class Fusion:
             depth=self.depth,
             queries=queries,
             keys=keys,
+            rotate=None if rope is None else partial(rotate, attention, rope),
             scale=attention.scale,
             has_class_token=self.has_class_token,
             grid=self.grid,
@@ -95,26 +114,45 @@ def tapped(module: nn.Module) -> Tensor:
     return value  # type: ignore[return-value]
 
 
+def rotate(attention: Any, rope: Tensor, x: Tensor) -> Tensor:
+    """Queries or keys x (B, H, N, d) turned by their patches' rotary embedding, as timm does it; prefix tokens stay."""
+    prefix = attention.num_prefix_tokens
+    turned = apply_rot_embed_cat(x[:, :, prefix:], rope, half=attention.rotate_half)
+    return torch.cat([x[:, :, :prefix], turned.to(x.dtype)], dim=2)
+
+
 def queries_and_keys(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What a timm attention scores by, each (B, H, N, d), for the tokens x (B, N, C); no values are computed."""
-    queries, keys = _heads(attention, x, slice(0, 2 * attention.attn_dim), 2)
+    """What a timm attention scores by before any rotation, each (B, H, N, d), for the tokens x (B, N, C)."""
+    if attention.qkv is None:
+        queries, keys = _heads(attention, attention.q_proj(x)), _heads(attention, attention.k_proj(x))
+    else:
+        queries, keys = (_heads(attention, part) for part in _project(attention, x, slice(0, 2)).chunk(2, dim=-1))
     return attention.q_norm(queries), attention.k_norm(keys)
 
 
 def attend_with(attention: Any, x: Tensor, matrix: Tensor) -> Tensor:
     """What a timm attention gives for the tokens x (B, N, C) when A is `matrix` (B, H, N, N): values only are new."""
-    (values,) = _heads(attention, x, slice(2 * attention.attn_dim, None), 1)
+    projected = attention.v_proj(x) if attention.qkv is None else _project(attention, x, slice(2, 3))
+    values = for_every_head(_heads(attention, projected), attention.num_heads)
     out = attention.norm((matrix.to(values.dtype) @ values).transpose(1, 2).flatten(2))
     if attention.gate is not None:
         out = out * attention.gate(x).sigmoid()
     return attention.proj_drop(attention.proj(out))
 
 
-def _heads(attention: Any, x: Tensor, rows: slice, parts: int) -> Tensor:
-    """Some rows of the qkv projection, split into `parts` of H heads: (parts, B, H, N, d)."""
+def _project(attention: Any, x: Tensor, parts: slice) -> Tensor:
+    """Some of the three parts of a joint qkv projection: (B, N, parts·H·d)."""
+    width = attention.num_heads * attention.head_dim
+    rows = slice(parts.start * width, parts.stop * width)
     bias = attention.qkv.bias
-    out = F.linear(x, attention.qkv.weight[rows], None if bias is None else bias[rows])
-    return out.unflatten(-1, (parts, attention.num_heads, attention.head_dim)).permute(2, 0, 3, 1, 4)
+    if getattr(attention, "q_bias", None) is not None:  # EVA keeps a bias of its own, of zeros for the keys
+        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+    return F.linear(x, attention.qkv.weight[rows], None if bias is None else bias[rows])
+
+
+def _heads(attention: Any, projected: Tensor) -> Tensor:
+    """(B, N, H·d) → (B, H, N, d). Keys and values may have fewer heads than queries."""
+    return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
 
 class _Reduced:
@@ -124,7 +162,9 @@ class _Reduced:
     index: int
     attn: Any
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
+    ) -> Tensor:
         if attn_mask is not None or is_causal:
             raise ValueError("token fusion does not go with an attention mask; call tokbench.remove(model) first")
         fusion = self.fusion
@@ -133,35 +173,39 @@ class _Reduced:
         r = fusion.to_remove(self.index, int(x.shape[1]))  # under tracing, shapes are tensors
         match fusion.method.place if r else "nowhere":
             case "start":
-                x = self.reduce_first(x, r)
+                x = self.reduce_first(x, r, rope)
             case "middle":
-                x = self.add_attention(x, self.attn(self.before_attention(x), attn_mask=self.mask(x)))
-                x, _ = fusion.reduce(self.tapped_view(x), r)
+                x = self.add_attention(x, self.attn(self.before_attention(x), **self.bias(x, rope)))
+                x, _ = fusion.reduce(self.tapped_view(x, rope), r)
                 x = self.add_mlp(x)
             case "end":
-                x = super().forward(x, attn_mask=self.mask(x))  # type: ignore[misc]
-                x, _ = fusion.reduce(self.tapped_view(x), r)
+                x = super().forward(x, **self.bias(x, rope))  # type: ignore[misc]
+                x, _ = fusion.reduce(self.tapped_view(x, rope), r)
             case _:
-                x = super().forward(x, attn_mask=self.mask(x))  # type: ignore[misc]
+                x = super().forward(x, **self.bias(x, rope))  # type: ignore[misc]
         for norm in (self.attn.q_norm, self.attn.k_norm):
             tapped(norm)
         fusion.state.tokens.append(int(x.shape[1]))
         return x
 
-    def mask(self, x: Tensor) -> Tensor | None:
-        """log s as timm's additive attention mask, (B, 1, 1, N), or None."""
+    def bias(self, x: Tensor, rope: Tensor | None) -> dict[str, Tensor | None]:
+        """What timm's attention has to know about the tokens as they now are, by the names of its arguments.
+
+        attn_mask: log s, (B, 1, 1, N), or None. rope: see `Fusion.rope`; absent where the model has none.
+        """
         log_size = self.fusion.log_size()
-        return None if log_size is None else log_size[:, None, None, :].to(x.dtype)
+        mask = None if log_size is None else log_size[:, None, None, :].to(x.dtype)
+        return {"attn_mask": mask} if rope is None else {"attn_mask": mask, "rope": self.fusion.rope(rope)}
 
-    def tapped_view(self, x: Tensor) -> View:
-        return self.fusion.view(x, self.index, self.attn, tapped(self.attn.q_norm), tapped(self.attn.k_norm))
+    def tapped_view(self, x: Tensor, rope: Tensor | None) -> View:
+        return self.fusion.view(x, self.index, self.attn, tapped(self.attn.q_norm), tapped(self.attn.k_norm), rope)
 
-    def reduce_first(self, x: Tensor, r: int) -> Tensor:
+    def reduce_first(self, x: Tensor, r: int, rope: Tensor | None) -> Tensor:
         """Reduce before the attention, by this block's own attention on the tokens as they come."""
         queries, keys = queries_and_keys(self.attn, self.before_attention(x))
-        x, matrix = self.fusion.reduce(self.fusion.view(x, self.index, self.attn, queries, keys), r)
+        x, matrix = self.fusion.reduce(self.fusion.view(x, self.index, self.attn, queries, keys, rope), r)
         if matrix is None:
-            return super().forward(x, attn_mask=self.mask(x))  # type: ignore[misc]
+            return super().forward(x, **self.bias(x, rope))  # type: ignore[misc]
         return self.add_mlp(self.add_attention(x, attend_with(self.attn, self.before_attention(x), matrix)))
 
     def before_attention(self, x: Tensor) -> Tensor:
@@ -200,4 +244,31 @@ class ReducedResPostBlock(_Reduced, ResPostBlock):
         return x + self.drop_path2(self.norm2(self.mlp(x)))
 
 
-REDUCED_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {Block: ReducedBlock, ResPostBlock: ReducedResPostBlock}
+class ReducedEvaBlock(_Reduced, EvaBlock):  # type: ignore[misc]
+    """timm's pre-norm EVA block: rotary embedding, SwiGLU, scaled branches."""
+
+    def before_attention(self, x: Tensor) -> Tensor:
+        return self.norm1(x)
+
+    def add_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        return x + self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
+
+    def add_mlp(self, x: Tensor) -> Tensor:
+        out = self.mlp(self.norm2(x))
+        return x + self.drop_path2(out if self.gamma_2 is None else self.gamma_2 * out)
+
+
+class ReducedEvaBlockPostNorm(_Reduced, EvaBlockPostNorm):  # type: ignore[misc]
+    """timm's post-norm EVA block."""
+
+    before_attention = ReducedResPostBlock.before_attention
+    add_attention = ReducedResPostBlock.add_attention
+    add_mlp = ReducedResPostBlock.add_mlp
+
+
+REDUCED_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
+    Block: ReducedBlock,
+    ResPostBlock: ReducedResPostBlock,
+    EvaBlock: ReducedEvaBlock,
+    EvaBlockPostNorm: ReducedEvaBlockPostNorm,
+}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -106,9 +107,11 @@ class View:
     """What a method may look at in one block. Everything costly is computed when asked for.
 
     x: (B, N, C) residual stream: `prefix` tokens, then `patches`. queries, keys: (B, H, N, d) of this block's
-    attention, after any q/k norm and before any rotation. size: (B, N), None where all are 1; log_size: (B, N) where
-    the block's attention uses it. block counts from 0. token_map: (B, N₀), where each of the model's first tokens is
-    now, −1 dropped; only for methods that set `needs_map`. grid: (rows, columns) of patches at the start.
+    attention, after any q/k norm and before any rotation; keys may have fewer heads, each shared by several of the
+    queries'. rotate: what a rotary model does to either before it compares them. size: (B, N), None where all are 1;
+    log_size: (B, N) where the block's attention uses it. block counts from 0. token_map: (B, N₀), where each of the
+    model's first tokens is now, −1 dropped; only for methods that set `needs_map`. grid: (rows, columns) of patches
+    at the start.
     """
 
     x: Tensor
@@ -123,6 +126,7 @@ class View:
     grid: tuple[int, int]
     size: Tensor | None = None
     log_size: Tensor | None = None
+    rotate: Callable[[Tensor], Tensor] | None = None
     token_map: Tensor | None = None
     _attention: Tensor | None = None
 
@@ -133,12 +137,13 @@ class View:
     def attention(self) -> Tensor:
         """A = softmax(Q Kᵀ/√d, + log s where the block uses it): (B, H, N, N), computed once."""
         if self._attention is None:
-            self._attention = self._rows(self.queries)
+            self._attention = self._rows(self.queries if self.rotate is None else self.rotate(self.queries))
         return self._attention
 
     def _rows(self, queries: Tensor) -> Tensor:
         precise = score_dtype(self.keys)
-        logits = (queries.to(precise) * self.scale) @ self.keys.to(precise).mT
+        keys = for_every_head(self.keys if self.rotate is None else self.rotate(self.keys), queries.shape[1])
+        logits = (queries.to(precise) * self.scale) @ keys.to(precise).mT
         if self.log_size is not None:
             logits = logits + self.log_size[:, None, None, :]
         return logits.softmax(-1)
@@ -148,8 +153,14 @@ class View:
 
         Without a class token: the attention it receives, mean over heads and queries (METHODS.md).
         """
+        # Prefix tokens are not rotated.
         rows = self._rows(self.queries[:, :, :1]) if self.has_class_token else self.attention()
         return rows.mean((1, 2))
+
+
+def for_every_head(x: Tensor, heads: int) -> Tensor:
+    """Keys or values x (B, H', N, d) for each of H query heads, of which H/H' share one: (B, H, N, d)."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 class Method:
@@ -238,6 +249,8 @@ class State:
 
     size: Tensor | None = None  # (B, N), None while every token is one patch
     token_map: Tensor | None = None  # (B, N₀), kept when traced or when the method needs it
+    rotary: bool = False  # whether the model has rotary embeddings
+    origin: Tensor | None = None  # (B, N), the first token whose rotary embedding each one has, None for its own
     tokens: list[int] = field(default_factory=list)  # after each block, prefix included
 
     def advance(self, plan: Assignment, tokens: int, tracks_size: bool, dtype: torch.dtype) -> None:
@@ -249,6 +262,8 @@ class State:
             self.size = plan.total(size)
         elif self.size is not None:
             self.size = self.size.gather(1, plan.kept)
+        if self.rotary:
+            self.origin = plan.kept if self.origin is None else self.origin.gather(1, plan.kept)
         if self.token_map is not None:
             moved = plan.target(tokens).gather(1, self.token_map.clamp_min(0))
             self.token_map = torch.where(self.token_map < 0, -1, moved)

@@ -7,12 +7,14 @@ as before, and `remove` gives back timm's own model.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
-from timm.layers.attention import Attention
+from timm.layers.attention import Attention, AttentionRope
 from timm.layers.attention_pool import AttentionPoolLatent
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva, EvaAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -28,16 +30,34 @@ class UnsupportedModelError(UserError):
     """A model that token fusion cannot go into; the message says what was found and what works."""
 
 
-class ReducedVisionTransformer(VisionTransformer):
-    """A timm VisionTransformer whose pooling knows that a token may stand for several patches."""
+class _Reduced:
+    """The part that reduced models share."""
 
     fusion: Fusion
+    patch_embed: Any
+    attn_pool: Any
+    global_pool: Any
+    num_prefix_tokens: int
+    grad_checkpointing: bool
+    pool_include_prefix: bool
+
+    def _pos_embed(self, x: Tensor) -> Any:
+        if self.grad_checkpointing:
+            raise UserError(
+                "gradient checkpointing runs blocks a second time, which token fusion cannot follow; "
+                "call model.set_grad_checkpointing(False)"
+            )
+        # Models with dynamic_img_size have their patches on the grid still: (B, rows, columns, C).
+        rows, columns = x.shape[1:3] if x.ndim == 4 else self.patch_embed.grid_size
+        self.fusion.grid = int(rows), int(columns)
+        return super()._pos_embed(x)  # type: ignore[misc]
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """timm's pooling that knows that a token may stand for several patches."""
         size = self.fusion.state.size
         pool_type = self.global_pool if pool_type is None else pool_type
         if size is None or (self.attn_pool is None and pool_type not in ("avg", "avgmax")):
-            return super().pool(x, pool_type)
+            return super().pool(x, pool_type)  # type: ignore[misc]
         if not self.pool_include_prefix:
             x, size = x[:, self.num_prefix_tokens :], size[:, self.num_prefix_tokens :]
         if self.attn_pool is not None:
@@ -47,57 +67,77 @@ class ReducedVisionTransformer(VisionTransformer):
         return mean if pool_type == "avg" else 0.5 * (x.amax(1) + mean)
 
 
-class ReducedDistilled(VisionTransformerDistilled):
+class ReducedVisionTransformer(_Reduced, VisionTransformer):
+    """A timm VisionTransformer with a method inside."""
+
+
+class ReducedDistilled(_Reduced, VisionTransformerDistilled):
     """A timm VisionTransformerDistilled with a method inside; its heads read prefix tokens only."""
 
-    fusion: Fusion
+
+class ReducedEva(_Reduced, Eva):
+    """A timm Eva with a method inside: EVA-02, DINOv3, Perception Encoder and others, most with rotary embeddings."""
+
+    @property
+    def pool_include_prefix(self) -> bool:  # type: ignore[override]
+        return self.attn_pool is not None
 
 
 REDUCED_MODELS: dict[type[nn.Module], type[nn.Module]] = {
     VisionTransformer: ReducedVisionTransformer,
     VisionTransformerDistilled: ReducedDistilled,
+    Eva: ReducedEva,
 }
 ORIGINAL = {reduced: timms for timms, reduced in (REDUCED_MODELS | REDUCED_BLOCKS).items()}
+ATTENTIONS = (Attention, AttentionRope, EvaAttention)
 
 
-def require_supported(model: VisionTransformer) -> None:
+def require_supported(model: Any) -> None:
     """Raise UnsupportedModelError unless token fusion can go into this model."""
     kind = type(model)
-    works = "tokbench works with timm's VisionTransformer and VisionTransformerDistilled"
+    works = f"tokbench works with timm's {_either(REDUCED_MODELS)}"
     if ORIGINAL.get(kind, kind) not in REDUCED_MODELS:
         raise UnsupportedModelError(f"{kind.__name__} is not a plain ViT; {works} (try 'deit_small_patch16_224')")
     for number, block in enumerate(model.blocks):
         if ORIGINAL.get(type(block), type(block)) not in REDUCED_BLOCKS:
             raise UnsupportedModelError(
                 f"block {number} is a {type(block).__name__}, which has no place between attention and MLP; "
-                f"{works} built of {' or '.join(sorted(timms.__name__ for timms in REDUCED_BLOCKS))}"
+                f"{works} built of {_either(REDUCED_BLOCKS)}"
             )
-        if type(block.attn) is not Attention:
+        if type(block.attn) not in ATTENTIONS:
             raise UnsupportedModelError(
-                f"block {number} attends with {type(block.attn).__name__}; {works} that attend with timm's Attention"
+                f"block {number} attends with {type(block.attn).__name__}; {works} that attend with "
+                f"{_either(ATTENTIONS)}"
             )
     if model.attn_pool is not None and not isinstance(model.attn_pool, AttentionPoolLatent):
         raise UnsupportedModelError(
             f"the model pools with {type(model.attn_pool).__name__}, which cannot weight merged tokens by their size"
         )
-    if not isinstance(model.patch_drop, nn.Identity):
+    if model.attn_pool is not None and model.attn_pool.pos_embed is not None:
+        raise UnsupportedModelError("the model's attention pooling has a position embedding for every patch")
+    if model.patch_drop is not None and not isinstance(model.patch_drop, nn.Identity):
         raise UnsupportedModelError("the model drops patches itself (patch_drop_rate > 0); create it with 0")
 
 
-def insert(model: VisionTransformer, method: Method, schedule: Schedule, trace: bool = False) -> VisionTransformer:
+def _either(kinds: Iterable[type]) -> str:
+    *others, last = (kind.__name__ for kind in kinds)
+    return f"{', '.join(others)} or {last}"
+
+
+def insert(model: Model, method: Method, schedule: Schedule, trace: bool = False) -> Model:
     """Put `method` into `model`, in place, replacing the one that is there. `schedule` must be resolved."""
     require_supported(model)
-    remove(model)
+    vit: Any = remove(model)
     fusion = Fusion(
         method=method,
         schedule=schedule,
-        depth=len(model.blocks),
-        prefix=model.num_prefix_tokens,
-        grid=tuple(model.patch_embed.grid_size),
-        has_class_token=model.cls_token is not None,
+        depth=len(vit.blocks),
+        prefix=vit.num_prefix_tokens,
+        grid=tuple(vit.patch_embed.grid_size),
+        has_class_token=vit.cls_token is not None,
+        rotary=getattr(vit, "rope", None) is not None,
         trace=trace,
     )
-    vit: Any = model
     vit.fusion = fusion
     vit.__class__ = REDUCED_MODELS[type(vit)]
     for index, block in enumerate(vit.blocks):
@@ -108,7 +148,7 @@ def insert(model: VisionTransformer, method: Method, schedule: Schedule, trace: 
     return model
 
 
-def remove(model: VisionTransformer) -> VisionTransformer:
+def remove(model: Model) -> Model:
     """Give back timm's own model, bit for bit; a model that holds no method is left as it is."""
     if type(model) not in ORIGINAL:
         return model
@@ -130,7 +170,7 @@ def fork(model: Model) -> Model:
     return copy.deepcopy(model, shared)
 
 
-def tokens_per_block(model: VisionTransformer) -> list[int]:
+def tokens_per_block(model: Any) -> list[int]:
     """Tokens after each block in the last forward pass, prefix included. Raises UserError if there was none."""
     fusion = getattr(model, "fusion", None)
     if fusion is None:
@@ -141,12 +181,12 @@ def tokens_per_block(model: VisionTransformer) -> list[int]:
     return list(fusion.state.tokens)
 
 
-def token_map(model: VisionTransformer) -> Tensor:
+def token_map(model: nn.Module) -> Tensor:
     """Where each of the N first tokens (prefix included) ended in the last forward pass: (B, N) long, −1 dropped.
 
     Raises UserError unless the method was applied with trace=True and a forward pass has been run.
     """
-    fusion = getattr(model, "fusion", None)
+    fusion: Any = getattr(model, "fusion", None)
     if fusion is None or not fusion.trace:
         raise UserError("token_map needs a model with a method in it: tokbench.apply(model, ..., trace=True)")
     if fusion.state.token_map is None:
