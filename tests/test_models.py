@@ -189,9 +189,16 @@ def test_an_unknown_model_is_refused_with_close_matches(offline):
     assert not offline
 
 
-@pytest.mark.parametrize(("name", "kind"), [("resnet50", "ResNet"), ("eva02_tiny_patch14_224", "Eva")])
+@pytest.mark.parametrize(("name", "kind"), [("resnet50", "ResNet"), ("beit_base_patch16_224", "Beit")])
 def test_a_model_that_is_no_plain_vit_is_refused_before_anything_is_downloaded(name, kind, offline):
     assert f"model {name!r} is timm's {kind}, not a plain ViT" in complaint(name)
+    assert not offline
+
+
+def test_a_vit_that_fusion_cannot_go_into_is_refused_with_the_reason(offline):
+    assert "'vit_pwee_patch16_reg1_gap_256': block 0 is a ParallelScalingBlock" in complaint(
+        "vit_pwee_patch16_reg1_gap_256"
+    )
     assert not offline
 
 
@@ -219,7 +226,7 @@ def test_weights_in_the_cache_need_no_network(offline, monkeypatch):
 def test_model_names_are_vits_with_weights():
     names = model_names()
     assert names[0] == "bundled"
-    assert {"deit_small_patch16_224.fb_in1k", "vit_base_patch16_224.augreg_in21k_ft_in1k"} <= set(names)
-    assert not any(name.startswith(("resnet", "eva02", "swin")) for name in names)
+    assert {"deit_small_patch16_224.fb_in1k", "vit_small_patch16_dinov3.lvd1689m"} <= set(names)
+    assert not any(name.startswith(("resnet", "beit_", "swin")) for name in names)
     assert model_names("bund") == ["bundled"]
     assert set(model_names("deit_*tiny*")) == {name for name in model_names("deit_") if "tiny" in name}

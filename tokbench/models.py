@@ -21,11 +21,13 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tokbench.bundled.clutter import CANVAS, CLASSES
 from tokbench.errors import UserError, nearest
+from tokbench.fusion.patch import UnsupportedModelError, require_supported
 
 BUNDLED = "bundled"
 BUNDLED_WEIGHTS = Path(__file__).parent / "bundled" / "vit_clutter.safetensors"
@@ -45,8 +47,15 @@ _BUNDLED_CFG: dict[str, Any] = dict(
     classifier="head",
 )
 
-# The timm modules that build a VisionTransformer or VisionTransformerDistilled, and nothing else.
-_VIT_MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin")
+# The timm modules that build a VisionTransformer, VisionTransformerDistilled or Eva, and nothing else.
+VIT_MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "eva")
+# Those of them that have weights and that fusion.patch refuses, for what their blocks are.
+REFUSED = (
+    "vit_dlittle_patch16_reg1_gap_256",
+    "vit_dpwee_patch16_reg1_gap_256",
+    "vit_dwee_patch16_reg1_gap_256",
+    "vit_pwee_patch16_reg1_gap_256",
+)
 # timm's own order: averaged weights before raw ones. The rest are names that other training scripts use.
 _WRAPPERS = (
     "state_dict_ema",
@@ -77,8 +86,8 @@ def load_model(
         Default: the model's own.
 
     `model.pretrained_cfg` describes the input as it now is, so `timm.data.resolve_model_data_config(model)` gives
-    the preprocessing. Raises UserError for an unknown model, one that is no VisionTransformer, a hub that does not
-    answer, and a checkpoint that cannot be read or does not fit.
+    the preprocessing. Raises UserError for an unknown model, one that token fusion cannot go into, a hub that does
+    not answer, and a checkpoint that cannot be read or does not fit.
     """
     if name != BUNDLED:
         name = _known_name(name, needs_weights=checkpoint is None)
@@ -108,10 +117,11 @@ def load_model(
 
 def model_names(pattern: str = "") -> list[str]:
     """ "bundled" and timm's ViTs that have pretrained weights, sorted. `pattern`: part of the name, or a wildcard."""
-    names = timm.list_models(module=_VIT_MODULES, pretrained=True)
+    hidden = [f"{name}*" for name in REFUSED]
+    names = timm.list_models(module=VIT_MODULES, pretrained=True, exclude_filters=hidden)
     if pattern:
         glob = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
-        wanted = set(timm.list_models(glob, module=_VIT_MODULES, pretrained=True))
+        wanted = set(timm.list_models(glob, module=VIT_MODULES, pretrained=True))
         names = [name for name in names if name in wanted]
     return ([BUNDLED] if pattern in BUNDLED else []) + names
 
@@ -184,7 +194,7 @@ def _known_name(name: str, needs_weights: bool) -> str:
     if name not in known:
         close = nearest(name, [BUNDLED, *sorted(known)]) or " 'tokbench list models' shows those that work."
         raise UserError(f"unknown model {name!r}.{close}")
-    if needs_weights and timm.models.is_model_in_modules(name, _VIT_MODULES) and not timm.is_model_pretrained(name):
+    if needs_weights and timm.models.is_model_in_modules(name, VIT_MODULES) and not timm.is_model_pretrained(name):
         raise UserError(f"timm has no pretrained weights for model {name!r}; give yours with --checkpoint FILE.")
     return name
 
@@ -247,19 +257,24 @@ def _require_positive(input_size: int) -> None:
 
 
 def _require_vit(model: Any, name: str, input_size: int | None) -> None:
-    if not isinstance(model, VisionTransformer):
+    if not isinstance(model, (VisionTransformer, Eva)):
         raise UserError(
-            f"model {name!r} is timm's {type(model).__name__}, not a plain ViT; tokbench works with VisionTransformer "
-            "and VisionTransformerDistilled, such as 'deit_small_patch16_224' or 'vit_base_patch16_224'."
+            f"model {name!r} is timm's {type(model).__name__}, not a plain ViT; tokbench works with VisionTransformer, "
+            "VisionTransformerDistilled and Eva, such as 'deit_small_patch16_224' or 'vit_small_patch16_dinov3'."
         )
-    patch = model.patch_embed.feat_ratio()
+    try:
+        require_supported(model)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"model {name!r}: {error}") from error
+    embed: Any = model.patch_embed
+    patch = embed.feat_ratio()
     if input_size is not None and input_size % patch:
         below = input_size // patch * patch
         fits = f"{below} or {below + patch}" if below else f"{patch}"
         raise UserError(f"input_size {input_size} is no multiple of the {patch}-pixel patches of {name!r}; try {fits}.")
 
 
-def _resample_positions(state: dict[str, Tensor], model: VisionTransformer) -> None:
+def _resample_positions(state: dict[str, Tensor], model: VisionTransformer | Eva) -> None:
     old, new = state.get("pos_embed"), model.pos_embed
     prefix = _embedded_prefix_tokens(model)
     if old is None or new is None or old.ndim != 3 or old.shape[1] == new.shape[1]:
@@ -269,11 +284,11 @@ def _resample_positions(state: dict[str, Tensor], model: VisionTransformer) -> N
         state["pos_embed"] = resample_abs_pos_embed(old, grid, num_prefix_tokens=prefix)
 
 
-def _embedded_prefix_tokens(model: VisionTransformer) -> int:
+def _embedded_prefix_tokens(model: VisionTransformer | Eva) -> int:
     return 0 if model.no_embed_class else model.num_prefix_tokens
 
 
-def _require_match(state: Mapping[str, Tensor], model: VisionTransformer, complaint: str, shown: int = 3) -> None:
+def _require_match(state: Mapping[str, Tensor], model: VisionTransformer | Eva, complaint: str, shown: int = 3) -> None:
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     file = {name: tuple(tensor.shape) for name, tensor in state.items()}
     wrong = [
@@ -289,7 +304,7 @@ def _require_match(state: Mapping[str, Tensor], model: VisionTransformer, compla
         raise UserError(f"{complaint}: {'; '.join(wrong[:shown])}{more}.{hint}")
 
 
-def _size_hint(positions: Tensor, model: VisionTransformer) -> str:
+def _size_hint(positions: Tensor, model: VisionTransformer | Eva) -> str:
     side = math.isqrt(max(0, positions.shape[1] - _embedded_prefix_tokens(model)))
     return f" Its positions look like those of input_size {side * model.patch_embed.feat_ratio()}."
 

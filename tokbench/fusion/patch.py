@@ -13,9 +13,15 @@ from typing import Any, TypeVar
 import torch
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.attention_pool import AttentionPoolLatent
+from timm.layers.diff_attention import DiffAttention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva, EvaAttention
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import (
+    DiffParallelScalingBlock,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    VisionTransformer,
+)
 from torch import Tensor, nn
 
 from tokbench.errors import UserError
@@ -101,12 +107,11 @@ def require_supported(model: Any) -> None:
     for number, block in enumerate(model.blocks):
         if ORIGINAL.get(type(block), type(block)) not in REDUCED_BLOCKS:
             raise UnsupportedModelError(
-                f"block {number} is a {type(block).__name__}, which has no place between attention and MLP; "
-                f"{works} built of {_either(REDUCED_BLOCKS)}"
+                f"block {number} is a {type(block).__name__}{_why(block)}; {works} built of {_either(REDUCED_BLOCKS)}"
             )
         if type(block.attn) not in ATTENTIONS:
             raise UnsupportedModelError(
-                f"block {number} attends with {type(block.attn).__name__}; {works} that attend with "
+                f"block {number} attends with {type(block.attn).__name__}{_why(block.attn)}; {works} that attend with "
                 f"{_either(ATTENTIONS)}"
             )
     if model.attn_pool is not None and not isinstance(model.attn_pool, AttentionPoolLatent):
@@ -117,6 +122,16 @@ def require_supported(model: Any) -> None:
         raise UnsupportedModelError("the model's attention pooling has a position embedding for every patch")
     if model.patch_drop is not None and not isinstance(model.patch_drop, nn.Identity):
         raise UnsupportedModelError("the model drops patches itself (patch_drop_rate > 0); create it with 0")
+
+
+def _why(part: nn.Module) -> str:
+    if isinstance(part, (ParallelScalingBlock, DiffParallelScalingBlock)):
+        return ", which has no place between attention and MLP: they run side by side"
+    if isinstance(part, ParallelThingsBlock):
+        return ", which has no attention of its own to judge tokens by, but several side by side"
+    if isinstance(part, DiffAttention):
+        return ", the difference of two attentions, of which neither alone judges tokens"
+    return ""
 
 
 def _either(kinds: Iterable[type]) -> str:

@@ -1,0 +1,152 @@
+"""Every architecture of timm's ViT classes: each method runs right in it, or it is refused with a reason."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.models import Eva, VisionTransformer
+
+import tokbench
+from tokbench import coverage, models
+
+COVERAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
+METHODS = [name for name in tokbench.list_methods() if name != "none"]
+
+
+@pytest.fixture(scope="module")
+def tried() -> list[coverage.Tried]:
+    torch.manual_seed(0)
+    return coverage.survey()
+
+
+@pytest.fixture(scope="module")
+def supported(tried) -> list[tuple]:
+    """(structure, model, images, what the unreduced model says) of each structure that methods work on."""
+    works = [(one.structure, one.model) for one in tried if not one.refusals]
+    return [(structure, *with_output(model)) for structure, model in works]
+
+
+@pytest.fixture(scope="module")
+def twins(tried) -> list[tuple]:
+    """As `supported`, in float64, with patch tokens that are 18 pairs of equal ones."""
+    doubled = [(one.structure, copy.deepcopy(one.model).double()) for one in tried if not one.refusals]
+    for _, model in doubled:
+        give_twins(model)
+    return [(structure, *with_output(model)) for structure, model in doubled]
+
+
+def with_output(model) -> tuple:
+    x = images(model)
+    with torch.inference_mode():
+        return model, x, model(x)
+
+
+def images(model) -> torch.Tensor:
+    return torch.rand(2, 3, *model.patch_embed.img_size, dtype=next(model.parameters()).dtype)
+
+
+def give_twins(model) -> None:
+    """Let pairs of patch tokens be equal, with one rotary embedding for all patches where the model has any."""
+    embedded = model._pos_embed(model.patch_embed(images(model)))
+    tokens, rope = embedded if isinstance(embedded, tuple) else (embedded, None)
+    tokens = torch.randn_like(tokens)
+    tokens[:, model.num_prefix_tokens + 1 :: 2] = tokens[:, model.num_prefix_tokens :: 2]
+    if rope is not None:
+        rope = rope[..., :1, :].expand_as(rope)
+    model._pos_embed = lambda x: (tokens, rope) if isinstance(model, Eva) else tokens
+    model.patch_embed.forward = lambda x: x
+
+
+def test_no_other_module_of_timm_knows_these_classes():
+    modules = {name.rpartition(".")[2]: module for name, module in sys.modules.items() if "timm.models." in name}
+    knowing = {
+        name
+        for name, module in modules.items()
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, (VisionTransformer, Eva))
+    }
+    assert knowing == set(models.VIT_MODULES)
+
+
+def test_every_architecture_is_in_the_survey(tried):
+    names = [name for one in tried for name in one.names]
+    assert sorted(names) == sorted(coverage.architectures()) and len(names) > 250
+    assert {one.structure[0] for one in tried} == {"VisionTransformer", "VisionTransformerDistilled", "Eva"}
+
+
+def test_a_structure_is_supported_by_every_method_or_by_none(tried):
+    for one in tried:
+        assert set(one.refusals) in (set(), {"none", *METHODS}), one.structure
+    refused = {name for one in tried if one.refusals for name in one.names}
+    assert {name for name in refused if timm.is_model_pretrained(name)} == set(models.REFUSED)
+    for one in tried:
+        for reason in one.refusals.values():
+            assert "side by side" in reason or "difference of two attentions" in reason
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tokens_are_removed_as_asked(method, supported):
+    for structure, model, x, _ in supported:
+        tokens = coverage.SIDE**2 + model.num_prefix_tokens
+        each = {"evit": [4, 4, 4, 4], "mctf": [0, 5, 5, 5]}.get(method, [5, 5, 5, 5])
+        with torch.inference_mode():
+            assert tokbench.apply(model, method, 5)(x).isfinite().all(), structure
+        left = [tokens - sum(each[: block + 1]) for block in range(4)]
+        assert tokbench.tokens_per_block(model) == left, structure
+        tokbench.remove(model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_removing_nothing_is_the_unreduced_model_bit_for_bit(method, supported):
+    for structure, model, x, expected in supported:
+        with torch.inference_mode():
+            assert torch.equal(tokbench.apply(model, method, 0)(x), expected), structure
+        tokbench.remove(model)
+
+
+def test_a_method_leaves_no_trace_when_it_is_removed(supported):
+    for structure, model, x, expected in supported:
+        kinds, state = [type(module) for module in model.modules()], list(model.state_dict())
+        with torch.inference_mode():
+            assert not torch.equal(tokbench.apply(model, "tome", 9)(x), expected), structure
+            assert list(model.state_dict()) == state
+            assert torch.equal(tokbench.remove(model)(x), expected), structure
+        assert [type(module) for module in model.modules()] == kinds
+        assert not any(hasattr(module, "fusion") for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("method", "schedule", "params"),
+    [
+        ("tome", "list:18", {}),
+        ("tofu", "list:18", {"prune_blocks": 0}),
+        ("mctf", "list:0,18", {}),
+        ("mctf", "list:0,18", {"one_step_ahead": "precise", "bidirectional": False}),
+        ("mctf", "list:0,18", {"one_step_ahead": "off"}),
+    ],
+)
+def test_merging_twins_changes_nothing(method, schedule, params, twins):
+    """To other tokens and to the pooling, two equal tokens at one place are what one token of size two is."""
+    if method == "mctf":
+        params = params | {"tau_info": 1e6}  # pair by similarity; merge by information all the same
+    for structure, model, x, expected in twins:
+        with torch.inference_mode():
+            reduced = tokbench.apply(model, method, schedule, **params)(x)
+        assert tokbench.tokens_per_block(model)[-1] == 18 + model.num_prefix_tokens
+        tokbench.remove(model)
+        torch.testing.assert_close(
+            reduced, expected, rtol=1e-8, atol=1e-8, msg=lambda text, kind=structure: f"{kind}: {text}"
+        )
+
+
+def test_the_committed_table_is_that_of_this_timm(tried):
+    text = COVERAGE.read_text()
+    if f"timm {timm.__version__} " not in text:
+        pytest.skip(f"the table is not of timm {timm.__version__}; constraints.txt pins the one it is of")
+    assert text == coverage.table(tried), "run: python -m tokbench.coverage docs/coverage.md"
