@@ -65,7 +65,12 @@ def test_run_shows_table_and_plot_and_the_other_commands_read_the_run(tokbench_c
 
     code, out, _ = tokbench_command("plot", run, "--format", "svg", "--x", "gflops", "--y", "agreement")
     assert (code, out.strip()) == (0, str(run / "pareto.svg"))
-    code, out, _ = tokbench_command("plot", run, "--out", tmp_path / "mine.pdf")
+    code, out, _ = tokbench_command("table", run, "--filter", "method=tome", "--format", "csv")
+    assert code == 0 and out.count("\n") == 2
+    code, out, _ = tokbench_command("report", run)
+    assert (code, out.strip()) == (0, str(run / "report.html")) and "tome" in (run / "report.html").read_text()
+
+    code, out, _ = tokbench_command("plot", run, "--out", tmp_path / "mine.pdf", "--size", "paper", "--theme", "dark")
     assert code == 0 and (tmp_path / "mine.pdf").is_file()
 
 
@@ -146,6 +151,8 @@ def test_dry_run_names_the_cells_and_loads_nothing(tokbench_command, monkeypatch
         (["plot"], ["RUN"]),
         (["plot", "nowhere"], ["nowhere"]),
         (["table", "nowhere"], ["nowhere"]),
+        (["report", "nowhere"], ["nowhere"]),
+        (["report", "nowhere", "--out", "page.pdf"], ["page.html"]),
         (["list"], ["WHAT"]),
         (["list", "method"], ["'method'", "'methods'"]),
     ],
@@ -169,6 +176,10 @@ def test_wrong_metric_format_or_column_is_one_line_and_2(tokbench_command, tiny,
         (["plot", run, "--format", "jpg"], "png"),
         (["table", run, "--format", "html"], "'html'"),
         (["table", run, "--sort", "speed"], "'speed"),
+        (["table", run, "--filter", "method"], "COLUMN=VALUE"),
+        (["plot", run, "--size", "papre"], "'paper'"),
+        (["plot", run, "--theme", "black"], "light, dark"),
+        (["plot", run, "--published"], "nothing published"),
         (["run", *QUICK, "--out", run], "not empty"),
     ]:
         code, _, err = tokbench_command(*words)

@@ -194,6 +194,19 @@ def table(
         console.print(rendered)
 
 
+@app.command()
+def report(
+    runs: Runs,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="File to write (default: report.html in the first RUN).")
+    ] = None,
+) -> None:
+    """Write one HTML page: findings, an interactive plot, a sortable table, how it was measured."""
+    from tokbench.report.html import write_report
+
+    print(write_report(runs, out or runs[0] / "report.html"))
+
+
 @app.command("list")
 def list_(
     what: Annotated[Literal["models", "methods", "schedules", "data"], typer.Argument(metavar="WHAT")],

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args, overload
+from typing import Any, Literal, get_args, overload
 
 import pandas as pd
 import rich
@@ -32,6 +32,8 @@ class _Column:
     left: bool = False
     # Where a terminal is too narrow for all, the highest rank goes first; 0 never goes. Files get every column.
     rank: int = 0
+    # The table's column whose numbers sort it; "" sorts by the text.
+    sort: str = ""
 
 
 @overload
@@ -110,6 +112,33 @@ def render_table(
     return (_markdown if format == "md" else _latex)(df, columns, title, notes)
 
 
+def readable(df: pd.DataFrame) -> dict[str, Any]:
+    """The table for reading, in parts for a page: title, heads, rows of cells with sort values, notes.
+
+    A cell's `value` sorts it: the number behind it, "" where it is missing, else its text.
+    """
+    df = df.assign(**{f"front_{x}": pareto_front(df, x, "top1") for x in FRONTS.values()})
+    columns = _columns(df)
+    rows = [
+        {
+            "kind": "failed" if row["error"] else "baseline" if row["is_baseline"] else "front" if _front(row) else "",
+            "cells": [
+                {"text": column.text(row), "left": column.left, "value": _sort_value(column, row)} for column in columns
+            ],
+        }
+        for _, row in df.iterrows()
+    ]
+    heads = [{"text": column.head, "left": column.left} for column in columns]
+    return {"title": _title(df), "heads": heads, "rows": rows, "notes": _notes(df)}
+
+
+def _sort_value(column: _Column, row: pd.Series) -> str:
+    if not column.sort:
+        return column.text(row)
+    value = row[column.sort]
+    return "" if pd.isna(value) else f"{float(value)!r}"
+
+
 def _sorted(df: pd.DataFrame, sort: str) -> pd.DataFrame:
     if not sort:
         return df
@@ -146,14 +175,14 @@ def _columns(df: pd.DataFrame) -> list[_Column]:
         _Column("Schedule", lambda row: "" if row["is_baseline"] else row["schedule"], left=True),
         _number(METRICS["top1"]),
         _number(METRICS["top5"], rank=6),
-        _Column("Drop [95 %]", _drop),
+        _Column("Drop [95 %]", _drop, sort="drop"),
         _number(METRICS["agreement"], rank=2),
-        _Column("Tokens", lambda row: _digits(row, "tokens_final", 0), rank=4),
+        _Column("Tokens", lambda row: _digits(row, "tokens_final", 0), rank=4, sort="tokens_final"),
         _number(METRICS["gflops"]),
         _number(METRICS["flops_ratio"], rank=5),
         _number(METRICS["throughput"], rank=1),
-        _Column("Speed-up", _speedup),
-        _Column("[95 %]", _speedup_interval, rank=8),
+        _Column("Speed-up", _speedup, sort="speedup"),
+        _Column("[95 %]", _speedup_interval, rank=8, sort="speedup_low"),
         _number(METRICS["latency"], rank=3),
         _number(METRICS["memory"], rank=7),
         _Column("Front", _front, left=True),
@@ -177,15 +206,15 @@ def _fitting(df: pd.DataFrame, columns: list[_Column], width: int) -> list[_Colu
 
 def _number(metric: Metric, rank: int = 0) -> _Column:
     def text(row: pd.Series) -> str:
-        return _digits(row, metric.column, _sensible_digits(metric, row))
+        return _digits(row, metric.column, sensible_digits(metric, row["images"]))
 
-    return _Column(metric.short, text, rank=rank)
+    return _Column(metric.short, text, rank=rank, sort=metric.column)
 
 
-def _sensible_digits(metric: Metric, row: pd.Series) -> int:
+def sensible_digits(metric: Metric, images: float) -> int:
     """One digit of accuracy for fewer than 10,000 images, where the second would be noise."""
     per_image = metric.column in ("top1", "top5", "drop", "agreement")
-    few = pd.isna(row["images"]) or row["images"] < 10_000
+    few = pd.isna(images) or images < 10_000
     return 1 if per_image and few else metric.digits
 
 
@@ -196,7 +225,7 @@ def _digits(row: pd.Series, column: str, digits: int) -> str:
 
 
 def _drop(row: pd.Series) -> str:
-    digits = _sensible_digits(METRICS["drop"], row)
+    digits = sensible_digits(METRICS["drop"], row["images"])
     text = _digits(row, "drop", digits)
     if row["is_baseline"] or pd.isna(row["drop"]):
         return "" if row["is_baseline"] else text

@@ -1,0 +1,242 @@
+"""The report page: what it says, what it escapes, and, where there is a Chromium, how it behaves in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_report import make_run
+
+from tokbench.errors import UserError
+from tokbench.report.findings import findings
+from tokbench.report.html import plot_data, write_report
+from tokbench.report.metrics import load_table
+from tokbench.store import RunFolder
+
+HOSTILE = "<script>window.hacked = true</script><b>&amp;"
+
+
+def said(*runs: Path) -> str:
+    return "\n".join(sentence for finding in findings(load_table(runs)) for sentence in finding.sentences)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "run")
+
+
+def only(run: Path, out: Path, keep: Any, **changed: Any) -> Path:
+    """A run of those records of another that `keep` accepts, with fields changed."""
+    folder = RunFolder.create(out, RunFolder.open(run).manifest)
+    for record in RunFolder.open(run).records():
+        if keep(record):
+            folder.append({**record, **changed})
+    return out
+
+
+# --- findings -----------------------------------------------------------------------------------------------
+
+
+def test_findings_are_as_strong_as_the_intervals(run: Path) -> None:
+    text = said(run)
+    assert "Unreduced, the model has 80.0 % top-1, 0.4 GFLOPs an image (multiply-adds) and 100 images/s." in text
+    assert "Of 4 reduced cells, 1 cannot be told from the unreduced model in top-1 and 3 lose top-1" in text
+    assert (
+        "That one is ToMe at r=8: on this CPU 1.30× [1.29, 1.31] the unreduced model's speed, drop 0.2 points" in text
+    )
+    assert "fastest cell on this CPU is top-k at keep 0.7: 1.80× [1.78, 1.82]" in text
+    assert "with a loss of 3.0 points of top-1 [2.0, 4.0]" in text
+    assert "random:seed=1 is never on it" in text
+    assert "known to about ±1.0 points" in text
+
+
+def test_without_speed_the_findings_speak_of_flops(run: Path, tmp_path: Path) -> None:
+    text = said(only(run, tmp_path / "slow", lambda record: record["kind"] != "speed"))
+    assert "Speed was not measured" in text and "That one is ToMe at r=8: 75 % of the FLOPs" in text
+    assert "images/s" not in text and "×" not in text
+
+
+def test_without_accuracy_no_cost_is_claimed(run: Path, tmp_path: Path) -> None:
+    text = said(only(run, tmp_path / "blind", lambda record: record["kind"] != "accuracy"))
+    assert "Accuracy was not measured" in text and "fastest cell" in text
+    assert "points" not in text and "cannot be told" not in text
+
+
+def test_one_cell_is_spoken_of_in_the_singular(run: Path, tmp_path: Path) -> None:
+    one = only(run, tmp_path / "one", lambda record: record["schedule"] in ("", "constant:8"))
+    text = said(one)
+    assert "The one reduced cell: it cannot be told from the unreduced model in top-1" in text
+    assert not re.search(r"\b1 (cells|images)\b", text)
+    alone = said(only(run, tmp_path / "alone", lambda record: record["method"] == "none"))
+    assert "Nothing but the unreduced model was measured" in alone
+
+
+def test_gains_and_slowdowns_are_called_so(run: Path, tmp_path: Path) -> None:
+    slow = {
+        "drop": -1.5,
+        "drop_low": -2.0,
+        "drop_high": -1.0,
+        "speedup": 0.9,
+        "speedup_low": 0.88,
+        "speedup_high": 0.92,
+    }
+    base = only(run, tmp_path / "base", lambda record: record["method"] == "none")
+    for record in RunFolder.open(run).records():
+        if record["schedule"] == "constant:8":
+            known = {key: value for key, value in slow.items() if key in record}
+            RunFolder.open(base).append({**record, **known})
+    text = said(base)
+    assert "The one reduced cell: it is better" in text and "with a gain of 1.5 points of top-1 [1.0, 2.0]" in text
+    assert "Slower than the unreduced model: ToMe at r=8 (0.90×)." in text
+
+
+def test_failures_and_several_models_are_named(run: Path, tmp_path: Path) -> None:
+    failure = {"kind": "failure", "cell": "bundled/tofu/8", "model": "bundled", "method": "tofu", "schedule": "8"}
+    RunFolder.open(run).append({**failure, "message": "out of memory"})
+    other = make_run(tmp_path / "other", model="deit", device="cuda")
+    both = findings(load_table([run, other]))
+    assert [finding.title.split(",")[0] for finding in both] == ["bundled", "deit"]
+    assert "1 cell failed (ToFu at r=8: out of memory)." in both[0].sentences
+    assert any("on A GPU" in sentence for sentence in both[1].sentences)
+
+
+# --- the page -----------------------------------------------------------------------------------------------
+
+
+def test_the_page_needs_no_network(run: Path, tmp_path: Path) -> None:
+    page = write_report([run], tmp_path / "page.html").read_text()
+    own = page.replace(html_library(), "")
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)""", own) and "@import" not in own and "http" not in own
+    assert "fetch(" not in own
+
+
+def html_library() -> str:
+    from plotly.offline import get_plotlyjs
+
+    return str(get_plotlyjs())
+
+
+def test_every_name_is_escaped(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", model=HOSTILE, data=HOSTILE)
+    page = write_report([run], tmp_path / "page.html").read_text().replace(html_library(), "")
+    assert "window.hacked" in page and HOSTILE not in page and "<script>window" not in page
+
+
+def test_fronts_of_the_plot_are_those_of_the_tables(run: Path) -> None:
+    data = plot_data(load_table([run]))
+    assert data["fronts"]["gflops|top1"] == [0, 1, 2] and data["fronts"]["throughput|top1"] == [0, 1, 2, 3]
+    assert json.loads(json.dumps(data, allow_nan=False)) == data
+
+
+def test_what_cannot_be_written_is_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="call it page.html"):
+        write_report([run], tmp_path / "page.pdf")
+    with pytest.raises(UserError, match="no run folder"):
+        write_report([tmp_path / "nowhere"], tmp_path / "page.html")
+    empty = RunFolder.create(tmp_path / "empty", {}).path
+    with pytest.raises(UserError, match="holds no records"):
+        write_report([empty], tmp_path / "page.html")
+    monkeypatch.setitem(__import__("sys").modules, "plotly.offline", None)
+    with pytest.raises(UserError, match="pip install jinja2 plotly"):
+        write_report([run], tmp_path / "page.html")
+
+
+# --- in a browser -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    program, driver = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
+    if not program or not driver:
+        pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver); not both are here")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--window-size=1200,1700",
+    ):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chromium = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    chromium.set_page_load_timeout(60)
+    yield chromium
+    chromium.quit()
+
+
+def open_page(browser: Any, runs: list[Path], out: Path) -> None:
+    browser.get_log("browser")
+    browser.get(write_report(runs, out).as_uri())
+
+
+def column(browser: Any, head: str) -> list[str]:
+    return browser.execute_script(
+        "const heads = [...document.querySelectorAll('#cells th')];"
+        "const at = heads.findIndex(th => th.textContent.trim() === arguments[0]);"
+        "return [...document.querySelectorAll('#cells tbody tr')].filter(row => !row.hidden)"
+        ".map(row => row.cells[at].textContent);",
+        head,
+    )
+
+
+def press(browser: Any, head: str) -> None:
+    browser.find_element("xpath", f"//th[normalize-space()='{head}']/button").click()
+
+
+def test_the_page_works_in_a_browser(browser: Any, run: Path, tmp_path: Path) -> None:
+    hostile = make_run(tmp_path / "hostile", model=HOSTILE, device="cuda")
+    open_page(browser, [run, hostile], tmp_path / "page.html")
+
+    points = "#plot .scatterlayer .point"
+    assert len(browser.find_elements("css selector", points)) >= 5  # the plot is there
+    assert browser.execute_script("return document.querySelectorAll('#plot .legendtext').length") >= 4
+
+    press(browser, "Drop [95 %]")
+    ascending = column(browser, "Drop [95 %]")
+    assert ascending[:4] == ["", "", "n.s. [-0.3, 0.7]", "n.s. [-0.3, 0.7]"] and ascending[-1] == "10.0 [8.0, 12.0]"
+    press(browser, "Drop [95 %]")
+    assert column(browser, "Drop [95 %]")[0] == "10.0 [8.0, 12.0]"
+    press(browser, "Schedule")
+    press(browser, "Schedule")
+    assert column(browser, "Schedule")[0] == "keep:0.7@3,6,9" and column(browser, "Schedule")[-1] == ""
+
+    browser.find_element("id", "filter").send_keys("tome 13 hacked")
+    assert column(browser, "Method") == ["tome"]
+    browser.find_element("id", "filter").send_keys("\ue003" * 15)  # backspace
+
+    browser.find_element("css selector", "#cells tbody tr[data-cell='1']").click()
+    assert "ToMe at r=8" in browser.find_element("id", "pins").text
+    browser.execute_script("document.getElementById('plot').emit('plotly_click', {points: [{customdata: 2}]})")
+    assert "ToMe at r=13" in browser.find_element("id", "pins").text
+    browser.find_element("css selector", ".pin button").click()
+    assert "r=8" not in browser.find_element("id", "pins").text
+
+    for axis, name in (("x", "gflops"), ("y", "drop"), ("group", "1")):
+        chosen = browser.find_element("id", axis)
+        browser.execute_script("arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('change'))",
+                               chosen, name)  # fmt: skip
+    labels = browser.execute_script("return [...document.querySelectorAll('#plot .infolayer .g-xtitle, .g-ytitle')]"
+                                    ".map(title => title.textContent)")  # fmt: skip
+    assert "GFLOPs per image (lower is better)" in labels and "Top-1 drop (points) (lower is better)" in labels
+
+    assert browser.execute_script("return window.hacked") is None
+    assert [entry["message"] for entry in browser.get_log("browser")] == []
+
+
+def test_a_page_with_nothing_to_draw_is_still_a_page(browser: Any, run: Path, tmp_path: Path) -> None:
+    failure = {"kind": "failure", "cell": "m/none", "model": "m", "method": "none", "message": "out of memory"}
+    folder = RunFolder.create(tmp_path / "failed", {})
+    folder.append(failure)
+    open_page(browser, [folder.path], tmp_path / "page.html")
+    assert "Nothing was measured" in browser.find_element("id", "plot").text
+    assert "out of memory" in browser.find_element("tag name", "body").text
+    assert [entry["message"] for entry in browser.get_log("browser")] == []

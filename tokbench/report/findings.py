@@ -1,0 +1,245 @@
+"""What a table of cells says, in sentences. Each is as strong as its interval allows and no stronger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+from tokbench.report.metrics import comparable, find_metric, pareto_front
+from tokbench.report.styles import short_schedule, variant_name
+
+
+@dataclass
+class Findings:
+    """What is known of one model under one set of conditions: `title` names them, `sentences` say it."""
+
+    title: str
+    sentences: list[str] = field(default_factory=list)
+
+
+def findings(df: pd.DataFrame) -> list[Findings]:
+    """Sentences for each set of comparable cells of `metrics.load_table`, in the order they were measured."""
+    return [Findings(group_title(group), _sentences(group)) for group in comparable(df)]
+
+
+def group_title(group: pd.DataFrame) -> str:
+    """Model and conditions of comparable cells in one line."""
+    first = group.iloc[0]
+    images, batch = group["images"].dropna(), group["batch_size"].dropna()
+    parts = [
+        str(first["model"]),
+        f"{int(images.max()):,} {_plural(int(images.max()), 'image')} of {first['data']}" if len(images) else "",
+        _where(first),
+        str(first["dtype"] or ""),
+        f"batch {int(batch.max())}" if len(batch) else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def cell_name(row: pd.Series) -> str:
+    """A cell as one says it: "ToMe at r=13"."""
+    name = variant_name(row["method"], row["variant"])
+    return name if row["is_baseline"] or not row["schedule"] else f"{name} at {short_schedule(row['schedule'])}"
+
+
+def drop_phrase(row: pd.Series) -> str:
+    """What a cell does to top-1: a loss, a gain, or nothing that could be told from chance."""
+    if pd.isna(row["drop_low"]):
+        return f"a drop of {_points(row, row['drop'])} (no interval)"
+    interval = f"[{_number(row, row['drop_low'])}, {_number(row, row['drop_high'])}]"
+    if row["drop_low"] <= 0 <= row["drop_high"]:
+        return f"top-1 that cannot be told from the unreduced model's ({_short_drop(row)})"
+    if row["drop"] < 0:
+        gain = f"[{_number(row, -row['drop_high'])}, {_number(row, -row['drop_low'])}]"
+        return f"a gain of {_points(row, -row['drop'])} of top-1 {gain}"
+    return f"a loss of {_points(row, row['drop'])} of top-1 {interval}"
+
+
+def _short_drop(row: pd.Series) -> str:
+    return f"drop {_points(row, row['drop'])} [{_number(row, row['drop_low'])}, {_number(row, row['drop_high'])}]"
+
+
+def speed_phrase(row: pd.Series) -> str:
+    """A cell's speed-up with its interval: "1.46× [1.44, 1.48] the speed"."""
+    interval = "" if pd.isna(row["speedup_low"]) else f" [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
+    return f"{row['speedup']:.2f}×{interval} the unreduced model's speed"
+
+
+def _sentences(group: pd.DataFrame) -> list[str]:
+    cells = group[~group["is_baseline"]]
+    measured = cells[cells[["top1", "gflops", "speedup"]].notna().any(axis=1)]
+    sentences = [_unreduced(group)]
+    if cells.empty:
+        return [*sentences, "Nothing but the unreduced model was measured, so there is nothing to compare."]
+    sentences += _missing(group)
+    if measured["drop"].notna().any():
+        sentences += _accuracy(measured)
+    if measured["speedup"].notna().any():
+        sentences += _speed(measured)
+    if measured["top1"].notna().any():
+        sentences += [text for x in ("throughput", "gflops") for text in _front(group, x)]
+    return [*sentences, *_failures(cells)]
+
+
+def _unreduced(group: pd.DataFrame) -> str:
+    base = group[group["is_baseline"]]
+    if base.empty:
+        return "The unreduced model was not measured, so no drop and no speed-up is known."
+    row = base.iloc[0]
+    values = [
+        f"{row['top1']:.1f} % top-1" if pd.notna(row["top1"]) else "",
+        f"{row['gflops']:.3g} GFLOPs an image (multiply-adds)" if pd.notna(row["gflops"]) else "",
+        f"{row['throughput']:,.0f} images/s" if pd.notna(row["throughput"]) else "",
+    ]
+    told = [value for value in values if value]
+    return f"Unreduced, the model has {_list(told)}." if told else "Of the unreduced model no figures are known."
+
+
+def _missing(group: pd.DataFrame) -> list[str]:
+    texts = []
+    if group["top1"].isna().all():
+        texts.append("Accuracy was not measured: what any speed-up costs is unknown.")
+    if group["throughput"].isna().all():
+        texts.append("Speed was not measured: fewer FLOPs need not mean more images per second.")
+    return texts
+
+
+def _accuracy(cells: pd.DataFrame) -> list[str]:
+    """How many cells are as good as the unreduced model as far as one can tell, and the cheapest of them."""
+    known = cells[cells["drop_low"].notna()]
+    if known.empty:
+        return []
+    same = known[(known["drop_low"] <= 0) & (known["drop_high"] >= 0)]
+    gained = known[known["drop_high"] < 0]
+    lost = known[known["drop_low"] > 0]
+    count = len(known)
+    parts = [
+        f"{_count(len(same), count)} cannot be told from the unreduced model in top-1" if len(same) else "",
+        f"{_count(len(gained), count)} {'is' if len(gained) == 1 else 'are'} better" if len(gained) else "",
+        f"{_count(len(lost), count)} {'loses' if len(lost) == 1 else 'lose'} top-1" if len(lost) else "",
+    ]
+    total = f"Of {count} reduced {_plural(count, 'cell')}, " if count > 1 else "The one reduced cell: "
+    sentences = [f"{total}{_list([part for part in parts if part])} (95 % intervals, each cell for itself)."]
+    as_good = pd.concat([same, gained])
+    which = f"of the {len(as_good)} with no significant loss is" if len(as_good) > 1 else ""
+    if len(as_good) and as_good["speedup"].notna().any():
+        best = as_good.loc[as_good["speedup"].idxmax()]
+        subject = f"The fastest {which}" if which else "That one is"
+        sentences.append(f"{subject} {cell_name(best)}:{_on(best)} {speed_phrase(best)}, {_short_drop(best)}.")
+    elif len(as_good) and as_good["flops_ratio"].notna().any():
+        best = as_good.loc[as_good["flops_ratio"].idxmin()]
+        subject = f"The cheapest {which}" if which else "That one is"
+        sentences.append(f"{subject} {cell_name(best)}: {_flops_phrase(best)}, {_short_drop(best)}.")
+    elif len(lost) and as_good.empty:
+        best = lost.loc[lost["drop"].idxmin()]
+        sentences.append(f"The smallest loss is that of {cell_name(best)}: {_costs(best)}{drop_phrase(best)}.")
+    widest = (known["drop_high"] - known["drop_low"]).median() / 2
+    if widest >= 0.5:
+        images = int(known["images"].max())
+        sentences.append(
+            f"With {images:,} {_plural(images, 'image')} a drop is known to about ±{widest:.1f} points; smaller ones "
+            "cannot be seen."
+        )
+    return sentences
+
+
+def _speed(cells: pd.DataFrame) -> list[str]:
+    timed = cells[cells["speedup"].notna()]
+    best = timed.loc[timed["speedup"].idxmax()]
+    cost = "" if pd.isna(best["drop"]) else f", with {drop_phrase(best)}"
+    sentences = [f"The fastest cell{_on(best)} is {cell_name(best)}: {speed_phrase(best)}{cost}."]
+    slower, unclear = (
+        timed[timed["speedup_high"] < 1],
+        timed[(timed["speedup_low"] <= 1) & (timed["speedup_high"] >= 1)],
+    )
+    if len(slower):
+        names = _list([f"{cell_name(row)} ({row['speedup']:.2f}×)" for _, row in slower.head(4).iterrows()])
+        more = f" and {len(slower) - 4} more" if len(slower) > 4 else ""
+        sentences.append(f"Slower than the unreduced model: {names}{more}.")
+    if len(unclear):
+        cells_ = f"{len(unclear)} {_plural(len(unclear), 'cell')}"
+        sentences.append(f"{cells_} cannot be told from the unreduced model in speed.")
+    counted = timed[(timed["flops_ratio"] < 0.95) & timed["flops_ratio"].notna()]
+    if len(counted):
+        promise = counted["speedup"] * counted["flops_ratio"]
+        low, high = 100 * promise.min(), 100 * promise.max()
+        span = f"{low:.0f} %" if round(low) == round(high) else f"{low:.0f} to {high:.0f} %"
+        sentences.append(f"The speed-ups are {span} of what the FLOPs saved would give if time followed FLOPs.")
+    return sentences
+
+
+def _front(group: pd.DataFrame, x: str) -> list[str]:
+    """Which methods are on the front of top-1 against x, and which never are."""
+    there = group[group[find_metric(x).column].notna() & group["top1"].notna() & ~group["is_baseline"]]
+    if there["method"].nunique() < 2:
+        return []
+    front = there[pareto_front(group, x, "top1")[there.index]]
+    names = {variant: variant_name(method, variant) for variant, method in there[["variant", "method"]].to_numpy()}
+    on = [variant for variant in names if (front["variant"] == variant).any()]
+    never = [names[variant] for variant in names if variant not in on]
+    what = "speed" if x == "throughput" else "FLOPs"
+    if not on:
+        return [f"No reduced cell is on the front of top-1 against {what}."]
+    counts = [f"{names[variant]} ({_times(int((front['variant'] == variant).sum()))})" for variant in on]
+    verb = "is" if len(never) == 1 else "are"
+    rest = f"; {_list(never)} {verb} never on it" if never else ""
+    return [f"On the front of top-1 against {what}, by the measured values: {_list(counts)}{rest}."]
+
+
+def _failures(cells: pd.DataFrame) -> list[str]:
+    failed = cells[cells["error"].notna()]
+    if failed.empty:
+        return []
+    reasons = "; ".join(f"{cell_name(row)}: {row['error']}" for _, row in failed.iterrows())
+    return [f"{len(failed)} {_plural(len(failed), 'cell')} failed ({reasons})."]
+
+
+def _costs(row: pd.Series) -> str:
+    if pd.notna(row["speedup"]):
+        return f"{speed_phrase(row)}, with "
+    return f"{_flops_phrase(row)}, with " if pd.notna(row["flops_ratio"]) else ""
+
+
+def _flops_phrase(row: pd.Series) -> str:
+    return f"{100 * row['flops_ratio']:.0f} % of the FLOPs"
+
+
+def _where(row: pd.Series) -> str:
+    return str(row["machine"] or row["device"] or "")
+
+
+def _on(row: pd.Series) -> str:
+    if pd.isna(row["device"]):
+        return ""
+    return " on this CPU" if str(row["device"]) == "cpu" else f" on {_where(row)}"
+
+
+def _points(row: pd.Series, value: float) -> str:
+    return f"{_number(row, value)} points"
+
+
+def _number(row: pd.Series, value: float) -> str:
+    digits = 2 if pd.notna(row["images"]) and row["images"] >= 10_000 else 1
+    text = f"{value:.{digits}f}"
+    return (text.removeprefix("-") if float(text) == 0 else text).replace("-", "−")
+
+
+def _count(part: int, whole: int) -> str:
+    if whole == 1:
+        return "it"
+    return "all" if part == whole else f"{part}"
+
+
+def _times(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
+
+
+def _plural(count: int, word: str) -> str:
+    return word if count == 1 else f"{word}s"
+
+
+def _list(words: Iterable[str]) -> str:
+    *rest, last = words
+    return f"{', '.join(rest)} and {last}" if rest else last

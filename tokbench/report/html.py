@@ -1,0 +1,110 @@
+"""A run as one HTML file that needs no network: findings, an interactive Pareto plot, the table, the manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from tokbench import __version__
+from tokbench.errors import UserError
+from tokbench.report.findings import cell_name, findings, group_title
+from tokbench.report.metrics import COLUMNS, METRICS, comparable, find_metric, load_table, pareto_front
+from tokbench.report.styles import method_style, variant_name
+from tokbench.report.tables import readable, sensible_digits
+from tokbench.store import RunFolder
+
+_TEMPLATE = Path(__file__).with_name("report.html.jinja")
+_SYMBOLS = {
+    "*": "star", "o": "circle", "s": "square", "^": "triangle-up", "v": "triangle-down", "D": "diamond",
+    "h": "hexagon", "P": "cross", "X": "x", "p": "pentagon", "<": "triangle-left", ">": "triangle-right",
+    "d": "diamond-tall", "8": "octagon",
+}  # fmt: skip
+
+
+def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
+    """Write the report of one or several run folders to `out`, a .html file; returns it.
+
+    Needs jinja2 and plotly (the extra `report`). Raises UserError without them, for a folder that is no run, for a
+    run without records and where the file cannot be written.
+    """
+    out = Path(out)
+    if out.suffix not in (".html", ".htm"):
+        raise UserError(f"cannot write the report to {out}: it is an HTML file, so call it {out.stem}.html.")
+    try:
+        import jinja2
+        from markupsafe import Markup
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise UserError(f"the report needs a package that is not here: pip install jinja2 plotly ({error}).") from error
+    df = load_table(runs)
+    if df.empty:
+        raise UserError(f"nothing to report: {', '.join(map(str, runs))} holds no records.")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False}
+    page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        title=", ".join(dict.fromkeys(df["model"])),
+        findings=findings(df),
+        plot=plot_data(df),
+        table=readable(df),
+        manifests=[_manifest(run) for run in dict.fromkeys(Path(run).resolve() for run in runs)],
+        version=__version__,
+        plotly=Markup(get_plotlyjs()),  # the library's own code
+    )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write the report {out}: {error.strerror}.") from error
+    return out
+
+
+def plot_data(df: pd.DataFrame) -> dict[str, Any]:
+    """What the page's plot draws, as JSON can hold it: metrics that were measured, groups, cells and fronts."""
+    names = [name for name, metric in METRICS.items() if df[metric.column].notna().any()]
+    metrics = {
+        name: {"label": metric.label, "column": metric.column, "low": metric.low, "high": metric.high,
+               "better": metric.better, "digits": sensible_digits(metric, df["images"].max())}
+        for name, metric in ((name, find_metric(name)) for name in names)
+    }  # fmt: skip
+    groups = comparable(df)
+    group_of = {index: number for number, group in enumerate(groups) for index in group.index}
+    cells = []
+    for index, row in df.iterrows():
+        style = method_style(row["method"])
+        cells.append(
+            _plain({column: row[column] for column in COLUMNS})
+            | {
+                "name": cell_name(row),
+                "series": variant_name(row["method"], row["variant"]),
+                "color": style.color,
+                "symbol": _SYMBOLS[style.marker],
+                "size": round(9 * style.size, 1),
+                "group": group_of[index],
+            }
+        )
+    fronts = {f"{x}|{y}": [int(i) for i in df.index[pareto_front(df, x, y)]] for x, y in permutations(names, 2)}
+    return {"metrics": metrics, "groups": [group_title(group) for group in groups], "cells": cells, "fronts": fronts}
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """Values as JSON has them; what is missing is null."""
+    known = {key: value.item() if hasattr(value, "item") else value for key, value in row.items()}
+    return {key: None if pd.isna(value) else value for key, value in known.items()}
+
+
+def _manifest(run: str | Path) -> dict[str, Any]:
+    folder = RunFolder.open(run)
+    manifest = dict(folder.manifest)
+    parts = {part: manifest.pop(part, {}) for part in ("machine", "packages", "grid")}
+    return {
+        "run": folder.path.resolve().name,
+        "facts": {key: str(value) for key, value in manifest.items()},
+        "machine": {key: value for key, value in parts["machine"].items() if value is not None},
+        "packages": parts["packages"],
+        "grid": json.dumps(parts["grid"], indent=2, ensure_ascii=False),
+    }
