@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tokbench.measure.accuracy import Predictions, evaluate
+from tokbench.measure.accuracy import Predictions, evaluate, join
 
 CPU = torch.device("cpu")
 
@@ -66,10 +66,11 @@ def test_answers_match_numpy() -> None:
 
 def test_one_pass_for_all_models() -> None:
     models = {"a": Table(random_logits(10, 3)), "b": Table(random_logits(10, 3, seed=1))}
-    seen: list[int] = []
+    seen: list[dict[str, Predictions]] = []
     results = evaluate(models, numbered([0] * 10), device=CPU, on_batch=seen.append)
     assert list(results) == ["a", "b"]
-    assert seen == [4, 8, 10]
+    assert [list(answers) for answers in seen] == [["a", "b"]] * 3
+    assert np.array_equal(join(answers["b"] for answers in seen).predicted, results["b"].predicted)
     assert models["a"].batches == models["b"].batches == [4, 4, 2]
     alone = evaluate({"b": models["b"]}, numbered([0] * 10, batch=1), device=CPU)["b"]
     assert np.array_equal(alone.predicted, results["b"].predicted)

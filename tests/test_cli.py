@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from test_runner import Source, tiny_model
+from test_runner import Source, stand_in
 
 import tokbench
 from tokbench import cli, progress
@@ -39,11 +39,7 @@ def tokbench_command(monkeypatch, capsys):
 @pytest.fixture
 def tiny(monkeypatch):
     """The tiny model and its images behind every name."""
-    from tokbench import runner
-
-    monkeypatch.setattr(runner, "load_model", lambda name, checkpoint, input_size: tiny_model())
-    monkeypatch.setattr(runner, "open_dataset", lambda spec, model, limit: Source())
-    monkeypatch.setattr(runner, "SPEED_SECONDS_PER_CELL", 0.001)
+    stand_in(monkeypatch, Source())
 
 
 QUICK = ("--device", "cpu", "--batch-size", 12, "--method", "tome", "--schedule", 8)
@@ -104,15 +100,32 @@ def test_an_interrupted_run_says_what_is_kept(tokbench_command, tiny, tmp_path, 
         raise KeyboardInterrupt
 
     run = tmp_path / "run"
-    monkeypatch.setattr(runner, "measure_speed", interrupt)
-    code, _, err = tokbench_command("run", *QUICK, "--out", run)
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "measure_speed", interrupt)
+        code, _, err = tokbench_command("run", *QUICK, "--out", run)
     assert code == 130
-    assert err == (
-        f"tokbench: interrupted; 4 records of 2 cells are kept in {run} (see them with: tokbench table {run})\n"
-    )
+    command = f"tokbench run {' '.join(map(str, QUICK))} --out {run}"
+    assert err == f"tokbench: interrupted; 4 of 6 measurements are kept in {run}; continue with: {command}\n"
+    code, out, err = tokbench_command(*command.split()[1:])
+    assert (code, err) == (0, "") and "Continuing: 4 of 6 measurements are there" in out
+
     monkeypatch.setattr(runner, "load_model", interrupt)
     code, _, err = tokbench_command("run", *QUICK)
     assert (code, err) == (130, "tokbench: interrupted before anything was measured\n")
+
+
+def test_the_command_that_continues_names_the_folder_that_was_made(tokbench_command, tiny, tmp_path, monkeypatch):
+    from tokbench import runner
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runner, "count_flops", interrupt)
+    assert tokbench_command("run", *QUICK)[2].rstrip().endswith(f"--out {next(tmp_path.glob('results/*'))}"[-20:])
+    for _ in range(2):
+        _, _, err = tokbench_command("run", *QUICK, "--fresh", "--out", "a b")
+    assert err.endswith(" --schedule 8 --out 'a b' --out 'a b-2'\n")
 
 
 def test_dry_run_names_the_cells_and_loads_nothing(tokbench_command, monkeypatch, tmp_path):
@@ -180,7 +193,8 @@ def test_wrong_metric_format_or_column_is_one_line_and_2(tokbench_command, tiny,
         (["plot", run, "--size", "papre"], "'paper'"),
         (["plot", run, "--theme", "black"], "light, dark"),
         (["plot", run, "--published"], "nothing published"),
-        (["run", *QUICK, "--out", run], "not empty"),
+        (["run", *QUICK, "--dtype", "bf16", "--out", run], "dtype was fp32 and is bf16"),
+        (["run", *QUICK, "--out", run.parent], "not empty"),
     ]:
         code, _, err = tokbench_command(*words)
         assert (code, err.count("\n")) == (2, 1), words

@@ -67,14 +67,17 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def source(monkeypatch) -> Source:
-    """Put the tiny model and its images behind every name; speed takes no time."""
-    source = Source()
+def stand_in(monkeypatch, source: Source) -> Source:
+    """Put the tiny model and these images behind every name; speed takes no time."""
     monkeypatch.setattr(runner, "load_model", lambda name, checkpoint, input_size: tiny_model())
     monkeypatch.setattr(runner, "open_dataset", lambda spec, model, limit: source)
     monkeypatch.setattr(runner, "SPEED_SECONDS_PER_CELL", 0.001)
     return source
+
+
+@pytest.fixture
+def source(monkeypatch) -> Source:
+    return stand_in(monkeypatch, Source())
 
 
 @pytest.fixture
@@ -384,7 +387,7 @@ def test_chance_level_when_one_class_or_no_label_is_there():
 
 def test_readers_of_images_follow_device_and_source(source, tmp_path):
     def workers(device: str, streaming: bool, asked: int | None) -> int:
-        bench = runner._Bench(None, None, RunOptions(workers=asked), torch.device(device), Progress())
+        bench = runner._Bench(None, None, RunOptions(workers=asked), torch.device(device), Progress(), None, 1)
         source.streaming = streaming
         return bench._workers(source)
 

@@ -110,7 +110,7 @@ def test_prediction_paths_are_unique_and_readable(run: RunFolder) -> None:
     cells = ["m/tome/8", "m/tome_8", "M/tome/8", "m/topk/" + "list:1," * 99, "m/topk/" + "list:1," * 98 + "2"]
     paths = [run.prediction_path(cell) for cell in cells]
     assert len({path.name.lower() for path in paths}) == len(cells)
-    assert paths[0].name.startswith("m_tome_8-") and paths[0].parent.is_dir()
+    assert paths[0].name.startswith("m_tome_8-") and paths[0].parent == run.path / "predictions"
     assert all(len(path.name) < 128 and path.suffix == ".npz" for path in paths)
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -10,7 +14,7 @@ import typer
 from typer.exceptions import TyperException
 
 from tokbench import __version__
-from tokbench.errors import UserError
+from tokbench.errors import RunStopped, UserError
 
 app = typer.Typer(
     name="tokbench",
@@ -26,9 +30,12 @@ Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.
 
 
 def main() -> NoReturn:
-    """Run the command line and exit: 0 fine, 2 bad usage or input, 3 some cells failed, 130 interrupted."""
+    """Run the command line and exit: 0 fine, 2 bad usage or input, 3 cells failed or the run stopped, 130 Ctrl-C."""
     try:
         code = app(args=sys.argv[1:] or ["--help"], prog_name="tokbench", standalone_mode=False)
+    except RunStopped as error:
+        _complain(str(error))
+        code = 3
     except (UserError, TyperException) as error:
         _complain(error.format_message() if isinstance(error, TyperException) else str(error))
         code = 2
@@ -77,8 +84,12 @@ def run(
         typer.Option(metavar="SPEC", help="'bundled', a folder of class folders, or hfds/…, wds/…, torch/…."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Run folder to make (default: a new one under results/).")
+        Path | None,
+        typer.Option(metavar="DIR", help="Run folder to make or to continue (default: a new one under results/)."),
     ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Never continue a run: begin a new one in DIR-2, DIR-3, …")
+    ] = False,
     device: Annotated[
         str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1 or mps (default: auto).")
     ] = None,
@@ -96,7 +107,8 @@ def run(
 ) -> None:
     """Measure accuracy, FLOPs and speed of every cell of a grid.
 
-    Without arguments: the bundled model on 1,000 bundled images, five methods at two levels of FLOPs.
+    Without arguments: the bundled model on 1,000 bundled images, five methods at two levels of FLOPs. The same command
+    with the --out of an earlier run continues that run: what it has is not measured again.
     """
     from rich.console import Console
 
@@ -124,14 +136,31 @@ def run(
 
     progress = LiveProgress(Console())
     try:
-        with progress:
+        with _terminable(), progress:
             from tokbench.runner import run as run_grid
 
-            run_grid(chosen, out, progress=progress)
+            run_grid(chosen, out, progress=progress, fresh=fresh)
     except KeyboardInterrupt:
-        _complain(progress.kept())
+        words = [word for word in sys.argv[1:] if word != "--fresh"]
+        if progress.folder and progress.folder.path != out:
+            words += ["--out", str(progress.folder.path)]
+        _complain(progress.kept(shlex.join(["tokbench", *words])))
         raise typer.Exit(130) from None
     raise typer.Exit(3 if progress.failures else 0)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM does inside the block what Ctrl-C does: a scheduler's last word before SIGKILL."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @app.command()

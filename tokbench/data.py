@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from PIL import Image
 from timm.data.config import resolve_model_data_config
 from timm.data.dataset_factory import create_dataset
@@ -22,7 +23,7 @@ from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from timm.data.transforms_factory import create_transform
 from timm.utils.misc import natural_key
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 
 from tokbench.bundled.clutter import CLASSES, Layout, compose, draw_layout, read_idx
 from tokbench.errors import UserError, nearest
@@ -65,11 +66,34 @@ _logger = logging.getLogger(__name__)
 
 
 class ImageError(UserError):
-    """An image that cannot be decoded, named in one line, also when a DataLoader worker met it."""
+    """An image that cannot be decoded, named in one line, also when a DataLoader worker met it.
 
-    def __init__(self, message: str):
+    name: of the image; reason: why not. Both are "" when the exception comes from a worker.
+    """
+
+    def __init__(self, message: str, name: str = "", reason: str = ""):
         # A worker's exception is made anew from the text of its traceback, which ends with the message.
         super().__init__(message.strip().splitlines()[-1].rpartition(f"{type(self).__name__}: ")[2])
+        self.name, self.reason = name, reason
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image that no model saw: its place in the source, its name, and why."""
+
+    index: int
+    name: str
+    reason: str
+
+
+class Batch(NamedTuple):
+    """Images (B, C, H, W) and labels (B,) of the places before `end` that no earlier batch held, without the skipped
+    ones: B may be 0."""
+
+    images: Tensor
+    labels: Tensor
+    skipped: list[Skipped]
+    end: int
 
 
 class Images(Protocol):
@@ -165,6 +189,38 @@ class ImageStream(IterableDataset[tuple[Tensor, int]]):
             raise ImageError(f"the stream {self.name!r} gives no images: are its folder and split right?")
         if count < self._length:
             _logger.warning("the stream %r ended after %d of %d images", self.name, count, self._length)
+
+
+def load_batches(
+    source: ImageSource | ImageStream, batch_size: int, *, workers: int = 0, start: int = 0
+) -> Iterator[Batch]:
+    """The images of a source from place `start` on, which must be 0 for a stream, `batch_size` places at a time.
+
+    An image that cannot be decoded is skipped, and named in its batch.
+    """
+    images: Any = source
+    if not isinstance(source, ImageStream):
+        images = Subset(_Forgiving(source), range(start, len(source)))
+    end = start
+    for items in DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=list):
+        end += len(items)
+        good = [item for item in items if not isinstance(item, Skipped)]
+        labels = torch.tensor([label for _, label in good], dtype=torch.long)
+        stack = torch.stack([image for image, _ in good]) if good else torch.empty(0)
+        yield Batch(stack, labels, [item for item in items if isinstance(item, Skipped)], end)
+
+
+class _Forgiving(Dataset[tuple[Tensor, int] | Skipped]):
+    """A source that says which images it cannot decode instead of raising."""
+
+    def __init__(self, source: ImageSource):
+        self.source = source
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | Skipped:
+        try:
+            return self.source[index]
+        except ImageError as error:
+            return Skipped(index, error.name, error.reason or str(error))
 
 
 def open_dataset(spec: str, model: nn.Module, *, limit: int | None = None) -> ImageSource | ImageStream:

@@ -10,7 +10,17 @@ class UserError(Exception):
     """Bad input. The message is one line for the user; the CLI prints it and exits with 2."""
 
 
+class RunStopped(UserError):
+    """A run that began and cannot go on; what it measured is kept. The CLI prints the message and exits with 3."""
+
+
 def nearest(word: str, options: Iterable[str], count: int = 3) -> str:
     """The closest of `options` as a phrase to append to an error (with a leading space), or ""."""
     matches = difflib.get_close_matches(word, list(options), n=count, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
+
+
+def one_line(error: BaseException) -> str:
+    """A UserError says it all; of other errors the kind and the first line."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0] if isinstance(error, UserError) else f"{type(error).__name__}: {lines[0]}".rstrip(": ")

@@ -7,18 +7,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from tokbench.store import RECORDS, RunFolder
+
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
-
-    from tokbench.store import RunFolder
 
 
 class Progress:
     """Silent but for warnings, which go through Python's `warnings`. Subclasses show what they are told."""
 
-    def started(self, folder: RunFolder, cells: int) -> None:
-        """The run folder exists, and `cells` cells are going to be measured into it."""
+    def started(self, folder: RunFolder, cells: int, measurements: int) -> None:
+        """The run folder exists, and is to hold so many measurements of so many cells."""
+
+    def continued(self, records: list[dict[str, Any]]) -> None:
+        """The folder holds these records of earlier sessions; what they tell is not measured again."""
 
     def phase(self, name: str, total: int | None) -> None:
         """A new stretch of work begins, of `total` steps, None where that is not known."""
@@ -50,6 +53,7 @@ class LiveProgress(Progress):
 
         self.folder: RunFolder | None = None
         self.failures = 0
+        self._measurements = 0
         self._console = console
         self._records: list[dict[str, Any]] = []
         self._bars = Bars(
@@ -74,9 +78,13 @@ class LiveProgress(Progress):
     ) -> None:
         self._live.stop()
 
-    def started(self, folder: RunFolder, cells: int) -> None:
-        self.folder = folder
+    def started(self, folder: RunFolder, cells: int, measurements: int) -> None:
+        self.folder, self._measurements = folder, measurements
         self._say(f"{cells} cells → {folder.path}")
+
+    def continued(self, records: list[dict[str, Any]]) -> None:
+        self._records = list(records)
+        self._say(f"Continuing: {self._count()} are there")
 
     def phase(self, name: str, total: int | None) -> None:
         self._live.refresh()  # the last phase's bar, full
@@ -105,20 +113,20 @@ class LiveProgress(Progress):
 
         self._live.stop()
         self._console.print(render_table(table, "rich", width=self._console.width))
+        if self.failures and self.folder:
+            self._say(f"{self.failures} failed; tracebacks: {self.folder.path / RECORDS}", style="red")
         for plot in plots:
             self._say(f"Plot: {plot}")
 
-    def kept(self) -> str:
-        """For a run that was interrupted: what is on disk."""
+    def kept(self, command: str) -> str:
+        """For a run that was interrupted: what is on disk, and the command that continues it."""
         if self.folder is None:
             return "interrupted before anything was measured"
-        if not self._records:
-            return f"interrupted before anything was measured; {self.folder.path} holds the manifest only"
-        cells = len({record["cell"] for record in self._records})
-        return (
-            f"interrupted; {len(self._records)} records of {cells} cells are kept in {self.folder.path} "
-            f"(see them with: tokbench table {self.folder.path})"
-        )
+        return f"interrupted; {self._count()} are kept in {self.folder.path}; continue with: {command}"
+
+    def _count(self) -> str:
+        measured = {(record["cell"], record["kind"]) for record in self._records if record["kind"] != "failure"}
+        return f"{len(measured)} of {self._measurements} measurements"
 
     def _show_table(self) -> None:
         from rich.console import Group

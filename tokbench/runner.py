@@ -1,14 +1,17 @@
 """Runs a grid: every cell of a model shares one copy of the weights, one pass over the images, and the same rounds.
 
 FLOPs come first: they take seconds and tell which cells run at all. Then accuracy, then speed. A record is on disk
-as soon as it is measured, so an interrupted run keeps what it has.
+as soon as it is measured, and a pass over the images every few seconds: the same command on the same folder goes on
+where the last one stopped, whatever stopped it.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import traceback
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,14 +20,13 @@ import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from torch.utils.data import DataLoader
 
 from tokbench.config import Cell, Grid, ModelSpec, RunOptions
 from tokbench.data import ImageSource, ImageStream, open_dataset
-from tokbench.errors import UserError
+from tokbench.errors import RunStopped, UserError, one_line
 from tokbench.fusion.patch import fork, require_supported, tokens_per_block
-from tokbench.measure._model import resolve_input_size
-from tokbench.measure.accuracy import Predictions, evaluate
+from tokbench.measure._model import is_out_of_memory, release_memory, resolve_input_size
+from tokbench.measure.accuracy import Predictions, evaluate, join
 from tokbench.measure.environment import describe_machine, package_versions
 from tokbench.measure.flops import FlopCount, count_flops
 from tokbench.measure.speed import SpeedResult, measure_speed
@@ -32,7 +34,8 @@ from tokbench.measure.stats import mcnemar_p, paired_drop, wilson
 from tokbench.models import load_model, weights_sha256
 from tokbench.progress import Progress
 from tokbench.resolve import apply
-from tokbench.store import RunFolder, new_run_path, require_free
+from tokbench.resume import HalfPass, Measured, PassFile, Reader, agreed_conditions, require_same_answers
+from tokbench.store import RunFolder, fresh_path, is_run, new_run_path, require_free, stopping_at_write_errors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # A budget for all rounds together; slow cells exceed it, because each makes five rounds at least.
 SPEED_SECONDS_PER_CELL = 2.0
+# In a run folder: which images no cell saw, and why, by model.
+SKIPPED = "skipped.json"
 
 
 def run(
@@ -48,13 +53,16 @@ def run(
     *,
     options: RunOptions | None = None,
     progress: Progress | None = None,
+    fresh: bool = False,
 ) -> pd.DataFrame:
     """Measure every cell of a grid and draw the Pareto plot; one row per cell comes back (see `load_table`).
 
     grid: a Grid, the path of a grid file, or None for the default one. out: the run folder, by default a new one
-    under results/. options: instead of the grid's own. progress: told what happens; silent by default.
-    Raises UserError for bad input, before anything is measured. A cell that fails is recorded as a failure (column
-    `error`) and the others go on.
+    under results/; a run that is there already is continued: only what it lacks is measured. options: instead of the
+    grid's own. progress: told what happens; silent by default. fresh: never continue, but begin in `out`-2 and so on.
+    Raises UserError for bad input, before anything is measured, also when the run in `out` had another model, data
+    or dtype, and RunStopped when it cannot go on; what was measured is then kept. A cell that fails is recorded as a
+    failure (column `error`) and the others go on; a later session tries it again.
     """
     from tokbench.report.metrics import load_table
 
@@ -63,15 +71,28 @@ def run(
     options = options or grid.options
     progress = progress or Progress()
     path = Path(out) if out else new_run_path(label=grid.models[0].label)
-    require_free(path)  # before any model is downloaded
+    path = fresh_path(path) if fresh else path
+    if not is_run(path):
+        require_free(path)  # before any model is downloaded
     device = find_device(options.device)
-    subjects = [_load(spec, grid, options) for spec in grid.models]
-    folder = RunFolder.create(path, _manifest(grid, options, device))
-    progress.started(folder, sum(len(subject.cells) for subject in subjects))
-    for subject in subjects:
-        _Bench(subject, folder, options, device, progress).measure()
-    table = load_table([folder.path])
-    progress.finished(table, _draw(table, folder.path))
+    with RunFolder.held(path):
+        folder = RunFolder.open(path) if is_run(path) else None
+        subjects = [_load(spec, grid, options) for spec in grid.models]
+        manifest = _manifest(grid, options, device, subjects, folder)
+        folder = _continued(folder, manifest) if folder else RunFolder.create(path, manifest)
+        records = folder.records()
+        measured = Measured(records)
+        cells = sum(len(subject.cells) for subject in subjects)
+        progress.started(folder, cells, cells * len(options.only))
+        if records:
+            progress.continued(records)
+        for subject in subjects:
+            batch_size = manifest["conditions"]["batch_size"]
+            _Bench(subject, folder, options, device, progress, measured, batch_size).measure()
+        table = load_table([folder.path])
+        with stopping_at_write_errors(folder.path):
+            plots = _draw(table, folder.path)
+        progress.finished(table, plots)
     return table
 
 
@@ -101,6 +122,17 @@ class _Subject:
     source: ImageSource | ImageStream | None
     cells: list[Cell]
 
+    def conditions(self) -> dict[str, Any]:
+        """What must be the same in every session of a run, ready for JSON; None where there is no data."""
+        source = self.source
+        return {
+            "weights_sha256": self.weights,
+            "input_size": list(self.input_size),
+            "data": source.name if source else None,
+            "data_fingerprint": source.fingerprint if source else None,
+            "images": len(source) if source else None,
+        }
+
 
 def _load(spec: ModelSpec, grid: Grid, options: RunOptions) -> _Subject:
     model = cast(VisionTransformer, load_model(spec.name, spec.checkpoint, input_size=spec.input_size))
@@ -109,13 +141,36 @@ def _load(spec: ModelSpec, grid: Grid, options: RunOptions) -> _Subject:
     return _Subject(spec, model, weights_sha256(model), resolve_input_size(model, None), source, grid.cells(spec))
 
 
-def _manifest(grid: Grid, options: RunOptions, device: torch.device) -> dict[str, Any]:
+def _manifest(
+    grid: Grid, options: RunOptions, device: torch.device, subjects: list[_Subject], folder: RunFolder | None
+) -> dict[str, Any]:
+    """What a new run would write now; `folder` is the run that is to be continued, if there is one."""
+    before = folder.manifest.get("conditions", {}) if folder else {}
+    size = options.batch_size
+    if not isinstance(size, int):
+        size = before.get("batch_size") or (128 if device.type == "cuda" else 16)
     return {
         "grid": replace(grid, options=options).to_dict(),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "conditions": {
+            "dtype": options.dtype,
+            "device": device.type,
+            "batch_size": size,
+            "models": {subject.spec.label: subject.conditions() for subject in subjects},
+        },
         "machine": describe_machine(device),
         "packages": package_versions(),
     }
+
+
+def _continued(folder: RunFolder, manifest: dict[str, Any]) -> RunFolder:
+    """The run with this session added to its manifest. Raises UserError if it was measured under other conditions."""
+    before = folder.manifest
+    conditions = agreed_conditions(before, manifest, f"the run {str(folder.path)!r}")
+    session = {"started": manifest["started"], "grid": manifest["grid"]}
+    folder.repair()
+    folder.write_manifest({**before, "conditions": conditions, "continued": [*before.get("continued", []), session]})
+    return folder
 
 
 def _draw(table: pd.DataFrame, folder: Path) -> list[Path]:
@@ -151,13 +206,19 @@ class _Bench:
     options: RunOptions
     device: torch.device
     progress: Progress
+    measured: Measured
+    batch_size: int
     running: list[_Runnable] = field(default_factory=list)
 
     def measure(self) -> None:
+        """Measure what the run lacks."""
+        waiting = [cell for cell in self.subject.cells if any(self._lacks(cell, kind) for kind in self.options.only)]
+        if not waiting:
+            return
         dtype = DTYPES[self.options.dtype]
         base = self.subject.model.to(self.device, dtype)
         try:
-            self._prepare(base)
+            self._prepare(base, waiting)
             if "accuracy" in self.options.only:
                 self._measure_accuracy()
             if "speed" in self.options.only:
@@ -167,21 +228,31 @@ class _Bench:
                 f"{self.subject.spec.label}: the unreduced model failed, and there is nothing to compare its cells with"
             )
 
-    def _prepare(self, base: VisionTransformer) -> None:
-        """Make every cell and count its FLOPs; a cell that fails here takes no further part."""
-        counting = "flops" in self.options.only
-        self._phase("counting FLOPs" if counting else "applying methods", len(self.subject.cells))
-        unreduced: int | None = None
+    def _lacks(self, cell: Cell, kind: str) -> bool:
+        return kind in self.options.only and self.measured.find(cell, kind) is None
+
+    def _prepare(self, base: VisionTransformer, waiting: list[Cell]) -> None:
+        """Make these cells, and the unreduced model where they are compared with it, and count FLOPs where they lack.
+
+        A cell that fails here takes no further part.
+        """
+        compared = any(self._lacks(cell, kind) for cell in waiting for kind in ("accuracy", "speed"))
+        cells = [cell for cell in self.subject.cells if cell in waiting or (cell.is_baseline and compared)]
+        counting = any(self._lacks(cell, "flops") for cell in cells)
+        self._phase("counting FLOPs" if counting else "applying methods", len(cells))
         uncounted: set[str] = set()
-        for done, cell in enumerate(self.subject.cells, start=1):
+        for done, cell in enumerate(cells, start=1):
             identity = self._identity(cell)
             try:
                 runnable = self._make(cell, base, identity)
-                if counting:
+                self._require_unchanged(runnable)
+                if self._lacks(cell, "flops"):
                     count = count_flops(runnable.model, self.subject.input_size)
-                    unreduced = count.total if cell.is_baseline else unreduced
                     uncounted |= count.unsupported.keys()
-                    self._record(runnable, "flops", **_flops_fields(count, unreduced))
+                    unreduced = self.measured.find(self.subject.cells[0], "flops")
+                    self._record(runnable, "flops", **_flops_fields(count, unreduced["flops"] if unreduced else None))
+            except RunStopped:
+                raise
             except Exception as error:
                 self._record_failure(cell, identity, "setup", error)
             else:
@@ -189,6 +260,17 @@ class _Bench:
             self.progress.advance(done)
         if uncounted:
             self.progress.warn(f"FLOPs are too low: no count is known for {', '.join(sorted(uncounted))}")
+
+    def _require_unchanged(self, runnable: _Runnable) -> None:
+        """Raise RunStopped if the cell no longer is what an earlier session measured."""
+        for kind in self.options.only:
+            before = self.measured.find(runnable.cell, kind)
+            for name in ("resolved", "tokens"):
+                if before and before.get(name) != runnable.identity.get(name):
+                    raise RunStopped(
+                        f"{runnable.cell.id} is not what it was: {name} were {before.get(name)} and are "
+                        f"{runnable.identity.get(name)}. Has the code of the method changed? --fresh begins a new run."
+                    )
 
     def _make(self, cell: Cell, base: VisionTransformer, identity: dict[str, Any]) -> _Runnable:
         model = fork(base)
@@ -202,67 +284,177 @@ class _Bench:
         return _Runnable(cell, model, identity)
 
     def _identity(self, cell: Cell) -> dict[str, Any]:
-        source = self.subject.source
+        subject = self.subject.conditions()
         return {
             "cell": cell.id,
             "model": self.subject.spec.label,
-            "weights_sha256": self.subject.weights,
+            "weights_sha256": subject["weights_sha256"],
             "method": cell.method.name,
             "params": dict(cell.method.params),
             "schedule": cell.schedule,
-            "input_size": list(self.subject.input_size),
-            "data": source.name if source else None,
-            "data_fingerprint": source.fingerprint if source else None,
+            "input_size": subject["input_size"],
+            "data": subject["data"],
+            "data_fingerprint": subject["data_fingerprint"],
             "dtype": self.options.dtype,
-            "device": str(self.device),
+            "device": self.device.type,
         }
 
     def _measure_accuracy(self) -> None:
+        """One pass over the images for all cells that lack it, or two where an earlier session left half of one."""
         source = self.subject.source
         assert source is not None
+        file = PassFile(self.folder, self.subject.spec.label)
+        half = None if source.streaming else file.load()
+        while any(self._lacks(runnable.cell, "accuracy") for runnable in self.running):
+            reference, *others = self.running
+            members = [reference, *(other for other in others if self._lacks(other.cell, "accuracy"))]
+            if half:
+                members = [member for member in members if member.cell.id in half.answers]
+            if reference in members and any(self._lacks(member.cell, "accuracy") for member in members):
+                self._pass_over_images(source, members, half or HalfPass(), file)
+            file.remove()
+            half = None
+
+    def _pass_over_images(
+        self, source: ImageSource | ImageStream, members: list[_Runnable], half: HalfPass, file: PassFile
+    ) -> None:
+        """Show the images from where `half` ends to these cells, the unreduced model first, and record all answers."""
+        reference = members[0]
+        before = self._stored_answers(reference)
+        reader = Reader(source, self.batch_size, self._workers(source), half, self._stored_skips(reference))
+        batch_sizes = dict(half.batch_sizes)
         self._phase("accuracy", len(source))
-        results = evaluate(
-            self._models(),
-            DataLoader(source, batch_size=self._batch_size(), num_workers=self._workers(source)),
-            device=self.device,
-            dtype=DTYPES[self.options.dtype],
-            on_batch=self.progress.advance,
-            on_failure=lambda cell_id, error: self._drop(cell_id, "accuracy", error),
-        )
-        baseline = results[self.running[0].cell.id]
-        for runnable in self.running:
-            predictions = results[runnable.cell.id]
-            predictions.save(self.folder.prediction_path(runnable.cell.id))
-            self._record(runnable, "accuracy", **accuracy_fields(predictions, baseline))
-        if at_chance_level(baseline, source.num_classes):
+        if half.end:
+            self.progress.advance(half.end)
+        seen = len(half.answers[reference.cell.id].label) if half.answers else 0
+
+        def keep(answers: dict[str, Predictions]) -> None:
+            nonlocal seen
+            own = answers[reference.cell.id]
+            if before is not None:
+                require_same_answers(before, own, seen, repr(str(self.folder.path)))
+            seen += len(own.label)
+            if not source.streaming:
+                file.add(HalfPass(reader.end, answers, dict(batch_sizes), reader.skipped_since()))
+            self.progress.advance(reader.end)
+
+        batches = reader.batches()
+        first = next(batches, None)
+        results = dict(half.answers)
+        if first is not None:
+            try:
+                rest = evaluate(
+                    {member.cell.id: member.model for member in members},
+                    itertools.chain([first], batches),
+                    device=self.device,
+                    dtype=DTYPES[self.options.dtype],
+                    batch_sizes=batch_sizes,
+                    on_batch=keep,
+                    on_failure=lambda cell_id, error: self._drop(cell_id, "accuracy", error),
+                )
+            except BaseException:
+                file.save()
+                raise
+            results = {name: join([half.answers[name], own] if half.answers else [own]) for name, own in rest.items()}
+        self._record_answers(source, members, results, reader, batch_sizes)
+
+    def _record_answers(
+        self,
+        source: ImageSource | ImageStream,
+        members: list[_Runnable],
+        results: dict[str, Predictions],
+        reader: Reader,
+        batch_sizes: dict[str, int],
+    ) -> None:
+        label, reference = self.subject.spec.label, members[0]
+        baseline = results[reference.cell.id]
+        first_time = self._lacks(reference.cell, "accuracy")
+        if reader.skipped:
+            skips = {**self._skips(), label: [asdict(image) for image in reader.skipped]}
+            self.folder.replace(SKIPPED, lambda file: file.write(json.dumps(skips, indent=1).encode() + b"\n"))
+        for member in members:
+            if member.cell.id not in results or not self._lacks(member.cell, "accuracy"):
+                continue
+            predictions = results[member.cell.id]
+            self.folder.replace(self.folder.prediction_name(member.cell.id), predictions.save)
+            self._record(
+                member,
+                "accuracy",
+                **accuracy_fields(predictions, baseline),
+                skipped=len(reader.skipped),
+                batch_size=min(self.batch_size, batch_sizes.get(member.cell.id, self.batch_size)),
+            )
+        if first_time and at_chance_level(baseline, source.num_classes):
             self.progress.warn(
-                f"{self.subject.spec.label} gets {baseline.top1():.1%} of {source.name} right, which is chance level: "
+                f"{label} gets {baseline.top1():.1%} of {source.name} right, which is chance level: "
                 "the model's classes and the data's labels probably don't match, and drops mean nothing"
             )
 
-    def _measure_speed(self) -> None:
-        self._phase("warming up for speed", None)
+    def _stored_answers(self, reference: _Runnable) -> Predictions | None:
+        """What the unreduced model answered in an earlier session, None where there was no such."""
+        if self._lacks(reference.cell, "accuracy"):
+            return None
+        path = self.folder.prediction_path(reference.cell.id)
         try:
-            results = measure_speed(
-                self._models(),
-                batch_size=self._batch_size(),
-                input_size=self.subject.input_size,
-                seconds=SPEED_SECONDS_PER_CELL * len(self.running),
-                on_round=self._advance_speed,
-                on_failure=lambda cell_id, error: self._drop(cell_id, "speed", error),
-            )
-        except Exception as error:  # the unreduced model's, or nobody's in particular: no speed-up can be told
-            self._drop(self.running[0].cell.id, "speed", error)
-        for runnable, result in zip(self.running, results, strict=True):
-            self._record(runnable, "speed", **_speed_fields(result))
+            return Predictions.load(path)
+        except (OSError, ValueError, KeyError) as error:
+            raise RunStopped(f"the predictions in {path} cannot be read: {error}; --fresh begins a new run.") from error
+
+    def _skips(self) -> dict[str, Any]:
+        path = self.folder.path / SKIPPED
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return known
+
+    def _stored_skips(self, reference: _Runnable) -> list[int] | None:
+        if self._lacks(reference.cell, "accuracy"):
+            return None
+        return [image["index"] for image in self._skips().get(self.subject.spec.label, [])]
+
+    def _measure_speed(self) -> None:
+        """Time the cells that lack it in turns with the unreduced model, on as many images as all have memory for."""
+        lacking = [runnable for runnable in self.running if self._lacks(runnable.cell, "speed")]
+        if not lacking:
+            return
+        self._phase("warming up for speed", None)
+        reference, size = self.running[0], self.batch_size
+        results: list[SpeedResult] = []
+        while not results:
+            members = [reference, *(runnable for runnable in self.running[1:] if runnable in lacking)]
+            try:
+                results = self._time(members, size)
+            except RunStopped:
+                raise
+            except Exception as error:  # the unreduced model's, or nobody's in particular: no speed-up can be told
+                if not is_out_of_memory(error) or size == 1:
+                    self._drop(reference.cell.id, "speed", error)
+                size = (size + 1) // 2
+            release_memory(self.device)
+        by_name = {result.name: result for result in results}
+        # Added to a run, the cells ran beside an unreduced model whose own record is an earlier session's.
+        again = {} if reference in lacking else {"reference_seconds": by_name[reference.cell.id].rounds}
+        for runnable in lacking:
+            if runnable.cell.id in by_name:
+                self._record(runnable, "speed", **_speed_fields(by_name[runnable.cell.id]), **again)
+
+    def _time(self, members: list[_Runnable], size: int) -> list[SpeedResult]:
+        def fail(cell_id: str, error: Exception) -> None:
+            if is_out_of_memory(error) and size > 1:
+                raise error
+            self._drop(cell_id, "speed", error)
+
+        return measure_speed(
+            {member.cell.id: member.model for member in members},
+            batch_size=size,
+            input_size=self.subject.input_size,
+            seconds=SPEED_SECONDS_PER_CELL * len(members),
+            on_round=self._advance_speed,
+            on_failure=fail,
+        )
 
     def _advance_speed(self, done: int, planned: int) -> None:
         if done == 1:
             self._phase("speed", planned)
         self.progress.advance(done)
-
-    def _models(self) -> dict[str, nn.Module]:
-        return {runnable.cell.id: runnable.model for runnable in self.running}
 
     def _drop(self, cell_id: str, phase: str, error: Exception) -> None:
         """Take a cell that failed out of the running ones."""
@@ -273,6 +465,7 @@ class _Bench:
     def _record(self, runnable: _Runnable, kind: str, **measured: Any) -> None:
         record = {"kind": kind, **runnable.identity, **measured}
         self.folder.append(record)
+        self.measured.add(record)
         self.progress.recorded(record)
 
     def _record_failure(self, cell: Cell, identity: dict[str, Any], phase: str, error: Exception) -> None:
@@ -280,21 +473,18 @@ class _Bench:
             "kind": "failure",
             **identity,
             "phase": phase,
-            "message": _one_line(error),
+            "message": one_line(error),
             "traceback": "".join(traceback.format_exception(error)),
         }
-        self.folder.append(record)
+        before = self.measured.find(cell, "failure")
+        if not before or any(before.get(name) != record[name] for name in ("phase", "message")):
+            self.folder.append(record)
         self.progress.recorded(record)
         if cell.is_baseline:
             raise _BaselineFailed from error
 
     def _phase(self, name: str, total: int | None) -> None:
         self.progress.phase(f"{self.subject.spec.label}: {name}", total)
-
-    def _batch_size(self) -> int:
-        if isinstance(self.options.batch_size, int):
-            return self.options.batch_size
-        return 128 if self.device.type == "cuda" else 16
 
     def _workers(self, source: ImageSource | ImageStream) -> int:
         if self.options.workers is not None:
@@ -323,7 +513,8 @@ def accuracy_fields(predictions: Predictions, baseline: Predictions) -> dict[str
         "drop_low": drop_low,
         "drop_high": drop_high,
         "mcnemar_p": mcnemar_p(right_before, right),
-        "agreement": float(np.mean(predictions.predicted == baseline.predicted)),
+        "agreement": float(np.mean((predictions.predicted == baseline.predicted) & (baseline.predicted >= 0))),
+        "nonfinite": predictions.nonfinite(),
     }
 
 
@@ -334,12 +525,6 @@ def at_chance_level(baseline: Predictions, num_classes: int) -> bool:
     low, _ = wilson(int(baseline.correct.sum()), len(baseline.label))
     # Few images make a wide interval: a model that is far above chance on them is not accused.
     return low <= chance and baseline.top1() <= 2 * chance
-
-
-def _one_line(error: Exception) -> str:
-    """A UserError says it all; of other errors the kind and the first line."""
-    lines = str(error).strip().splitlines() or [""]
-    return lines[0] if isinstance(error, UserError) else f"{type(error).__name__}: {lines[0]}".rstrip(": ")
 
 
 def _flops_fields(count: FlopCount, unreduced: int | None) -> dict[str, Any]:

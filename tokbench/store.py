@@ -1,13 +1,15 @@
 """A run's folder on disk: a manifest, append-only records, per-image predictions.
 
     results/20261121-101500-bundled/
-      manifest.json       what was asked, and the machine: written once
+      manifest.json       what was asked, under which conditions, and the machine
       records.jsonl       one JSON object per cell and measurement, appended as soon as it is measured
       predictions/        one .npz per cell, so that two runs can be compared image by image
+      partial/            the answers of a pass over the images that is not over yet
       pareto.png          plots
 
-A record survives a crash from the moment `append` returns. A line torn by a crash is ignored by readers and cut
-off by the next `append`.
+Every write survives a crash from the moment it returns, and never leaves half a file: files are replaced as a whole,
+and a line torn by a crash is ignored by readers and cut off by the next `append`. One process at a time writes to a
+folder: the one in `RunFolder.held`.
 """
 
 from __future__ import annotations
@@ -16,15 +18,22 @@ import hashlib
 import json
 import os
 import re
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from tokbench.errors import UserError, nearest
+from filelock import FileLock, Timeout
+
+from tokbench.errors import RunStopped, UserError, nearest
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 RECORDS = "records.jsonl"
+_LOCK, _OWNER = ".lock", ".owner.json"
+_TEMPORARY = ".tmp"
 
 
 class RunFolder:
@@ -47,71 +56,202 @@ class RunFolder:
         """
         path = Path(path)
         require_free(path)
+        manifest = {"schema": SCHEMA, **manifest}
         try:
-            (path / "predictions").mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
+            _replace(path / MANIFEST, lambda file: file.write(_as_json(manifest)))
             (path / RECORDS).touch()
-            manifest = {"schema": SCHEMA, **manifest}
-            _write_atomically(path / MANIFEST, json.dumps(manifest, indent=2, default=_plain) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write the run folder {path}: {error.strerror}.") from error
+            raise UserError(f"cannot write the run folder {str(path)!r}: {error.strerror}.") from error
         return cls.open(path)
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
         """Open a run made earlier. Raises UserError if `path` is no run folder, naming the nearest one."""
         path = Path(path)
-        if not (path / MANIFEST).is_file():
-            raise UserError(_no_run_message(path))
         try:
+            if not (path / MANIFEST).is_file():
+                raise UserError(_no_run_message(path))
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except OSError as error:
+            raise UserError(f"cannot read the run folder {str(path)!r}: {error.strerror}.") from error
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path / MANIFEST} is not valid JSON ({error}).") from error
         if not isinstance(manifest, dict):
             raise UserError(f"{path / MANIFEST} is not a tokbench manifest: it holds no JSON object.")
         _check_schema(manifest, path / MANIFEST)
         return cls(path, manifest)
 
+    @staticmethod
+    @contextmanager
+    def held(path: str | Path) -> Iterator[None]:
+        """Keep other processes from writing to the run folder at `path` inside the block; it need not exist yet.
+
+        Raises UserError at once, naming process and host, when another process holds it. The system lets go of what a
+        killed process held, so nothing is ever left locked.
+        """
+        path = Path(path)
+        lock, owner = FileLock(path / _LOCK, timeout=0), path / _OWNER
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        about = {"pid": os.getpid(), "host": socket.gethostname(), "started": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+            owner.write_text(json.dumps(about), encoding="utf-8")
+        except Timeout:
+            raise UserError(f"the run folder {str(path)!r} is in use {_owner(owner)}.") from None
+        except OSError as error:
+            lock.release()
+            raise UserError(f"cannot write to the run folder {str(path)!r}: {error.strerror}.") from error
+        try:
+            yield
+        finally:
+            # In this order: whoever gets the lock next finds neither file. What cannot be removed does no harm.
+            with suppress(OSError):
+                owner.unlink(missing_ok=True)
+                (path / _LOCK).unlink(missing_ok=True)
+            lock.release()
+            for folder in made:
+                with suppress(OSError):  # not empty, then, or gone
+                    folder.rmdir()
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        """Replace the manifest. Raises RunStopped if that cannot be written."""
+        self.replace(MANIFEST, lambda file: file.write(_as_json(manifest)))
+        self.manifest = manifest
+
+    def replace(self, name: str, write: Callable[[BinaryIO], object]) -> Path:
+        """Write a file of this folder as a whole: `write` gets it open, and it takes its name once it is on disk.
+
+        Raises RunStopped if it cannot be written; what was there under this name is then still there.
+        """
+        path = self.path / name
+        with stopping_at_write_errors(self.path):
+            if not (self.path / MANIFEST).is_file():
+                raise FileNotFoundError(0, "the folder is gone")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _replace(path, write)
+        return path
+
     def append(self, record: dict[str, Any]) -> None:
         """Add one record (any JSON-able dict; numpy values are fine) and force it to disk.
 
         `schema` is filled in when absent. NaN and infinity raise ValueError: absent values are left out or None.
+        Raises RunStopped if it cannot be written; the records before it are then as they were.
         """
         text = json.dumps({"schema": SCHEMA, **record}, allow_nan=False, default=_plain)
-        with open(self.path / RECORDS, "ab+") as file:
-            _cut_torn_line(file)
-            file.write(text.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        # Not "ab+": a folder that somebody removed or emptied must not come back with half of the records.
+        with stopping_at_write_errors(self.path), open(self.path / RECORDS, "rb+") as file:
+            end = _cut_torn_line(file)
+            try:
+                file.write(text.encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                os.truncate(self.path / RECORDS, end)
+                raise
 
     def records(self) -> list[dict[str, Any]]:
         """All records in the order they were written. Raises UserError naming the line that cannot be read."""
         path = self.path / RECORDS
         if not path.is_file():
             return []
-        *lines, _torn = path.read_bytes().split(b"\n")
+        try:
+            *lines, _torn = path.read_bytes().split(b"\n")
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}.") from error
         return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
+    def repair(self) -> None:
+        """Finish what a crash left half done: a torn last line, temporary files, no records yet."""
+        with stopping_at_write_errors(self.path):
+            with open(self.path / RECORDS, "ab+") as file:
+                _cut_torn_line(file)
+            for left in self.path.rglob(f"*{_TEMPORARY}"):
+                left.unlink()
+
+    def prediction_name(self, cell_id: str) -> str:
+        """Where in the folder the cell's per-image predictions lie: a readable name, unique per cell id."""
+        return f"predictions/{_slug(cell_id)}.npz"
+
     def prediction_path(self, cell_id: str) -> Path:
-        """Where the cell's per-image predictions lie: a readable name, unique per cell id."""
-        return self.path / "predictions" / f"{_slug(cell_id)}.npz"
+        """The path of the cell's per-image predictions."""
+        return self.path / self.prediction_name(cell_id)
+
+    def partial_name(self, model: str, end: int) -> str:
+        """Where in the folder the answers lie that a model's cells gave to the images before `end`."""
+        return f"partial/{_slug(model)}/{end:09d}.npz"
+
+    def partial_paths(self, model: str) -> list[Path]:
+        """The files with that model's answers to some of the images, in order."""
+        return sorted((self.path / self.partial_name(model, 0)).parent.glob("*.npz"))
+
+    def remove_partial(self, model: str) -> None:
+        """Remove that model's answers to some of the images, last ones first, so that no gap is ever left."""
+        with stopping_at_write_errors(self.path):
+            for path in reversed(self.partial_paths(model)):
+                path.unlink()
+            for folder in (self.path / self.partial_name(model, 0)).parents[:2]:
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+
+
+@contextmanager
+def stopping_at_write_errors(folder: Path) -> Iterator[None]:
+    """Turn an OSError inside the block into RunStopped, which says that what was written before is kept."""
+    try:
+        yield
+    except OSError as error:
+        if folder.is_dir() and (folder / MANIFEST).is_file():
+            raise RunStopped(
+                f"cannot write to the run folder {str(folder)!r}: {error.strerror or error}; what was measured before "
+                "is kept, and the same command continues."
+            ) from error
+        raise RunStopped(f"the run folder {str(folder)!r} was removed while running; its results are gone.") from error
+
+
+def is_run(path: Path) -> bool:
+    """Whether a run was begun in that folder."""
+    return (path / MANIFEST).is_file()
 
 
 def require_free(path: Path) -> None:
     """Raise UserError if a new run cannot go to `path`: it is a file, or a folder that is not empty."""
     if path.exists() and not path.is_dir():
         raise UserError(f"cannot make the run folder {path}: a file of that name exists.")
-    if path.is_dir() and any(path.iterdir()):
-        raise UserError(f"the run folder {path} is not empty; name a new one with --out, or remove it.")
+    if path.is_dir() and _is_used(path):
+        raise UserError(f"the run folder {path} is not empty and holds no run; name a new one with --out.")
+
+
+def _is_used(folder: Path) -> bool:
+    # What a process leaves that is killed before it writes the manifest is nothing.
+    return any(file.name not in (_LOCK, _OWNER, MANIFEST + _TEMPORARY) for file in folder.iterdir())
+
+
+def fresh_path(path: Path) -> Path:
+    """`path` where a new run can go there, else the first of path-2, path-3, … that does not exist."""
+    return path if path.is_dir() and not _is_used(path) else _new_path(path)
+
+
+def _new_path(first: Path) -> Path:
+    path, number = first, 2
+    while path.exists():
+        path, number = first.with_name(f"{first.name}-{number}"), number + 1
+    return path
 
 
 def new_run_path(root: str | Path = "results", label: str = "run") -> Path:
     """A folder under `root` that does not exist yet: local time, then `label`. Nothing is created."""
     words = re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-.")[:60] or "run"
-    first = Path(root) / f"{datetime.now():%Y%m%d-%H%M%S}-{words}"
-    path, number = first, 2
-    while path.exists():
-        path, number = first.with_name(f"{first.name}-{number}"), number + 1
-    return path
+    return _new_path(Path(root) / f"{datetime.now():%Y%m%d-%H%M%S}-{words}")
+
+
+def _owner(path: Path) -> str:
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        return f"by process {about['pid']} on {about['host']} since {about['started']}"
+    except (OSError, ValueError, LookupError, TypeError):  # it is only just being taken
+        return "by another process"
 
 
 def _slug(cell_id: str) -> str:
@@ -120,31 +260,49 @@ def _slug(cell_id: str) -> str:
     return re.sub(r"[^A-Za-z0-9.=@,-]+", "_", cell_id)[:100].strip("._") + f"-{digest}"
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _as_json(manifest: dict[str, Any]) -> bytes:
+    return json.dumps(manifest, indent=2, default=_plain).encode() + b"\n"
 
 
-def _cut_torn_line(file: Any) -> None:
-    """Drop what follows the last newline of a file opened "ab+"."""
+def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    temporary = path.with_name(path.name + _TEMPORARY)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force the names in a folder to disk, where the system can (not on Windows)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        with suppress(OSError):  # some network file systems cannot
+            os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _cut_torn_line(file: BinaryIO) -> int:
+    """Drop what follows the last newline, and go to the end: its position comes back."""
     end = file.seek(0, os.SEEK_END)
-    if end == 0:
-        return
-    file.seek(end - 1)
-    if file.read(1) == b"\n":
-        return
-    file.seek(0)
-    file.truncate(file.read().rfind(b"\n") + 1)
+    if end:
+        file.seek(end - 1)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            end = file.read().rfind(b"\n") + 1
+            file.truncate(end)
+    return file.seek(end)
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error}).") from error
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}.")
@@ -154,8 +312,10 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
 
 def _check_schema(holder: dict[str, Any], where: str | Path) -> None:
     schema = holder.get("schema")
-    if schema != SCHEMA:
-        raise UserError(f"{where}: schema {schema!r}, but this tokbench reads schema {SCHEMA}.")
+    if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
+        newer = isinstance(schema, int) and schema > SCHEMA
+        hint = "a newer tokbench wrote it; upgrade to read it" if newer else "no tokbench wrote that"
+        raise UserError(f"{where}: schema {schema!r}, and this tokbench reads up to schema {SCHEMA}: {hint}.")
 
 
 def _runs_in(folder: Path) -> list[Path]:

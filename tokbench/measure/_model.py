@@ -56,3 +56,14 @@ def evaluation_mode(models: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether less work at a time may help: torch has a class for it on accelerators, and a sentence on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what PyTorch keeps for later on an accelerator, which may lie in pieces too small to be of use."""
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()

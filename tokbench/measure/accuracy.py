@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tokbench.measure._model import evaluation_mode
+from tokbench.measure._model import evaluation_mode, is_out_of_memory, release_memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +44,16 @@ class Predictions:
         """Share of all images whose true class is among the five most probable, in [0, 1]."""
         return float(self.top5.mean())
 
-    def save(self, path: str | Path) -> None:
-        """Write to `path` as a compressed NumPy archive, under exactly that name."""
-        with open(path, "wb") as file:
-            np.savez_compressed(file, **{field.name: getattr(self, field.name) for field in fields(self)})
+    def nonfinite(self) -> int:
+        """How many images got logits that are not all finite."""
+        return int((self.predicted < 0).sum())
+
+    def save(self, file: str | Path | BinaryIO) -> None:
+        """Write as a compressed NumPy archive, to an open file or under exactly that name."""
+        if isinstance(file, str | Path):
+            with open(file, "wb") as opened:
+                return self.save(opened)
+        np.savez_compressed(file, **{field.name: getattr(self, field.name) for field in fields(self)})
 
     @classmethod
     def load(cls, path: str | Path) -> Predictions:
@@ -55,50 +62,60 @@ class Predictions:
             return cls(**{field.name: archive[field.name] for field in fields(cls)})
 
 
+def join(parts: Iterable[Predictions]) -> Predictions:
+    """Answers to images and to those that came after, as one."""
+    parts = list(parts)
+    return Predictions(
+        **{field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Predictions)}
+    )
+
+
 def evaluate(
     models: Mapping[str, nn.Module],
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
-    on_batch: Callable[[int], None] | None = None,
+    batch_sizes: dict[str, int] | None = None,
+    on_batch: Callable[[dict[str, Predictions]], None] | None = None,
     on_failure: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Predictions]:
     """Show every batch to every model while it is there; what each answered comes back under its name.
 
     `batches` yields images (B, C, H, W), preprocessed, and class indices (B,), −1 for none. The models must
     be on `device` and take `dtype` already: images are moved there, models never. They run in eval mode, and
-    have their own modes back afterwards. `on_batch` is told how many images all models have seen so far.
+    have their own modes back afterwards. `on_batch` is given what the models answered to each batch.
+    A model that runs out of memory gets half as many images at a time from there on; `batch_sizes` says, by name,
+    how many each may get at most, and is kept up to date.
     A model that raises is reported to `on_failure`, left out from there on, and missing from the result;
     without `on_failure` the exception goes through. Raises ValueError when there are no images.
     """
     running = dict(models)
-    parts: dict[str, list[Predictions]] = {name: [] for name in models}
-    images_done = 0
+    batch_sizes = {} if batch_sizes is None else batch_sizes
+    parts: list[dict[str, Predictions]] = []
     with torch.inference_mode(), evaluation_mode(models.values()):
         for images, labels in batches:
             images = images.to(device, dtype, non_blocking=True)
-            for name, answer in _answers(running, images, labels.long().cpu(), on_failure).items():
-                parts[name].append(answer)
-            images_done += len(labels)
+            parts.append(_answers(running, images, labels.long().cpu(), batch_sizes, on_failure))
             if on_batch is not None:
-                on_batch(images_done)
-    if not images_done:
+                on_batch(parts[-1])
+    if not parts:
         raise ValueError("there are no images to evaluate on")
-    return {name: _join(parts[name]) for name in running}
+    return {name: join(part[name] for part in parts) for name in running}
 
 
 def _answers(
     running: dict[str, nn.Module],
     images: Tensor,
     labels: Tensor,
+    batch_sizes: dict[str, int],
     on_failure: Callable[[str, Exception], None] | None,
 ) -> dict[str, Predictions]:
     """Every running model's answers to one batch; models that fail are taken out of `running`."""
     answers: dict[str, dict[str, Tensor]] = {}
     for name, model in list(running.items()):
         try:
-            answers[name] = _read_off(model(images), labels)
+            answers[name] = _answer(name, model, images, labels, batch_sizes)
         except Exception as error:
             if on_failure is None:
                 raise
@@ -109,6 +126,27 @@ def _answers(
         name: Predictions(labels.numpy(), **{field: values.cpu().numpy() for field, values in answer.items()})
         for name, answer in answers.items()
     }
+
+
+def _answer(
+    name: str, model: nn.Module, images: Tensor, labels: Tensor, batch_sizes: dict[str, int]
+) -> dict[str, Tensor]:
+    """One model's answers to a batch, in as many pieces as its memory asks for."""
+    while True:
+        size = min(batch_sizes.get(name, len(images)), len(images))
+        try:
+            pieces = [
+                _read_off(model(some), known)
+                for some, known in zip(images.split(size), labels.split(size), strict=True)
+            ]
+        except Exception as error:
+            if not is_out_of_memory(error) or size == 1:
+                raise
+            batch_sizes[name] = (size + 1) // 2
+        else:
+            return {field: torch.cat([piece[field] for piece in pieces]) for field in pieces[0]}
+        # Only here: while the exception is being handled, its frames still hold what filled the memory.
+        release_memory(images.device)
 
 
 def _read_off(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -133,8 +171,3 @@ def _read_off(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         "label_probability": probability.where(known, float("nan")),
         "top5": top5 & known,
     }
-
-
-def _join(parts: list[Predictions]) -> Predictions:
-    names = [field.name for field in fields(Predictions)]
-    return Predictions(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})

@@ -130,13 +130,16 @@ def table_of_records(
 ) -> pd.DataFrame:
     """`load_table` for records in memory, as they are while a run is going on.
 
-    A later record of a cell replaces an earlier one of the same kind. `manifest["machine"]` names the hardware
-    where it has "gpu" (for CUDA devices) or "cpu".
+    A later record of a cell replaces an earlier one of the same kind, and a failure to measure it.
+    `manifest["machine"]` names the hardware where it has "gpu" (for CUDA devices) or "cpu".
     """
     cells: dict[tuple[Any, ...], dict[str, Record]] = {}
     for record in records:
         key = (record["cell"], record.get("weights_sha256"), tuple(record.get("input_size") or ()))
-        cells.setdefault(key, {})[record["kind"]] = record
+        kinds = cells.setdefault(key, {})
+        if kinds.get("failure", {}).get("phase") in (record["kind"], "setup"):
+            del kinds["failure"]
+        kinds[record["kind"]] = record
     machine = (manifest or {}).get("machine") or {}
     frame = pd.DataFrame([_row(kinds, run, machine) for kinds in cells.values()], columns=list(COLUMNS))
     for column in COLUMNS:
