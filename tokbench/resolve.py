@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from bisect import bisect_left
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -10,12 +14,17 @@ from torch import Tensor
 
 import tokbench.fusion  # noqa: F401  (registers the methods)
 from tokbench.errors import UserError
+from tokbench.fusion.blocks import Fusion
 from tokbench.fusion.core import METHODS, Method, make_method
 from tokbench.fusion.patch import fork, insert, remove, require_supported
 from tokbench.measure.flops import count_flops
 from tokbench.schedules import Schedule, parse_schedule
 
-__all__ = ["apply", "list_methods", "resolve_schedule"]
+__all__ = ["FlopsWarning", "apply", "check_schedule", "list_methods", "resolve_schedule"]
+
+
+class FlopsWarning(UserWarning):
+    """A `flops:` schedule that whole tokens cannot bring within 1 % of what was asked for."""
 
 
 def list_methods() -> list[str]:
@@ -51,46 +60,97 @@ def apply(
     return insert(model, made, resolve_schedule(model, made, parsed), trace=trace)
 
 
+def check_schedule(schedule: Schedule, depth: int) -> None:
+    """Raise UserError if the schedule names a block that a model of `depth` blocks does not have."""
+    if schedule.kind == "keep" and schedule.blocks[-1] >= depth:
+        raise UserError(f"schedule '{schedule}': block {schedule.blocks[-1]} is not there; blocks are 0 to {depth - 1}")
+    if schedule.kind == "list" and len(schedule.values) > depth:
+        raise UserError(f"schedule '{schedule}' has {len(schedule.values)} entries; the model has {depth} blocks")
+
+
 def resolve_schedule(model: VisionTransformer, method: Method, schedule: Schedule) -> Schedule:
     """A schedule that names tokens, found by counting if it names FLOPs.
 
     `flops:F` becomes the method's own shape, scaled until its counted FLOPs are nearest F × the unreduced model's:
-    a list of removals that differ by at most one, or one keep rate at blocks L//4, L//2 and 3L//4.
+    a list of removals that differ by at most one, or one keep rate at blocks L//4, L//2 and 3L//4. Warns
+    (FlopsWarning) when whole tokens at those blocks come no nearer than 1 %.
     """
     depth, patches = len(model.blocks), model.patch_embed.num_patches
-    if schedule.kind == "keep" and schedule.blocks[-1] >= depth:
-        raise UserError(f"schedule '{schedule}': block {schedule.blocks[-1]} is not there; blocks are 0 to {depth - 1}")
+    check_schedule(schedule, depth)
     if schedule.kind != "flops":
         return schedule
     probe = remove(fork(model))
-    goal = schedule.values[0] * count_flops(probe).total
+    unreduced, wanted = count_flops(probe).total, schedule.values[0]
+    scaled, last = _keep_rates(depth, patches) if method.flops_shape == "keep" else _even(method, depth, patches)
 
     @cache
-    def miss(step: int) -> float:
-        return count_flops(insert(probe, method, candidate(step))).total - goal
+    def excess(step: int) -> float:
+        return count_flops(insert(probe, method, scaled(step))).total / unreduced - wanted if step else 1 - wanted
 
-    if method.flops_shape == "keep":
-        blocks = tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
-        last = patches - 1
+    @cache
+    def estimate(step: int) -> float:
+        """What attention and MLP take for n tokens of C channels, up to a factor: (4 C + 2 n) n, and 8 C n."""
+        fusion = Fusion(method, scaled(step), depth, model.num_prefix_tokens, (1, patches), model.cls_token is not None)
+        tokens, total = patches + model.num_prefix_tokens, 0
+        for block in range(depth):
+            left = tokens - fusion.to_remove(block, tokens)
+            attended, fed = left if method.place == "start" else tokens, tokens if method.place == "end" else left
+            total += (4 * model.embed_dim + 2 * attended) * attended + 8 * model.embed_dim * fed
+            tokens = left
+        return total
 
-        def candidate(step: int) -> Schedule:
-            return Schedule("keep", ((patches - step) / patches,), blocks)
+    step = _nearest_zero(excess, estimate, last)
+    if abs(excess(step)) > 0.01 * wanted:
+        warnings.warn(
+            f"{method.name} at {schedule} takes {wanted + excess(step):.3f} of the unreduced model's FLOPs: "
+            f"whole tokens come no nearer (resolved to {scaled(step)})",
+            FlopsWarning,
+            stacklevel=2,
+        )
+    return scaled(step)
 
-    else:
-        acting = [block for block in range(depth) if method.acts_in(block, depth)]
-        last = len(acting) * patches // 2
 
-        def candidate(step: int) -> Schedule:
-            removals = [0.0] * depth
-            for number, block in enumerate(acting):
-                removals[block] = (number + 1) * step // len(acting) - number * step // len(acting)
-            return Schedule("list", tuple(removals))
+def _even(method: Method, depth: int, patches: int) -> tuple[Callable[[int], Schedule], int]:
+    """Schedules that remove `step` tokens in all, evenly over the blocks the method acts in; and the last step."""
+    acting = [block for block in range(depth) if method.acts_in(block, depth)]
 
+    def scaled(step: int) -> Schedule:
+        removals = [0.0] * depth
+        for number, block in enumerate(acting):
+            removals[block] = (number + 1) * step // len(acting) - number * step // len(acting)
+        return Schedule("list", tuple(removals))
+
+    return scaled, len(acting) * patches
+
+
+def _keep_rates(depth: int, patches: int) -> tuple[Callable[[int], Schedule], int]:
+    """Schedules that keep all but `step` of the first `patches` tokens; and the last step."""
+    blocks = tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
+
+    def scaled(step: int) -> Schedule:
+        # Four digits, rounded down: ceil(rate · T) is then what was meant, and the schedule can be read.
+        return Schedule("keep", (math.floor(1e4 * (patches - step) / patches) / 1e4,), blocks)
+
+    return scaled, patches - 1
+
+
+def _nearest_zero(excess: Callable[[int], float], estimate: Callable[[int], float], last: int) -> int:
+    """Where in 0 … last the falling function `excess` is nearest 0.
+
+    Each call of it counts a model's FLOPs; `estimate` is nearly proportional to FLOPs and costs nothing, so each next
+    step is where the estimate lies between those at the bracket's ends as 0 lies between theirs.
+    """
     low, high = 0, last
+    above = excess(0)
+    below = above - (1 - estimate(last) / estimate(0))  # not counted: the far end is seldom where the answer is
+    if above <= 0 or below >= 0:
+        return low if above <= 0 else high
     while high - low > 1:
-        middle = (low + high) // 2
-        if miss(middle) > 0:
-            low = middle
+        goal = estimate(low) + above / (above - below) * (estimate(high) - estimate(low))
+        middle = low + bisect_left(range(low, high), -goal, key=lambda step: -estimate(step))
+        middle = min(max(middle, low + 1), high - 1)
+        if excess(middle) > 0:
+            low, above = middle, excess(middle)
         else:
-            high = middle
-    return candidate(min((low, high), key=lambda step: abs(miss(step))))
+            high, below = middle, excess(middle)
+    return min((low, high), key=lambda step: abs(excess(step)))
