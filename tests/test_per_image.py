@@ -1,0 +1,317 @@
+"""Methods against plain loops over one image's tokens, written from the methods' definitions alone.
+
+What the reference outputs do not have is here: rotary embeddings of every kind, shared keys, a distillation token,
+class attention without a class token, average and attention pooling of merged tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from timm.models.eva import Eva, EvaBlockPostNorm
+from timm.models.vision_transformer import ResPostBlock
+
+import tokbench
+from tokbench.coverage import SIDE, build_small
+
+POST_NORM = "an Eva with post-norm blocks and rotary embeddings"
+MODELS = [
+    "eva02_tiny_patch14_224",  # rotation of neighbours, biases apart, average pooling
+    "eva02_base_patch16_clip_224",  # separate q, k, v; normed attention
+    "vit_small_patch16_dinov3_qkvb",  # rotation of halves, registers
+    "vit_large_patch16_sapiens2",  # keys shared by queries, q/k norm
+    "vit_small_patch16_rope_mixed_224",  # a rotation for every head and block
+    "vit_medium_patch16_rope_reg1_gap_256",  # no class token
+    "vit_pe_core_tiny_patch16_384",  # attention pooling of all tokens
+    POST_NORM,
+    "deit_tiny_distilled_patch16_224",
+    "vit_base_patch16_siglip_224",  # no class token, attention pooling
+    "vit_wee_patch16_reg1_gap_256",  # a register and no class token, average pooling, LayerScale
+    "test_vit3",  # attention pooling of all tokens, a register among them
+]
+RUNS = {
+    "tome": ("tome", "list:9,7,5", {}),
+    "tofu": ("tofu", "list:9,7,5", {"prune_blocks": 1}),
+    "mctf": ("mctf", "list:9,7,5", {"bidirectional": False}),
+    "mctf precise": ("mctf", "list:9,7,5", {"bidirectional": False, "one_step_ahead": "precise"}),
+    "mctf off": ("mctf", "list:9,7,5", {"bidirectional": False, "one_step_ahead": "off"}),
+    "mstm": ("mstm", "list:9,7,5", {}),
+    "evit": ("evit", "list:9,7,5", {}),
+    "topk": ("topk", "list:9,7,5", {}),
+}
+
+
+@functools.cache
+def build(name: str):
+    torch.manual_seed(0)
+    if name == POST_NORM:
+        model = Eva(
+            img_size=48, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=7, global_pool="token",
+            use_post_norm=True, use_rot_pos_emb=True,
+        ).eval()  # fmt: skip
+        for parameter in model.blocks.parameters():
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        return model.double()
+    return build_small(name).double()
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_method_is_what_its_definition_says(name, run):
+    model, (method, schedule, params) = build(name), RUNS[run]
+    images = torch.rand(2, 3, *model.patch_embed.img_size, dtype=torch.float64)
+    with torch.inference_mode():
+        loops = [Loops(model, method, params, [9, 7, 5, 0])(image) for image in images]
+        tokbench.apply(model, method, schedule, trace=True, **params)
+        torch.testing.assert_close(model(images), torch.stack([logits for logits, _ in loops]), rtol=0, atol=1e-9)
+    assert tokbench.token_map(model).tolist() == [where for _, where in loops]
+    tokbench.remove(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_loops_are_timms_model_when_nothing_is_removed(name):
+    model = build(name)
+    image = torch.rand(3, *model.patch_embed.img_size, dtype=torch.float64)
+    with torch.inference_mode():
+        logits, where = Loops(model, "none", {}, [0] * 4)(image)
+        torch.testing.assert_close(logits, model(image[None])[0], rtol=0, atol=1e-9)
+    assert where == list(range(SIDE**2 + model.num_prefix_tokens))
+
+
+class Loops:
+    """One image's forward pass. Tokens are rows of `x`; `size`, `place` and `where` are plain lists."""
+
+    def __init__(self, model, method, params, removals):
+        self.model, self.method, self.params, self.removals = model, method, params, removals
+        self.prefix = model.num_prefix_tokens
+        self.weighs_size = method in ("tome", "tofu", "mctf", "mstm")
+
+    def __call__(self, image):
+        model = self.model
+        embedded = model._pos_embed(model.patch_embed(image[None]))
+        x, table = embedded if isinstance(embedded, tuple) else (embedded, None)
+        self.x = model.norm_pre(x)[0]
+        count = len(self.x)
+        self.size = [1.0] * count
+        self.place = list(range(count))  # the first token whose rotary embedding a token has
+        self.where = list(range(count))  # where each first token is now
+        for number, block in enumerate(model.blocks):
+            self.block, self.number, self.attention = block, number, block.attn
+            self.table = None if table is None else table[number] if getattr(model, "rope_mixed", False) else table
+            self.run_block(self.removals[number])
+        return self.head(), self.where
+
+    def run_block(self, r):
+        mode = self.params.get("one_step_ahead", "approximate")
+        at_start = self.method == "mctf" and mode != "off"
+        r = 0 if self.method == "mctf" and self.number == 0 else r
+        matrices = None
+        if at_start and r:
+            ahead = self.matrices()
+            groups, weights = self.mctf(r, ahead)
+            if mode == "approximate":
+                matrices = [self.reduced(matrix, groups, weights) for matrix in ahead]
+            self.regroup(groups, weights)
+        normed = self.before_attention()
+        used = self.matrices() if matrices is None else matrices
+        keys = self.heads(normed, "k")
+        importance = self.importance(used)
+        attended = self.x + self.branch(self.out(normed, used), 1)
+        if r and self.method not in ("mctf", "none"):
+            self.x = attended
+            self.regroup(*getattr(self, self.method)(r, sum(keys) / len(keys), importance))
+            attended = self.x
+        self.x = attended
+        self.x = self.x + self.branch(self.block.mlp(self.x if self.post_norm() else self.block.norm2(self.x)), 2)
+        if r and self.method == "mctf" and mode == "off":
+            self.regroup(*self.mctf(r, used))
+
+    # The transformer
+
+    def post_norm(self):
+        return isinstance(self.block, (EvaBlockPostNorm, ResPostBlock))
+
+    def before_attention(self):
+        return self.x if self.post_norm() else self.block.norm1(self.x)
+
+    def branch(self, out, which):
+        if self.post_norm():
+            return getattr(self.block, f"norm{which}")(out)
+        gamma = getattr(self.block, f"gamma_{which}", None)
+        if gamma is not None:
+            return gamma * out
+        return getattr(self.block, f"ls{which}", lambda same: same)(out)
+
+    def heads(self, normed, which):
+        """The queries, keys or values of every head, each (N, d), before any rotation."""
+        attention = self.attention
+        if attention.qkv is None:
+            out = getattr(attention, f"{which}_proj")(normed)
+        else:
+            out = attention.qkv(normed).chunk(3, dim=-1)["qkv".index(which)]
+            if which != "k" and getattr(attention, "q_bias", None) is not None:
+                out = out + getattr(attention, f"{which}_bias")
+        parts = out.split(attention.head_dim, dim=-1)
+        norm = getattr(attention, f"{which}_norm", None)
+        return [part if norm is None else norm(part) for part in parts]
+
+    def turned(self, rows, head):
+        """Rows (N, d) of one head, each patch's turned by the angles of its place."""
+        if self.table is None:
+            return rows
+        out, d = rows.clone(), rows.shape[1]
+        first, second = torch.arange(d).view(2, -1) if self.attention.rotate_half else torch.arange(d).view(-1, 2).T
+        angles = self.table[head] if self.table.ndim == 3 else self.table
+        for token in range(self.prefix, len(rows)):
+            sin, cos = angles[self.place[token] - self.prefix].chunk(2)
+            a, b = rows[token, first], rows[token, second]
+            out[token, first] = a * cos[first] - b * sin[first]
+            out[token, second] = b * cos[second] + a * sin[second]
+        return out
+
+    def matrices(self):
+        normed = self.before_attention()
+        queries, keys = self.heads(normed, "q"), self.heads(normed, "k")
+        found = []
+        for head, query in enumerate(queries):
+            key = self.turned(keys[head // (len(queries) // len(keys))], head)
+            logits = self.turned(query, head) @ key.T / math.sqrt(self.attention.head_dim)
+            if self.weighs_size:
+                logits = logits + torch.tensor(self.size, dtype=torch.float64).log()
+            found.append(logits.softmax(-1))
+        return found
+
+    def out(self, normed, matrices):
+        attention, values = self.attention, self.heads(normed, "v")
+        shared = len(matrices) // len(values)
+        out = torch.cat([matrix @ values[head // shared] for head, matrix in enumerate(matrices)], dim=-1)
+        return attention.proj(attention.norm(out))
+
+    def head(self):
+        model, x = self.model, self.model.norm(self.x)
+        if hasattr(model, "head_dist"):
+            return (model.head(x[0]) + model.head_dist(x[1])) / 2
+        everything = isinstance(model, Eva) or model.pool_include_prefix
+        first = 0 if everything and model.attn_pool is not None else self.prefix
+        members = [token for token in range(first, len(x)) for _ in range(round(self.size[token]))]
+        if model.attn_pool is not None:
+            pooled = model.attn_pool(x[members][None])[0]
+        elif model.global_pool == "avg":
+            pooled = x[members].mean(0)
+        else:
+            pooled = x[0]
+        return model.head(model.fc_norm(pooled))
+
+    # The methods. Each gives groups of tokens, the first of which is the target, and weights to merge them by.
+
+    def importance(self, matrices):
+        if self.model.cls_token is not None:
+            return sum(matrix[0] for matrix in matrices) / len(matrices)
+        return sum(matrix.mean(0) for matrix in matrices) / len(matrices)
+
+    def patches(self):
+        return range(self.prefix, len(self.x))
+
+    def pairs(self, score, r):
+        """The r best proposals (source, target) from even to odd positions."""
+        even = [token for token in self.patches() if token % 2 == 0]
+        odd = [token for token in self.patches() if token % 2 == 1]
+        best = {a: max(odd, key=lambda b: score(a, b)) for a in even}
+        going = sorted(even, key=lambda a: -score(a, best[a]))[:r]
+        stay = [[token] for token in [*range(self.prefix), *(a for a in even if a not in going), *odd]]
+        return stay, [(a, best[a]) for a in going]
+
+    def join(self, groups, pairs):
+        for source, target in pairs:
+            next(group for group in groups if group[0] == target).append(source)
+        return groups
+
+    def tome(self, r, keys, importance):
+        return self.join(*self.pairs(lambda a, b: cosine(keys[a], keys[b]), r)), self.size
+
+    def tofu(self, r, keys, importance):
+        groups, pairs = self.pairs(lambda a, b: cosine(keys[a], keys[b]), r)
+        if self.number < self.params["prune_blocks"]:
+            return groups, self.size
+        self.longest = True
+        return self.join(groups, pairs), self.size
+
+    def mctf(self, r, matrices):
+        received = sum(matrix.mean(0) for matrix in matrices) / len(matrices)
+        g = (1 / received) / (1 / received).max()
+        h = [min(self.size) / size for size in self.size]
+
+        def attraction(a, b):
+            similar = (cosine(self.x[a], self.x[b]) + 1) / 2
+            return similar * (g[a] * g[b]).item() ** (1 / 20) * (h[a] * h[b]) ** (1 / 40)
+
+        weights = [received[token].item() * size / max(self.size) for token, size in enumerate(self.size)]
+        return self.join(*self.pairs(attraction, r)), weights
+
+    def mstm(self, r, keys, importance):
+        ranked = sorted(self.patches(), key=lambda token: -importance[token].item())
+        crucial, rest = sorted(ranked[:-r]), ranked[-r:]
+        features = keys + 0.5 * (self.pooled(keys, 2) + self.pooled(keys, 4))
+        nearest = [(one, max(crucial, key=lambda b, one=one: cosine(features[one], features[b]))) for one in rest]
+        groups = [[token] for token in [*range(self.prefix), *crucial]]
+        return self.join(groups, nearest), [a.item() * size for a, size in zip(importance, self.size, strict=True)]
+
+    def pooled(self, keys, side):
+        """What each token's cells see on average: cells hold their token's keys, windows average their cells."""
+        owner = {(p // SIDE, p % SIDE): self.where[self.prefix + p] for p in range(SIDE**2)}
+        windows: dict[tuple[int, int], list[int]] = {}
+        for (row, column), token in owner.items():
+            windows.setdefault((row // side, column // side), []).append(token)
+        out = torch.zeros_like(keys)
+        for token in self.patches():
+            cells = [cell for cell, has in owner.items() if has == token]
+            for row, column in cells:
+                out[token] += keys[windows[row // side, column // side]].mean(0) / len(cells)
+        return out
+
+    def evit(self, r, keys, importance):
+        ranked = sorted(self.patches(), key=lambda token: -importance[token].item())
+        self.total = True
+        kept = [[token] for token in [*range(self.prefix), *ranked[:-r]]]
+        return [*kept, ranked[-r:]], importance.tolist()
+
+    def topk(self, r, keys, importance):
+        ranked = sorted(self.patches(), key=lambda token: -importance[token].item())
+        return [[token] for token in [*range(self.prefix), *ranked[:-r]]], self.size
+
+    def reduced(self, matrix, groups, weights):
+        out = torch.zeros(len(groups), len(groups), dtype=torch.float64)
+        for m, rows in enumerate(groups):
+            for n, columns in enumerate(groups):
+                for row in rows:
+                    share = weights[row] / sum(weights[one] for one in rows)
+                    out[m, n] += share * matrix[row, columns].sum()
+        return out
+
+    def regroup(self, groups, weights):
+        rows = []
+        for group in groups:
+            joined = sum(weights[token] * self.x[token] for token in group)
+            if getattr(self, "total", False) and group is groups[-1]:
+                rows.append(joined)
+            elif len(group) == 1:
+                rows.append(self.x[group[0]])
+            elif getattr(self, "longest", False):
+                rows.append(joined / joined.norm() * max(self.x[token].norm() for token in group))
+            else:
+                rows.append(joined / sum(weights[token] for token in group))
+        slot = {token: number for number, group in enumerate(groups) for token in group}
+        self.where = [-1 if now == -1 else slot.get(now, -1) for now in self.where]
+        if self.weighs_size:
+            self.size = [sum(self.size[token] for token in group) for group in groups]
+        else:
+            self.size = [self.size[group[0]] for group in groups]
+        self.place = [self.place[group[0]] for group in groups]
+        self.x = torch.stack(rows)
+
+
+def cosine(a, b):
+    return (a @ b / (a.norm() * b.norm())).item()
