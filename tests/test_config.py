@@ -11,8 +11,8 @@ import pytest
 
 from tokbench import list_methods
 from tokbench.config import (
-    BUNDLED_SCHEDULES,
     DEFAULT_LIMIT,
+    DEFAULT_METHODS,
     DEFAULT_SCHEDULES,
     Grid,
     MethodSpec,
@@ -42,7 +42,7 @@ def ids(grid: Grid) -> list[str]:
 def test_default_grid_has_the_unreduced_model_first_and_no_cell_twice():
     cells = ids(Grid.default())
     assert cells[0] == "bundled/none"
-    assert {"bundled/tome/13", "bundled/topk/keep:0.6@3,6,9", "bundled/random/13"} < set(cells)
+    assert {"bundled/tome/flops:0.5", "bundled/mctf/flops:0.35", "bundled/random/flops:0.5"} < set(cells)
     assert len(cells) == len(set(cells))
     assert Grid.default().options.limit == DEFAULT_LIMIT
 
@@ -237,8 +237,9 @@ def test_methods_are_described_with_parameters_and_paper():
     assert set(lines) >= {"none", "tome", "topk", "random"}
 
 
-def test_every_method_has_levels_for_the_bundled_model():
-    assert {"none", *BUNDLED_SCHEDULES} == set(list_methods())
+def test_the_default_grid_has_every_method_but_the_speed_control():
+    assert {"none", *DEFAULT_METHODS, "free"} == set(list_methods())
+    assert [method.name for method in Grid.default().methods] == ["none", *DEFAULT_METHODS]
 
 
 def test_a_wrong_schedule_is_refused_without_importing_torch():
@@ -258,7 +259,7 @@ raise SystemExit("torch was imported" if "torch" in sys.modules else 0)
 
 def test_another_model_gets_every_method_at_shares_of_its_flops():
     methods = Grid.from_flags(models=["vit_large_patch16_224"]).methods[1:]
-    assert [method.name for method in methods] == list(BUNDLED_SCHEDULES)
+    assert [method.name for method in methods] == list(DEFAULT_METHODS)
     assert all(schedule.startswith("flops:") for method in methods for schedule in method.schedules)
 
 

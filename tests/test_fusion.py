@@ -319,3 +319,70 @@ def test_asking_too_early_is_answered():
         tokbench.tokens_per_block(model)
     with pytest.raises(tokbench.UserError, match="trace=True"):
         tokbench.token_map(model)
+
+
+def test_free_slices_and_keeps_the_first_tokens():
+    model, x = tiny(), torch.rand(2, 3, 32, 32)
+    tokbench.apply(model, "free", "list:0,10,20", trace=True)
+    model(x)
+    start = model.num_prefix_tokens
+    assert tokbench.tokens_per_block(model) == [64 + start, 54 + start, 34 + start, 34 + start]
+    expected = torch.cat([torch.arange(34 + start), torch.full((30,), -1)])
+    assert torch.equal(tokbench.token_map(model), expected.expand(2, -1))
+
+
+@pytest.mark.parametrize("place", ["start", "middle", "end"])
+def test_free_does_the_work_of_a_model_on_the_first_tokens(place):
+    model, x = tiny().double(), torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    first, second = model.blocks[0], model.blocks[1:]
+    with torch.no_grad():
+        tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+        keep = tokens.shape[1] - 20
+        tokens = tokens[:, :keep] if place == "start" else tokens
+        tokens = tokens + first.ls1(first.attn(first.norm1(tokens)))
+        tokens = tokens[:, :keep] if place == "middle" else tokens
+        tokens = tokens + first.ls2(first.mlp(first.norm2(tokens)))
+        expected = model.forward_head(model.norm(second(tokens[:, :keep])))
+        tokbench.apply(model, "free", "list:20", place=place)
+        assert torch.allclose(model(x), expected, atol=1e-12)
+
+
+def test_tofu_prunes_where_the_mlp_is_least_linear():
+    """The criterion per image and pair, in plain loops; block 2's MLP is made linear, and so must be merged in."""
+    model, x = tiny().double(), torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    model.blocks[2].mlp.act = torch.nn.Identity()
+    model.blocks[2].norm2 = torch.nn.Identity()
+    prefix, errors, inputs, keys = model.num_prefix_tokens, [], [], []
+    for block in model.blocks:
+        block.norm2.register_forward_hook(lambda module, args, out: inputs.append(args[0]))
+        block.attn.k_norm.register_forward_hook(lambda module, args, out: keys.append(out))
+    with torch.no_grad():
+        model(x)
+        seen, heads = list(inputs), list(keys)
+        for block, stream, key in zip(model.blocks, seen, heads, strict=True):
+            parts = []
+            for image in range(2):
+                metric = torch.nn.functional.normalize(key[image].mean(0), dim=-1)
+                a = [token for token in range(prefix, len(metric)) if token % 2 == 0]
+                b = [token for token in range(prefix, len(metric)) if token % 2 == 1]
+                pairs = [(i, max(b, key=lambda j: float(metric[i] @ metric[j]))) for i in a]
+                pairs.sort(key=lambda pair: -float(metric[pair[0]] @ metric[pair[1]]))
+                for i, j in pairs[:5]:
+                    f = lambda token: block.ls2(block.mlp(block.norm2(token)))  # noqa: B023, E731
+                    mean = (f(stream[image, i]) + f(stream[image, j])) / 2
+                    parts.append((f((stream[image, i] + stream[image, j]) / 2) - mean).norm() / mean.norm())
+            errors.append(float(torch.stack(parts).mean()))
+    tokbench.apply(model, "tofu", 5, prune_blocks="auto", images=x)
+    limit = sorted(errors)[1:3]
+    expected = tuple(block for block, error in enumerate(errors) if error > sum(limit) / 2)
+    assert model.fusion.method.prune_blocks == expected
+    assert len(expected) == 2 and 2 not in expected
+
+
+def test_calibration_images_are_asked_for_and_refused():
+    model, x = tiny(), torch.rand(2, 3, 32, 32)
+    with pytest.raises(tokbench.UserError, match="images=…"):
+        tokbench.apply(model, "tofu", 5, prune_blocks="auto")
+    for method, params in [("tome", {}), ("tofu", {"prune_blocks": 2})]:
+        with pytest.raises(tokbench.UserError, match="takes no images"):
+            tokbench.apply(model, method, 5, images=x, **params)

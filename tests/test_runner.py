@@ -243,11 +243,33 @@ def test_a_cell_that_raises_in_the_speed_measurement_only(source, tmp_path, brok
     assert kinds[-3:] == [("failure", "tiny/broken/8"), ("speed", "tiny/none"), ("speed", "tiny/tome/8")]
 
 
-def test_a_block_that_is_not_there_fails_its_cell_in_one_line(source, tmp_path):
-    table = runner.run(small_grid(MethodSpec("topk", ("keep:0.5@9", "keep:0.5@1"))), tmp_path / "run")
-    errors = table.set_index("schedule")["error"]
-    assert "block 9" in errors["keep:0.5@9"] and "0 to 3" in errors["keep:0.5@9"]
-    assert list(errors.notna()) == [False, True, False]
+@pytest.mark.parametrize(
+    ("schedule", "words"), [("keep:0.5@9", "block 9 is not there"), ("list:1,1,1,1,1", "has 5 entries.*4 blocks")]
+)
+def test_a_block_that_is_not_there_is_refused_before_anything_is_measured(source, tmp_path, schedule, words):
+    with pytest.raises(UserError, match=words):
+        runner.run(small_grid(MethodSpec("topk", (schedule, "keep:0.5@1"))), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_levels_that_whole_tokens_cannot_reach_are_said(source, tmp_path):
+    listener = Listener()
+    runner.run(small_grid(MethodSpec("topk", ("flops:0.05",)), only=("flops",)), tmp_path / "run", progress=listener)
+    assert len(listener.warnings) == 1
+    assert "tiny/topk/flops:0.05: topk at flops:0.05 takes 0." in listener.warnings[0]
+
+
+def test_tofu_finds_its_pruning_blocks_on_the_first_images(source, tmp_path):
+    runner.run(small_grid(MethodSpec("tofu", ("8",), {"prune_blocks": "auto"}), only=("flops",)), tmp_path / "run")
+    _, record = RunFolder.open(tmp_path / "run").records()
+    assert record["params"] == {"prune_blocks": "auto"}
+    assert record["calibrated"]["images"] == IMAGES and len(record["calibrated"]["prune_blocks"]) == 2
+
+
+def test_the_speed_control_is_no_accuracy_row(source, tmp_path):
+    table = runner.run(small_grid(MethodSpec("free", ("8",))), tmp_path / "run").set_index("cell")
+    assert table["top1"].isna().to_dict() == {"tiny/none": False, "tiny/free/8": True}
+    assert table["throughput"].notna().all() and table["gflops"].notna().all()
 
 
 def test_without_the_unreduced_model_nothing_is_compared(source, tmp_path, monkeypatch):

@@ -79,6 +79,9 @@ def run(
     schedule: Annotated[
         list[str] | None, typer.Option(metavar="SCHEDULE", help="As in 13 or keep:0.7@3,6,9. Repeatable.")
     ] = None,
+    plugin: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A Python file with methods of your own. Repeatable.")
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(metavar="SPEC", help="'bundled', a folder of class folders, or hfds/…, wds/…, torch/…."),
@@ -107,13 +110,17 @@ def run(
 ) -> None:
     """Measure accuracy, FLOPs and speed of every cell of a grid.
 
-    Without arguments: the bundled model on 1,000 bundled images, five methods at two levels of FLOPs. The same command
+    Without arguments: the bundled model on 1,000 bundled images, every method at two levels of FLOPs. The same command
     with the --out of an earlier run continues that run: what it has is not measured again.
     """
     from rich.console import Console
 
     from tokbench.config import Grid
 
+    if plugin:
+        from tokbench.plugins import load_plugins
+
+        load_plugins(plugin)
     chosen = Grid.from_flags(
         Grid.from_toml(grid) if grid else None,
         models=model or (),

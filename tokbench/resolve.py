@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import tokbench.fusion  # noqa: F401  (registers the methods)
+from tokbench.calibrate import calibrate
 from tokbench.errors import UserError
 from tokbench.fusion.blocks import Fusion
 from tokbench.fusion.core import METHODS, Method, make_method
@@ -55,9 +56,8 @@ def apply(
             raise UserError(f"method 'none' has no parameter '{next(iter(params))}'")
         return remove(model)
     made = make_method(method, **params)
-    if images is not None:
-        raise UserError(f"method '{method}' takes no calibration images")
-    return insert(model, made, resolve_schedule(model, made, parsed), trace=trace)
+    resolved = resolve_schedule(model, made, parsed)
+    return insert(model, calibrate(model, made, resolved, images), resolved, trace=trace)
 
 
 def check_schedule(schedule: Schedule, depth: int) -> None:

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import traceback
+import warnings
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -21,9 +22,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from tokbench.calibrate import CALIBRATION_IMAGES, wants_images
 from tokbench.config import Cell, Grid, ModelSpec, RunOptions
-from tokbench.data import ImageSource, ImageStream, open_dataset
+from tokbench.data import ImageSource, ImageStream, load_batches, open_dataset
 from tokbench.errors import RunStopped, UserError, one_line
+from tokbench.fusion.core import METHODS, make_method
 from tokbench.fusion.patch import fork, require_supported, tokens_per_block
 from tokbench.measure._model import is_out_of_memory, release_memory, resolve_input_size
 from tokbench.measure.accuracy import Predictions, evaluate, join
@@ -32,9 +35,11 @@ from tokbench.measure.flops import FlopCount, count_flops
 from tokbench.measure.speed import SpeedResult, measure_speed
 from tokbench.measure.stats import mcnemar_p, paired_drop, wilson
 from tokbench.models import load_model, weights_sha256
+from tokbench.plugins import LOADED
 from tokbench.progress import Progress
-from tokbench.resolve import apply
+from tokbench.resolve import FlopsWarning, apply, check_schedule
 from tokbench.resume import HalfPass, Measured, PassFile, Reader, agreed_conditions, require_same_answers
+from tokbench.schedules import parse_schedule
 from tokbench.store import RunFolder, fresh_path, is_run, new_run_path, require_free, stopping_at_write_errors
 
 if TYPE_CHECKING:
@@ -137,8 +142,17 @@ class _Subject:
 def _load(spec: ModelSpec, grid: Grid, options: RunOptions) -> _Subject:
     model = cast(VisionTransformer, load_model(spec.name, spec.checkpoint, input_size=spec.input_size))
     require_supported(model)
-    source = open_dataset(grid.data, model, limit=options.limit) if "accuracy" in options.only else None
-    return _Subject(spec, model, weights_sha256(model), resolve_input_size(model, None), source, grid.cells(spec))
+    cells = grid.cells(spec)
+    for cell in cells:
+        if cell.schedule:
+            check_schedule(parse_schedule(cell.schedule), len(model.blocks))
+    looks_at_images = "accuracy" in options.only or any(_calibrates(cell) for cell in cells)
+    source = open_dataset(grid.data, model, limit=options.limit) if looks_at_images else None
+    return _Subject(spec, model, weights_sha256(model), resolve_input_size(model, None), source, cells)
+
+
+def _calibrates(cell: Cell) -> bool:
+    return not cell.is_baseline and wants_images(make_method(cell.method.name, **cell.method.params))
 
 
 def _manifest(
@@ -160,6 +174,7 @@ def _manifest(
         },
         "machine": describe_machine(device),
         "packages": package_versions(),
+        "plugins": dict(LOADED),
     }
 
 
@@ -229,6 +244,8 @@ class _Bench:
             )
 
     def _lacks(self, cell: Cell, kind: str) -> bool:
+        if kind == "accuracy" and not cell.is_baseline and METHODS[cell.method.name].speed_only:
+            return False
         return kind in self.options.only and self.measured.find(cell, kind) is None
 
     def _prepare(self, base: VisionTransformer, waiting: list[Cell]) -> None:
@@ -275,13 +292,28 @@ class _Bench:
     def _make(self, cell: Cell, base: VisionTransformer, identity: dict[str, Any]) -> _Runnable:
         model = fork(base)
         if not cell.is_baseline:
-            apply(model, cell.method.name, cell.schedule, **cell.method.params)
-            identity["resolved"] = str(cast(Any, model).fusion.schedule)
+            images = self._calibration_images() if _calibrates(cell) else None
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", FlopsWarning)
+                apply(model, cell.method.name, cell.schedule, images=images, **cell.method.params)
+            for warning in caught:
+                self.progress.warn(f"{cell.id}: {warning.message}")
+            fusion = cast(Any, model).fusion
+            identity["resolved"] = str(fusion.schedule)
+            if images is not None:
+                identity["calibrated"] = {"images": len(images), **fusion.method.parameters()}
         image = torch.rand(1, *self.subject.input_size, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             model(image.to(self.device, DTYPES[self.options.dtype]))
         identity["tokens"] = tokens_per_block(model)
         return _Runnable(cell, model, identity)
+
+    def _calibration_images(self) -> torch.Tensor:
+        """The first images of the data, without their labels."""
+        source = self.subject.source
+        assert source is not None
+        batch = next(iter(load_batches(source, CALIBRATION_IMAGES, workers=0)))
+        return batch.images.to(self.device, DTYPES[self.options.dtype])
 
     def _identity(self, cell: Cell) -> dict[str, Any]:
         subject = self.subject.conditions()

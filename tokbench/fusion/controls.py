@@ -1,9 +1,10 @@
-"""Controls: what any method should beat. `topk` drops the least attended tokens, `random` drops any."""
+"""Controls: what any method should beat. `topk` drops the least attended tokens, `random` any; `free` does not choose."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import torch
@@ -45,6 +46,33 @@ class Random(Method):
     def plan(self, view: View, r: int) -> Assignment:
         kept = draw_kept(self.seed, view.block, view.patches, r, view.x.device)
         return keep_only(kept.expand(view.x.shape[0], -1), view.prefix)
+
+
+@register_method
+@dataclass(frozen=True)
+class Free(Method):
+    """Let the first tokens stay, by one slice: what a reduction costs that chooses nothing and merges nothing.
+
+    A speed limit, never an accuracy row. With `list:` of what another method removes, at that method's place in the
+    block, it does the same work on the same shapes without the method itself.
+    place: "start", "middle" or "end" of the block.
+    """
+
+    name = "free"
+    paper = "control, for speed only"
+    tracks_size = False
+    speed_only = True
+
+    place: Literal["start", "middle", "end"] = "middle"
+
+    @staticmethod
+    def check_place(value: object, default: object) -> bool:
+        """Whether a value is a place in the block."""
+        return value in ("start", "middle", "end")
+
+    def plan(self, view: View, r: int) -> Assignment:
+        stay = torch.arange(view.prefix + view.patches - r, device=view.x.device)
+        return Assignment(stay.expand(view.x.shape[0], -1), sliced=True)
 
 
 @torch.compiler.assume_constant_result

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
@@ -26,6 +27,7 @@ class Assignment:
     kept: (B, M) long, the input token that each output token continues, in output order.
     source, slot: (B, R) long, tokens merged away, and the output token that each of them joins.
     weight: (B, N), the tokens' weights in the merge; None: their sizes.
+    sliced: whether `kept` is just the first M tokens, which a slice gives without gathering.
     combine: how members of an output token become one: their weighted "mean", their weighted "sum", or "mlerp",
         the direction of their weighted sum with the length of the longest member (ToFu, arXiv 2312.01026, eq. 4).
     """
@@ -35,6 +37,7 @@ class Assignment:
     slot: Tensor | None = None
     weight: Tensor | None = None
     combine: Literal["mean", "sum", "mlerp"] = "mean"
+    sliced: bool = False
 
     def target(self, tokens: int) -> Tensor:
         """The output token that each of the N input tokens goes to: (B, N) long, −1 where it is dropped."""
@@ -58,7 +61,7 @@ def merge(x: Tensor, plan: Assignment, size: Tensor | None) -> Tensor:
 
     size: (B, N) token sizes, None where all are 1.
     """
-    kept = pick(x, plan.kept)
+    kept = x[:, : plan.kept.shape[1]] if plan.sliced else pick(x, plan.kept)
     if plan.source is None or plan.slot is None:
         return kept
     weight = plan.weight if plan.weight is not None else size
@@ -176,6 +179,7 @@ class Method:
     reuses_attention: bool = False  # at "start": attend with the matrix the plan was made by, reduced
     tracks_size: ClassVar[bool] = True
     needs_map: ClassVar[bool] = False
+    speed_only: ClassVar[bool] = False  # never an accuracy row
     flops_shape: ClassVar[Literal["constant", "keep"]] = "constant"  # which schedule `flops:` scales
 
     def acts_in(self, block: int, depth: int) -> bool:
@@ -200,7 +204,15 @@ M = TypeVar("M", bound=type[Method])
 
 
 def register_method(method: M) -> M:
-    """Class decorator: make a method known under its `name`, to `apply`, the grid and the command line."""
+    """Class decorator: make a method known under its `name`, to `apply`, the grid and the command line.
+
+    Raises UserError for a name that another module's method has, or that is no plain word.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_-]*", getattr(method, "name", "")):
+        raise UserError(f"{method.__name__}.name must be a plain word such as 'my_method': lower case, digits, - and _")
+    taken = METHODS.get(method.name)
+    if method.name == "none" or (taken is not None and taken.__module__ != method.__module__):
+        raise UserError(f"there is a method '{method.name}' already; give {method.__name__} another name")
     METHODS[method.name] = method
     return method
 

@@ -1,0 +1,34 @@
+"""A method of one's own: keep the tokens with the longest keys, and merge each other one into its nearest neighbor."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tokbench.fusion.core import Assignment, Method, View, pick, register_method
+
+
+@register_method
+@dataclass(frozen=True)
+class LongKeys(Method):
+    """`power` bends how much more a token with a long key weighs in a merge; 0 is a plain mean over patches."""
+
+    name = "long-keys"  # for --method long-keys, or --method long-keys:power=2.0
+    paper = "docs/my_method.py"
+    proportional = True  # add log s to the attention logits once tokens have merged
+
+    power: float = 1.0
+
+    def plan(self, view: View, r: int) -> Assignment:
+        """r of the patch tokens go, in every image of the batch; prefix tokens come first and stay."""
+        keys = view.mean_keys()  # (B, N, d): this block's keys, averaged over heads
+        length = keys.norm(dim=-1)
+        ranked = length[:, view.prefix :].argsort(dim=-1, descending=True, stable=True) + view.prefix
+        stay, go = ranked[:, :-r].sort(dim=-1).values, ranked[:, -r:]
+
+        # Where each token that goes ends up: the number of its output token, which come in the order of `kept`.
+        distance = torch.cdist(pick(keys, go), pick(keys, stay))
+        slot = view.prefix + distance.argmin(dim=-1)
+
+        prefix = torch.arange(view.prefix, device=stay.device).expand(len(stay), -1)
+        weight = length**self.power if view.size is None else length**self.power * view.size
+        return Assignment(kept=torch.cat([prefix, stay], dim=1), source=go, slot=slot, weight=weight)

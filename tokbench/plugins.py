@@ -1,0 +1,58 @@
+"""Methods of one's own: a Python file that registers them, given with --plugin."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokbench.fusion  # noqa: F401  (registers the methods that a plugin may not replace)
+from tokbench.errors import UserError, nearest
+from tokbench.fusion.core import METHODS
+
+LOADED: dict[str, str] = {}
+"""What was loaded in this process: file names → sha256 (hex) of their content, for the manifest of a run."""
+
+
+def load_plugins(paths: Iterable[str | Path]) -> list[str]:
+    """Run each file, and return the names of the methods that they registered.
+
+    Raises UserError, one line, for a file that is not there, that fails, or that registers no method.
+    """
+    return [name for path in paths for name in _load(Path(path))]
+
+
+def _load(path: Path) -> list[str]:
+    if not path.is_file():
+        siblings = [other.name for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise UserError(f"plugin '{path}' is not there.{nearest(path.name, siblings)}")
+    name = f"tokbench_plugin_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"plugin '{path}' is no Python file; its name should end with .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look modules up by name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise UserError(f"plugin '{path}'{_line_of(error, path)}: {type(error).__name__}: {error}") from error
+    registered = [method for method, kind in METHODS.items() if kind.__module__ == name]
+    if not registered:
+        raise UserError(f"plugin '{path}' registers no method; put @tokbench.register_method above its class")
+    LOADED[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return registered
+
+
+def _line_of(error: Exception, path: Path) -> str:
+    """Where in the plugin it went wrong, as ", line 12"; "" when it was elsewhere only."""
+    if isinstance(error, SyntaxError):
+        return f", line {error.lineno}"
+    lines, trace = [], error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            lines.append(trace.tb_lineno)
+        trace = trace.tb_next
+    return f", line {lines[-1]}" if lines else ""
