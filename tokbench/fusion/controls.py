@@ -1,4 +1,4 @@
-"""Controls: what any method should beat. `topk` drops the least attended tokens, `random` any; `free` does not choose."""
+"""Controls: what any method should beat. `topk` drops the least attended tokens, `random` any; `free` is a speed limit."""
 
 from __future__ import annotations
 
