@@ -70,6 +70,14 @@ def test_run_shows_table_and_plot_and_the_other_commands_read_the_run(tokbench_c
     assert code == 0 and (tmp_path / "mine.pdf").is_file()
 
 
+def test_show_draws_the_tokens_of_bundled_images(tokbench_command, tmp_path):
+    out = tmp_path / "tokens.png"
+    code, text, err = tokbench_command(
+        "show", "bundled:17", "--method", "evit", "--schedule", "keep:0.5@3", "--out", out
+    )
+    assert (code, text.strip(), err) == (0, str(out), "") and out.read_bytes().startswith(b"\x89PNG")
+
+
 def test_on_a_terminal_the_table_grows_under_a_bar(tiny, tmp_path, monkeypatch):
     import io
 
@@ -165,6 +173,10 @@ def test_dry_run_names_the_cells_and_loads_nothing(tokbench_command, monkeypatch
         (["plot", "nowhere"], ["nowhere"]),
         (["table", "nowhere"], ["nowhere"]),
         (["report", "nowhere"], ["nowhere"]),
+        (["show", "nowhere.png"], ["nowhere.png", "does not exist"]),
+        (["show", "bundled:0"], ["bundled:1 to bundled:10000"]),
+        (["show", "bundled:1", "--method", "none"], ["nothing to show"]),
+        (["show", "bundled:1", "--out", "a.gif"], ["png, svg, pdf"]),
         (["report", "nowhere", "--out", "page.pdf"], ["page.html"]),
         (["list"], ["WHAT"]),
         (["list", "method"], ["'method'", "'methods'"]),

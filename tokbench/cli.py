@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.exceptions import TyperException
@@ -241,6 +241,44 @@ def report(
     from tokbench.report.html import write_report
 
     print(write_report(runs, out or runs[0] / "report.html"))
+
+
+@app.command()
+def show(
+    images: Annotated[
+        list[str],
+        typer.Argument(metavar="IMAGE...", help="Files, or bundled:17 for the 17th bundled image.", show_default=False),
+    ],
+    model: Annotated[str, typer.Option(metavar="NAME", help="A timm model, or 'bundled'.")] = "bundled",
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Weights for the model: .safetensors, .pth, .pt or .bin.")
+    ] = None,
+    input_size: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="Side of the model's input (default: its own).")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METHOD", help="As in tome or mctf:tau_sim=2. Repeatable (default: tome, tofu, mctf, evit)."
+        ),
+    ] = None,
+    schedule: Annotated[str, typer.Option(metavar="SCHEDULE", help="As in 13 or keep:0.7@3,6,9.")] = "flops:0.5",
+    blocks: Annotated[
+        bool, typer.Option("--blocks", help="The tokens after each block that removes some, not only the last.")
+    ] = False,
+    theme: Annotated[str, typer.Option(metavar="THEME", help="light or dark.")] = "light",
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File to write: .png, .svg or .pdf.")] = Path("tokens.png"),
+) -> None:
+    """Draw what methods make of images: which patches end up in one token, and which are dropped."""
+    from tokbench.trace import show as draw
+
+    options: dict[str, Any] = {"methods": method} if method else {}
+    print(
+        draw(
+            images, out, model=model, checkpoint=checkpoint, input_size=input_size, schedule=schedule, blocks=blocks,
+            theme=theme, **options,
+        )
+    )  # fmt: skip
 
 
 @app.command("list")

@@ -241,6 +241,40 @@ def open_dataset(spec: str, model: nn.Module, *, limit: int | None = None) -> Im
     return _open_folder(Path(spec).expanduser(), model, limit)
 
 
+def load_images(names: Sequence[str], model: nn.Module) -> Tensor:
+    """Single images as the model takes them: (B, C, H, W), preprocessed by the model's timm configuration.
+
+    names: files, or `bundled:17` for the 17th bundled image. Raises UserError naming the one that cannot be read.
+    """
+    prepare = _preparation(model, None)
+    return torch.stack([prepare(_single_image(name), None)[0] for name in names])
+
+
+def to_pictures(images: Tensor, model: nn.Module) -> np.ndarray:
+    """What a model sees, to look at: preprocessed (B, C, H, W) → (B, H, W, 3), values from 0 to 1."""
+    config = _data_config(model)
+    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    colors = (images * std + mean).clamp(0, 1).expand(-1, 3, -1, -1)
+    pictures: np.ndarray = colors.permute(0, 2, 3, 1).numpy()
+    return pictures
+
+
+def _single_image(name: str) -> Image.Image:
+    kind, _, number = name.partition(":")
+    if kind == "bundled":
+        composites = _read_composites()
+        if not (number.isdecimal() and 1 <= int(number) <= len(composites)):
+            raise UserError(f"image {name!r}: bundled images are bundled:1 to bundled:{len(composites)}.")
+        return composites[int(number) - 1][0]
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise UserError(f"image {name!r} is a folder; give single images, such as those in it.")
+    if not path.exists():
+        siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"image {name!r} does not exist.{nearest(path.name, siblings)}")
+    return _Files(path.parent, [(path.name, -1)])[0][0]
+
+
 # --- the bundled composites
 
 
@@ -257,15 +291,20 @@ class _Composites:
         return Image.fromarray(compose(self.items, self.layout[index : index + 1])[0]), int(self.labels[index])
 
 
-def _open_bundled(model: nn.Module, limit: int | None) -> ImageSource:
+def _read_composites() -> _Composites:
     items = read_idx(_BUNDLED / "t10k-images-idx3-ubyte.gz")
     labels = read_idx(_BUNDLED / "t10k-labels-idx1-ubyte.gz")
-    layout = draw_layout(np.arange(len(items)), len(items), np.random.RandomState(0))
+    return _Composites(items, labels, draw_layout(np.arange(len(items)), len(items), np.random.RandomState(0)))
+
+
+def _open_bundled(model: nn.Module, limit: int | None) -> ImageSource:
+    composites = _read_composites()
+    items, labels, layout = composites.items, composites.labels, composites.layout
     chosen = _choose(len(items), limit)
     parts = [getattr(layout, field) for field in layout.__dataclass_fields__]
     return ImageSource(
         "bundled",
-        _Composites(items, labels, layout),
+        composites,
         chosen,
         _preparation(model, _model_labels(list(CLASSES), model, "'bundled'")),
         _fingerprint("bundled", items.tobytes(), labels.tobytes(), *(part.tobytes() for part in parts), chosen),

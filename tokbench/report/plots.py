@@ -20,12 +20,12 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from tokbench.errors import UserError, nearest
+from tokbench.report.canvas import RC, require_format, save
 from tokbench.report.labels import Spot, place, sampled, spots_along, spots_around
 from tokbench.report.metrics import METRICS, PANEL, find_metric, pareto_front, run_names
 from tokbench.report.published import PUBLISHED, published_points
 from tokbench.report.styles import STYLES, Style, Theme, blend, find_theme, method_style, short_schedule, variant_name
 
-FORMATS = ("png", "svg", "pdf")
 DEFAULT_X = ("gflops", "throughput")
 
 
@@ -98,8 +98,7 @@ class _Art:
             "ytick.color": theme.muted,
             "grid.color": theme.grid,
             "grid.linewidth": 0.7,
-            "pdf.fonttype": 42,
-            "svg.hashsalt": "tokbench",
+            **RC,
         }
 
 
@@ -134,9 +133,7 @@ def plot_pareto(
     nothing was published that fits.
     """
     out = Path(out)
-    if out.suffix.lstrip(".") not in FORMATS:
-        hint = nearest(out.suffix.lstrip("."), FORMATS)
-        raise UserError(f"cannot draw to {out}: the suffix must be one of {', '.join(FORMATS)}.{hint}")
+    require_format(out)
     if size not in SIZES:
         raise UserError(f"no size {size!r}; there are {', '.join(SIZES)}.{nearest(size, SIZES)}")
     names = _panels(df, x, y)
@@ -148,12 +145,7 @@ def plot_pareto(
     printed = _published(df, names, y) if published else {}
     with rc_context(art.rc):
         figure = _draw(groups, names, y, art, printed, linear)
-        metadata: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(out.suffix[1:], {})
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(out, dpi=200 if art.size.text else 300, metadata=metadata)
-        except OSError as error:
-            raise UserError(f"cannot write the plot {out}: {error.strerror}.") from error
+        save(figure, out, dpi=200 if art.size.text else 300)
     return out
 
 

@@ -1,0 +1,32 @@
+"""Figures become files: which kinds there are, and the same figure always gives the same bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from tokbench.errors import UserError, nearest
+
+FORMATS = ("png", "svg", "pdf")
+# Text stays text in PDF, and ids in SVG do not change from one drawing to the next.
+RC: dict[Any, Any] = {"pdf.fonttype": 42, "svg.hashsalt": "tokbench"}
+_NO_DATE: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+
+
+def require_format(out: Path) -> None:
+    """Raise UserError unless the suffix of `out` names a kind of file that figures can be written to."""
+    suffix = out.suffix.lstrip(".")
+    if suffix not in FORMATS:
+        hint = nearest(suffix, FORMATS)
+        raise UserError(f"cannot draw to {out}: the suffix must be one of {', '.join(FORMATS)}.{hint}")
+
+
+def save(figure: Figure, out: Path, dpi: int) -> None:
+    """Write a figure, folders included. Raises UserError where the file cannot be written."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=dpi, metadata=_NO_DATE.get(out.suffix, {}))
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}.") from error

@@ -1,0 +1,191 @@
+"""Pictures of what became of an image's patches. Arrays in, a file out: nothing here knows models or methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection, PatchCollection
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from tokbench.report.canvas import RC, require_format, save
+from tokbench.report.styles import Theme, find_theme
+
+_CELL_IN = 2.0  # a picture's longer side
+_SMALL_IN = 1.35  # where there are many
+_PER_ROW = 12
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """Which token each patch of an image went to.
+
+    Attributes:
+        title: over the picture.
+        token: (rows, columns) int; patches of one token share a number, −1 is dropped.
+    """
+
+    title: str
+    token: np.ndarray
+
+    def sizes(self) -> np.ndarray:
+        """(rows, columns) float: how many patches the token of each patch stands for, NaN where it was dropped."""
+        _, inverse, counts = np.unique(self.token, return_inverse=True, return_counts=True)
+        sizes: np.ndarray = counts[inverse.reshape(self.token.shape)].astype(float)
+        return np.where(self.token < 0, np.nan, sizes)
+
+    def count(self) -> int:
+        """How many tokens are left of the patches."""
+        return len(np.unique(self.token[self.token >= 0]))
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """An image (H, W, 3), values from 0 to 1, and beside it what became of it; `label` stands over the image."""
+
+    label: str
+    image: np.ndarray
+    grids: Sequence[TokenGrid]
+
+
+def draw_tokens(
+    rows: Sequence[TokenRow], out: str | Path, *, heading: str = "", sizes: bool = True, theme: str = "light"
+) -> Path:
+    """Draw each row's image and, beside it, its tokens as regions of their mean color with borders; returns `out`.
+
+    Dropped patches are hatched. sizes: under each row, how many patches each token stands for, as a heat map.
+    Raises UserError for an unknown suffix or theme and where the file cannot be written.
+    """
+    out = Path(out)
+    require_format(out)
+    colors = find_theme(theme)
+    settings: dict[Any, Any] = {
+        "figure.facecolor": colors.background,
+        "savefig.facecolor": colors.background,
+        "text.color": colors.ink,
+        "xtick.color": colors.ink,
+        "font.size": 8,
+        "hatch.linewidth": 0.6,
+        "hatch.color": colors.muted,
+        **RC,
+    }
+    with rc_context(settings):
+        figure = _draw(rows, heading, sizes, colors)
+        save(figure, out, dpi=150)
+    return out
+
+
+def _draw(rows: Sequence[TokenRow], heading: str, sizes: bool, theme: Theme) -> Figure:
+    rows = [part for row in rows for part in _folded(row)]
+    columns = 1 + max(len(row.grids) for row in rows)
+    strips = 2 if sizes else 1
+    side = _CELL_IN if columns <= 8 else _SMALL_IN
+    heights = [side * min(1.0, row.image.shape[0] / row.image.shape[1]) for row in rows]
+    figure = Figure(
+        figsize=(side * columns + 0.1, sum(heights) * strips + 0.27 * len(rows) + (0.6 if sizes else 0.0) + 0.25),
+        layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01),
+    )
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows) * strips, columns, squeeze=False)
+    for panel in axes.flat:
+        panel.set_axis_off()
+    most = max((np.nanmax(grid.sizes()) for row in rows for grid in row.grids if grid.count()), default=1)
+    scale = LogNorm(1, max(float(most), 2))
+    shown = None
+    for number, row in enumerate(rows):
+        strip = axes[number * strips]
+        strip[0].imshow(row.image, interpolation="nearest")
+        strip[0].set_title(row.label)
+        for column, grid in enumerate(row.grids, 1):
+            _draw_regions(strip[column], row.image, grid, theme)
+            if sizes:
+                shown = _draw_sizes(axes[number * strips + 1, column], row.image, grid, scale, theme)
+    if heading:
+        figure.suptitle(heading, x=0.01, ha="left", fontsize=9, color=theme.muted)
+    if shown is not None:
+        bar = figure.colorbar(shown, ax=axes[-1, :].tolist(), location="bottom", shrink=0.4, aspect=40, pad=0.03)
+        ticks = [size for size in 2.0 ** np.arange(12) if size <= scale.vmax]
+        bar.set_label("patches in the token (hatched: dropped)")
+        bar.ax.xaxis.set_major_locator(FixedLocator(ticks))
+        bar.ax.xaxis.set_minor_locator(NullLocator())
+        bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g}"))
+    return figure
+
+
+def _folded(row: TokenRow) -> Iterator[TokenRow]:
+    """A row with more grids than fit the page's width as several."""
+    for start in range(0, max(len(row.grids), 1), _PER_ROW):
+        yield TokenRow(row.label, row.image, row.grids[start : start + _PER_ROW])
+
+
+def mean_colors(image: np.ndarray, token: np.ndarray) -> np.ndarray:
+    """(rows, columns, 3): the mean color of all patches of each patch's token, of an image (H, W, 3)."""
+    rows, columns = token.shape
+    height, width = image.shape[:2]
+    down, across = np.arange(height) * rows // height, np.arange(width) * columns // width
+    members = token[down[:, None], across[None, :]].ravel() + 1
+    pixels = np.bincount(members, minlength=token.max() + 2)
+    means = np.stack(
+        [
+            np.bincount(members, image[..., channel].ravel(), len(pixels)) / np.maximum(pixels, 1)
+            for channel in range(3)
+        ],
+        axis=-1,
+    )
+    colors: np.ndarray = means[token + 1]
+    return colors
+
+
+def _draw_regions(panel: Axes, image: np.ndarray, grid: TokenGrid, theme: Theme) -> None:
+    height, width = image.shape[:2]
+    extent = (0, width, height, 0)
+    colors = mean_colors(image, grid.token)
+    panel.imshow(np.clip(colors, 0, 1), extent=extent, interpolation="nearest", alpha=(grid.token >= 0).astype(float))
+    _hatch_dropped(panel, image, grid, theme)
+    edges = _borders(grid.token) * (width / grid.token.shape[1], height / grid.token.shape[0])
+    rim = [withStroke(linewidth=1.1, foreground="black", alpha=0.55)]
+    panel.add_collection(LineCollection(list(edges), colors="white", linewidths=0.5, path_effects=rim))
+    panel.set_xlim(0, width)
+    panel.set_ylim(height, 0)
+    panel.set_title(grid.title)
+
+
+def _draw_sizes(panel: Axes, image: np.ndarray, grid: TokenGrid, scale: LogNorm, theme: Theme) -> Any:
+    height, width = image.shape[:2]
+    drawn = panel.imshow(
+        np.ma.masked_invalid(grid.sizes()), norm=scale, cmap="viridis", extent=(0, width, height, 0),
+        interpolation="nearest",
+    )  # fmt: skip
+    _hatch_dropped(panel, image, grid, theme)
+    panel.set_xlim(0, width)
+    panel.set_ylim(height, 0)
+    return drawn
+
+
+def _hatch_dropped(panel: Axes, image: np.ndarray, grid: TokenGrid, theme: Theme) -> None:
+    rows, columns = grid.token.shape
+    high, wide = image.shape[0] / rows, image.shape[1] / columns
+    cells = [Rectangle((column * wide, row * high), wide, high) for row, column in np.argwhere(grid.token < 0)]
+    panel.add_collection(
+        PatchCollection(cells, facecolor=theme.grid, edgecolor=theme.muted, linewidth=0, hatch="/////", zorder=0.5)
+    )
+
+
+def _borders(token: np.ndarray) -> np.ndarray:
+    """(n, 2, 2): line pieces (x, y) in units of patches between neighbors that belong to different tokens."""
+    beside = np.argwhere(token[:, :-1] != token[:, 1:])
+    below = np.argwhere(token[:-1] != token[1:])
+    upright = np.stack([beside[:, ::-1] + (1, 0), beside[:, ::-1] + (1, 1)], axis=1)
+    level = np.stack([below[:, ::-1] + (0, 1), below[:, ::-1] + (1, 1)], axis=1)
+    return np.concatenate([upright, level]).astype(float)
