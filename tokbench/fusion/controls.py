@@ -1,4 +1,4 @@
-"""Controls: what any method should beat. `topk` drops the least attended tokens, `random` any; `free` is a speed limit."""
+"""Controls: what any method should beat: `topk`, `random`, and the speed limit `free`."""
 
 from __future__ import annotations
 
