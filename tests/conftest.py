@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
+
+from tokbench import cli
 
 
 @pytest.fixture(autouse=True)
@@ -15,3 +19,17 @@ def _same_draws_every_time():
 def _skip_gpu_tests_without_a_gpu(request):
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU; there is none here")
+
+
+@pytest.fixture
+def tokbench_command(monkeypatch, capsys):
+    """Run a command line in this process: (exit code, standard output, standard error)."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tokbench", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return call

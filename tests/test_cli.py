@@ -11,7 +11,7 @@ import torch
 from test_runner import Source, stand_in
 
 import tokbench
-from tokbench import cli, progress
+from tokbench import progress
 
 
 @pytest.fixture(autouse=True)
@@ -20,20 +20,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def tokbench_command(monkeypatch, capsys):
-    """Run a command line in this process: (exit code, standard output, standard error)."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tokbench", *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ def test_toml_says_everything(toml):
     assert grid.models[0] == ModelSpec("deit_tiny_patch16_224", Path("mine/best.pth"), 384)
     assert grid.data == "some/folder"
     assert grid.options == RunOptions("cuda:1", "bf16", 64, 500, ("flops", "speed"), 2)
-    json.dumps(grid.to_dict())
+    assert Grid.from_dict(json.loads(json.dumps(grid.to_dict()))) == grid
 
 
 def test_an_empty_file_is_the_default_methods_on_all_images(toml):

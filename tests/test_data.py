@@ -92,7 +92,7 @@ def test_limit_takes_a_fixed_random_subset_in_order_and_a_smaller_one_is_part_of
     assert everything == sorted(everything) and len(everything) == 100
     assert labels(half) == sorted(labels(half)) and len(half) == 50
     assert min(labels(half).count(c) for c in range(5)) >= 6
-    assert set(some._chosen) < set(half._chosen)
+    assert set(some.indices) < set(half.indices)
     assert labels(open_dataset(str(folder), model, limit=10)) == labels(some)
     assert len(open_dataset(str(folder), model, limit=999)) == 100
     assert "at least 1" in complaint(folder, model, limit=0)

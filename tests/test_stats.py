@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import multinomial
 
-from tokbench.measure.stats import mcnemar_p, median_ratio_interval, paired_drop, wilson
+from tokbench.measure.stats import holm, mcnemar_p, median_ratio_interval, paired_drop, wilson
 
 Z = 1.959963984540054
 Outcomes = tuple[NDArray[np.bool_], NDArray[np.bool_]]
@@ -116,6 +116,34 @@ def test_mcnemar_is_the_exact_binomial_test() -> None:
     assert mcnemar_p(*outcomes(5, 0, 10)) == pytest.approx(2 * 0.5**5)
     assert mcnemar_p(*outcomes(2, 12, 50)) == pytest.approx(2 * (1 + 14 + 91) / 2**14)
     assert mcnemar_p(*outcomes(12, 2, 50)) == mcnemar_p(*outcomes(2, 12, 5000))
+
+
+def test_one_sided_mcnemar_sees_losses_only() -> None:
+    assert mcnemar_p(*outcomes(5, 0, 10), "greater") == pytest.approx(0.5**5)
+    assert mcnemar_p(*outcomes(0, 5, 10), "greater") == 1
+    assert mcnemar_p(*outcomes(0, 0, 10), "greater") == 1
+    assert mcnemar_p(*outcomes(12, 2, 50), "greater") == pytest.approx((1 + 14 + 91) / 2**14)
+
+
+@pytest.mark.parametrize(
+    ("raw", "adjusted"),
+    [
+        # By hand: in rising order, times m, m − 1, …, 1, and never falling.
+        ([0.01, 0.02, 0.03, 0.04, 0.05], [0.05, 0.08, 0.09, 0.09, 0.09]),
+        ([0.04, 0.001, 0.03], [0.06, 0.003, 0.06]),
+        ([0.6, 0.5], [1, 1]),
+        ([0.02], [0.02]),
+        ([], []),
+    ],
+)
+def test_holm(raw: list[float], adjusted: list[float]) -> None:
+    assert holm(raw) == pytest.approx(adjusted)
+
+
+def test_holm_rarely_raises_a_false_alarm() -> None:
+    generator = np.random.default_rng(3)
+    alarms = sum(min(holm(generator.uniform(size=17).tolist())) < 0.05 for _ in range(2000))
+    assert 0.03 < alarms / 2000 < 0.065
 
 
 def test_median_ratio_is_of_pairs() -> None:

@@ -8,13 +8,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.exceptions import TyperException
 
 from tokbench import __version__
 from tokbench.errors import RunStopped, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tokbench.progress import LiveProgress
 
 app = typer.Typer(
     name="tokbench",
@@ -139,21 +144,28 @@ def run(
         print(chosen.describe())
         return
 
+    with _live_progress(Console(), out) as progress:
+        from tokbench.runner import run as run_grid
+
+        run_grid(chosen, out, progress=progress, fresh=fresh)
+    raise typer.Exit(3 if progress.failures else 0)
+
+
+@contextmanager
+def _live_progress(console: Console, out: Path | None, continuable: bool = True) -> Iterator[LiveProgress]:
+    """What a run shows; interrupted, it says what is kept and how to go on, and exits with 130."""
     from tokbench.progress import LiveProgress
 
-    progress = LiveProgress(Console())
+    progress = LiveProgress(console)
     try:
         with _terminable(), progress:
-            from tokbench.runner import run as run_grid
-
-            run_grid(chosen, out, progress=progress, fresh=fresh)
+            yield progress
     except KeyboardInterrupt:
         words = [word for word in sys.argv[1:] if word != "--fresh"]
         if progress.folder and progress.folder.path != out:
             words += ["--out", str(progress.folder.path)]
-        _complain(progress.kept(shlex.join(["tokbench", *words])))
+        _complain(progress.kept(shlex.join(["tokbench", *words]) if continuable else ""))
         raise typer.Exit(130) from None
-    raise typer.Exit(3 if progress.failures else 0)
 
 
 @contextmanager
@@ -279,6 +291,51 @@ def show(
             theme=theme, **options,
         )
     )  # fmt: skip
+
+
+@app.command()
+def check(
+    baseline: Annotated[
+        Path, typer.Option(metavar="RUN", help="The run folder that says how it should be.", show_default=False)
+    ],
+    run: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RUN]", help="Run folder to check (default: run the baseline's grid again)."),
+    ] = None,
+    max_drop: Annotated[float, typer.Option(metavar="POINTS", help="Most points of top-1 that may be lost.")] = 1.0,
+    max_flips: Annotated[float, typer.Option(metavar="PCT", help="Most predictions that may change.")] = 2.0,
+    max_slowdown: Annotated[
+        float | None, typer.Option(metavar="PCT", help="Most that may be lost of a speed-up (default: not checked).")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Compare on N of the baseline's images (default: all).")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Run folder to make (default: a new one under results/).")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the verdicts as JUnit XML, too.")] = None,
+) -> None:
+    """Compare a run with a baseline: accuracy image by image, FLOPs, tokens. Exits with 1 if anything moved.
+
+    Fails also where a loss of top-1 within --max-drop is significant. In GitHub Actions it annotates the job.
+    """
+    from rich.console import Console
+
+    from tokbench.report.verdicts import require_writable, tell_github, write_junit
+
+    if junit:
+        require_writable(junit)
+    with _live_progress(Console(), out, continuable=False) as progress:
+        from tokbench.regression import Limits
+        from tokbench.regression import check as check_run
+
+        limits = Limits(max_drop, max_flips, max_slowdown)
+        found = check_run(baseline, run, limits=limits, limit=limit, out=out, progress=progress)
+    print("\n".join(found.lines()))
+    if junit:
+        write_junit(found, junit)
+    tell_github(found)
+    raise typer.Exit(0 if found.passed else 1)
 
 
 @app.command("list")

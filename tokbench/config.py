@@ -293,6 +293,21 @@ class Grid:
             model["checkpoint"] = str(model["checkpoint"]) if model["checkpoint"] else None
         return plain
 
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Grid:
+        """The grid that `to_dict` wrote. Raises UserError for anything else, and for what this tokbench lacks."""
+        try:
+            return cls(
+                models=tuple(ModelSpec(**model) for model in plain["models"]),
+                methods=tuple(MethodSpec(**method) for method in plain["methods"]),
+                data=plain["data"],
+                options=RunOptions(**plain["options"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"the grid of the run's manifest cannot be read ({type(error).__name__}: {error})"
+            ) from error
+
 
 def _default_methods(models: tuple[ModelSpec, ...]) -> tuple[MethodSpec, ...]:
     """Every method at equal shares of the FLOPs: where the curves bend for the bundled model, three for any other."""

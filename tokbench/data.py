@@ -124,7 +124,8 @@ class ImageSource(Dataset[tuple[Tensor, int]]):
 
     name: short, for titles. fingerprint: sha256 (hex) of which images these are, in which order; it does not depend on
     the model. classes: their names in the data's own order, None where they have none. num_classes: how many classes
-    the data has (the model's, where the data does not tell). streaming: False.
+    the data has (the model's, where the data does not tell). indices: (n,), their places in the whole data set,
+    ascending. streaming: False.
     """
 
     streaming = False
@@ -141,13 +142,14 @@ class ImageSource(Dataset[tuple[Tensor, int]]):
     ):
         self.name, self.fingerprint = name, fingerprint
         self.classes, self.num_classes = classes, num_classes
-        self._images, self._chosen, self._prepare = images, chosen, prepare
+        self.indices = chosen
+        self._images, self._prepare = images, prepare
 
     def __len__(self) -> int:
-        return len(self._chosen)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self._images[int(self._chosen[index])]
+        image, label = self._images[int(self.indices[index])]
         return self._prepare(image, label)
 
 
@@ -171,6 +173,7 @@ class ImageStream(IterableDataset[tuple[Tensor, int]]):
     ):
         self.name, self.fingerprint = name, fingerprint
         self.classes, self.num_classes = classes, num_classes
+        self.indices = np.arange(length)
         self._images, self._length, self._prepare = images, length, prepare
 
     def __len__(self) -> int:

@@ -118,11 +118,12 @@ class LiveProgress(Progress):
         for plot in plots:
             self._say(f"Plot: {plot}")
 
-    def kept(self, command: str) -> str:
-        """For a run that was interrupted: what is on disk, and the command that continues it."""
+    def kept(self, command: str = "") -> str:
+        """For a run that was interrupted: what is on disk, and the command that continues it, if one does."""
         if self.folder is None:
             return "interrupted before anything was measured"
-        return f"interrupted; {self._count()} are kept in {self.folder.path}; continue with: {command}"
+        continuing = f"; continue with: {command}" if command else ""
+        return f"interrupted; {self._count()} are kept in {self.folder.path}{continuing}"
 
     def _count(self) -> str:
         measured = {(record["cell"], record["kind"]) for record in self._records if record["kind"] != "failure"}

@@ -83,15 +83,16 @@ class Measured:
 
     def add(self, record: dict[str, Any]) -> None:
         """Take one more record; it replaces an earlier one of its cell and kind."""
-        cell = _meaning(record["model"], record["method"], record["params"], record["schedule"])
+        cell = cell_key(record["model"], record["method"], record["params"], record["schedule"])
         self._records[*cell, record["kind"]] = record
 
     def find(self, cell: Cell, kind: str) -> dict[str, Any] | None:
         """The last record of that kind for the cell, however its schedule was written."""
-        return self._records.get((*_meaning(cell.model, cell.method.name, cell.method.params, cell.schedule), kind))
+        return self._records.get((*cell_key(cell.model, cell.method.name, cell.method.params, cell.schedule), kind))
 
 
-def _meaning(model: str, method: str, params: Mapping[str, Any], schedule: str) -> tuple[str, ...]:
+def cell_key(model: str, method: str, params: Mapping[str, Any], schedule: str) -> tuple[str, ...]:
+    """What a cell is, however its schedule was written."""
     return model, method, json.dumps(params, sort_keys=True), str(parse_schedule(schedule)) if schedule else ""
 
 

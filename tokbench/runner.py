@@ -40,7 +40,7 @@ from tokbench.progress import Progress
 from tokbench.resolve import FlopsWarning, apply, check_schedule
 from tokbench.resume import HalfPass, Measured, PassFile, Reader, agreed_conditions, require_same_answers
 from tokbench.schedules import parse_schedule
-from tokbench.store import RunFolder, fresh_path, is_run, new_run_path, require_free, stopping_at_write_errors
+from tokbench.store import SKIPPED, RunFolder, fresh_path, is_run, new_run_path, require_free, stopping_at_write_errors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,8 +48,6 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # A budget for all rounds together; slow cells exceed it, because each makes five rounds at least.
 SPEED_SECONDS_PER_CELL = 2.0
-# In a run folder: which images no cell saw, and why, by model.
-SKIPPED = "skipped.json"
 
 
 def run(
@@ -402,7 +400,7 @@ class _Bench:
         baseline = results[reference.cell.id]
         first_time = self._lacks(reference.cell, "accuracy")
         if reader.skipped:
-            skips = {**self._skips(), label: [asdict(image) for image in reader.skipped]}
+            skips = {**self.folder.skipped(), label: [asdict(image) for image in reader.skipped]}
             self.folder.replace(SKIPPED, lambda file: file.write(json.dumps(skips, indent=1).encode() + b"\n"))
         for member in members:
             if member.cell.id not in results or not self._lacks(member.cell, "accuracy"):
@@ -432,15 +430,10 @@ class _Bench:
         except (OSError, ValueError, KeyError) as error:
             raise RunStopped(f"the predictions in {path} cannot be read: {error}; --fresh begins a new run.") from error
 
-    def _skips(self) -> dict[str, Any]:
-        path = self.folder.path / SKIPPED
-        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return known
-
     def _stored_skips(self, reference: _Runnable) -> list[int] | None:
         if self._lacks(reference.cell, "accuracy"):
             return None
-        return [image["index"] for image in self._skips().get(self.subject.spec.label, [])]
+        return [image["index"] for image in self.folder.skipped().get(self.subject.spec.label, [])]
 
     def _measure_speed(self) -> None:
         """Time the cells that lack it in turns with the unreduced model, on as many images as all have memory for."""

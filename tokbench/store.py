@@ -32,6 +32,8 @@ from tokbench.errors import RunStopped, UserError, nearest
 SCHEMA = 1
 MANIFEST = "manifest.json"
 RECORDS = "records.jsonl"
+# Which images no cell saw, and why, by model.
+SKIPPED = "skipped.json"
 _LOCK, _OWNER = ".lock", ".owner.json"
 _TEMPORARY = ".tmp"
 
@@ -169,6 +171,15 @@ class RunFolder:
                 _cut_torn_line(file)
             for left in self.path.rglob(f"*{_TEMPORARY}"):
                 left.unlink()
+
+    def skipped(self) -> dict[str, list[dict[str, Any]]]:
+        """By model, the images that no cell of it saw: index (their place among the run's images), name, reason."""
+        path = self.path / SKIPPED
+        try:
+            known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+        return known
 
     def prediction_name(self, cell_id: str) -> str:
         """Where in the folder the cell's per-image predictions lie: a readable name, unique per cell id."""

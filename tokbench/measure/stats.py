@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import sqrt
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -33,10 +34,29 @@ def paired_drop(baseline_correct: ArrayLike, cell_correct: ArrayLike) -> tuple[f
     return 100 * (lost - gained) / n, 100 * low, 100 * high
 
 
-def mcnemar_p(baseline_correct: ArrayLike, cell_correct: ArrayLike) -> float:
-    """Two-sided p value of McNemar's exact test that both are right equally often; see `paired_drop`."""
+def mcnemar_p(
+    baseline_correct: ArrayLike, cell_correct: ArrayLike, alternative: Literal["two-sided", "greater"] = "two-sided"
+) -> float:
+    """p value of McNemar's exact test that both are right equally often; see `paired_drop`.
+
+    alternative "greater": one-sided, small where the baseline is right more often; a gain is then no evidence.
+    """
     lost, gained, _ = _discordant(baseline_correct, cell_correct)
-    return float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
+    return float(binomtest(lost, lost + gained, alternative=alternative).pvalue) if lost + gained else 1.0
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values adjusted for their number, in the order given: compare each with the level meant for all together.
+
+    Holm's step-down procedure (Scandinavian Journal of Statistics 6, 1979): the chance of any false alarm stays below
+    that level however the tests depend on each other, and no test gains less than by Bonferroni's correction.
+    """
+    adjusted = [1.0] * len(p_values)
+    largest = 0.0
+    for rank, place in enumerate(np.argsort(p_values, kind="stable")):
+        largest = max(largest, (len(p_values) - rank) * p_values[place])
+        adjusted[place] = min(1.0, largest)
+    return adjusted
 
 
 def median_ratio_interval(

@@ -1,0 +1,423 @@
+"""The check: what moves a verdict on made-up runs; on the bundled model, that it bites, and passes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+
+from tokbench.config import Grid, MethodSpec, RunOptions
+from tokbench.errors import UserError
+from tokbench.fusion.core import bipartite_match
+from tokbench.measure.accuracy import Predictions
+from tokbench.regression import Limits, check
+from tokbench.report.verdicts import Check, require_writable, tell_github, write_junit
+from tokbench.runner import accuracy_fields, run
+from tokbench.store import RunFolder
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+REFERENCE = REPOSITORY / "results" / "reference"
+IMAGES = 200
+Answers = dict[str, np.ndarray]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# --- made-up runs
+
+
+def answers(wrong: int, other: int = 0) -> np.ndarray:
+    """Predicted classes for labels of 0: the first `wrong` images get 1, the last `other` get 2 instead of 3."""
+    predicted = np.zeros(IMAGES, np.int64)
+    predicted[:wrong] = 1
+    predicted[IMAGES - 20 :] = 3
+    predicted[IMAGES - other :] = 2
+    return predicted
+
+
+CELLS = {("none", ""): answers(20), ("tome", "constant:8"): answers(24), ("topk", "keep:0.5@3"): answers(40)}
+
+
+@pytest.fixture
+def make_run(tmp_path) -> Callable[..., Path]:
+    """A run of three cells. `cells`: predictions by method and schedule; `change`: edits or drops each record."""
+
+    def make(
+        name: str,
+        cells: dict[tuple[str, str], np.ndarray] = CELLS,
+        change: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda record: record,
+        label: int = 0,
+        **manifest: Any,
+    ) -> Path:
+        folder = RunFolder.create(tmp_path / name, manifest)
+        labels = np.full(IMAGES, label)
+        base = _predictions(labels, cells["none", ""])
+        for (method, schedule), predicted in cells.items():
+            identity = {
+                "cell": "/".join(filter(None, ("m", method, schedule))), "model": "m", "weights_sha256": "ab" * 32,
+                "method": method, "params": {}, "schedule": schedule, "data": "pictures",
+                "data_fingerprint": "cd" * 32, "tokens": [17, 9, 5],
+            }  # fmt: skip
+            mine = _predictions(labels, predicted)
+            folder.replace(folder.prediction_name(identity["cell"]), mine.save)
+            speed = {"speedup": 1.5, "speedup_low": 1.4, "speedup_high": 1.6}
+            for kind, measured in [
+                ("flops", {"flops": 10**9}),
+                ("accuracy", accuracy_fields(mine, base)),
+                ("speed", speed),
+            ]:
+                record = change({"kind": kind, **identity, **measured})
+                if record is not None:
+                    folder.append(record)
+        return folder.path
+
+    return make
+
+
+def _predictions(labels: np.ndarray, predicted: np.ndarray) -> Predictions:
+    return Predictions(labels, predicted, np.full(IMAGES, 0.5, np.float32), predicted == labels)
+
+
+def failed(found: Check) -> set[tuple[str, str]]:
+    return {(verdict.gate, verdict.cell) for verdict in found.verdicts if not verdict.passed}
+
+
+def edited(method: str, kind: str, **fields: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def change(record: dict[str, Any]) -> dict[str, Any]:
+        return record | fields if (record["method"], record["kind"]) == (method, kind) else record
+
+    return change
+
+
+def test_a_run_that_says_the_same_passes_every_gate(make_run):
+    found = check(make_run("old"), make_run("new"), limits=Limits(0, 0, 0))
+    assert found.passed and len(found.verdicts) == 6 * 3
+    assert found.scope == "3 cells on 200 images of pictures"
+    assert found.lines()[-1].startswith("passed") and not found.notes and not found.differences
+    assert [line[:4] for line in found.lines()[2:-1]] == ["pass"] * 6
+
+
+def test_a_loss_beyond_the_limit_fails_however_few_the_images_are(make_run):
+    new = make_run("new", CELLS | {("tome", "constant:8"): answers(27)})  # 3 of 200 more wrong: 1.5 points
+    old = make_run("old")
+    assert failed(check(old, new, limits=Limits(max_drop=1.4))) == {("top-1", "m/tome/constant:8")}
+    assert check(old, new, limits=Limits(max_drop=1.5)).passed
+    told = "\n".join(check(old, new, limits=Limits(max_drop=1.4)).lines())
+    assert ": more than 1.4: 1.50 points lost [-0.4, 4.3], 3 lost and 0 gained of 200 images, p 0.38" in told
+
+
+def test_a_significant_loss_fails_within_the_limit_and_is_corrected_for_the_number_of_cells(make_run):
+    old = make_run("old")
+    six, seven = (make_run(f"new{n}", CELLS | {("tome", "constant:8"): answers(24 + n)}) for n in (5, 6))
+    lenient = Limits(max_drop=100, max_flips=100)
+    # One-sided, 5 lost of 5 has p = 1/32 by itself, and 3/32 as the smallest of three; 6 of 6 has 3/64.
+    assert check(old, six, limits=lenient).passed
+    found = check(old, seven, limits=lenient)
+    assert failed(found) == {("top-1", "m/tome/constant:8")}
+    assert "significant: 3.00 points lost" in "\n".join(found.lines()) and "p 0.047" in "\n".join(found.lines())
+
+
+def test_a_gain_is_told_and_never_fails(make_run):
+    found = check(
+        make_run("old"), make_run("new", CELLS | {("topk", "keep:0.5@3"): answers(20)}), limits=Limits(0, 100)
+    )
+    assert found.passed
+    assert len(found.notes) == 1 and "gain: m/topk/keep:0.5@3 gets 10.00 points more right" in found.notes[0]
+
+
+def test_flips_count_though_top1_stays(make_run):
+    old, new = make_run("old"), make_run("new", CELLS | {("topk", "keep:0.5@3"): answers(40, other=5)})
+    found = check(old, new)
+    assert failed(found) == {("flips", "m/topk/keep:0.5@3")}
+    assert "        m/topk/keep:0.5@3: 2.5 % flipped, 5 of 200" in found.lines()
+    assert check(old, new, limits=Limits(max_flips=2.5)).passed
+
+
+@pytest.mark.parametrize(("flops", "passes"), [(1_001_000_000, True), (998_999_999, False), (1_001_000_001, False)])
+def test_flops_may_change_by_a_thousandth(make_run, flops, passes):
+    found = check(make_run("old"), make_run("new", change=edited("topk", "flops", flops=flops)))
+    assert failed(found) == (set() if passes else {("flops", "m/topk/keep:0.5@3")})
+
+
+def test_tokens_must_be_the_same_after_every_block(make_run):
+    def change(record: dict[str, Any]) -> dict[str, Any]:
+        return record | ({"tokens": [17, 10, 5]} if record["method"] == "tome" else {})
+
+    found = check(make_run("old"), make_run("new", change=change))
+    assert failed(found) == {("tokens", "m/tome/constant:8")}
+    assert "        m/tome/constant:8: after block 1 9 → 10, other in 1 blocks" in found.lines()
+    fewer = make_run("fewer", change=edited("tome", "flops", tokens=[17, 9]))
+    assert "after block 2 5 → none" in "\n".join(check(tmp_old := make_run("old2"), fewer).lines()) and tmp_old
+
+
+def test_speed_is_checked_only_when_asked(make_run):
+    old, new = make_run("old"), make_run("new", change=edited("tome", "speed", speedup=1.2))
+    assert check(old, new).passed
+    assert check(old, new, limits=Limits(max_slowdown=20.1)).passed
+    found = check(old, new, limits=Limits(max_slowdown=19.9))
+    assert failed(found) == {("speed", "m/tome/constant:8")}
+    assert "1.50× [1.40, 1.60] → 1.20× [1.40, 1.60], 20.0 % lost" in "\n".join(found.lines())
+    without = make_run("without", change=lambda record: record if record["kind"] != "speed" else None)
+    assert {gate for gate, _ in failed(check(old, without, limits=Limits(max_slowdown=20)))} == {"cells"}
+    with pytest.raises(UserError, match="has not measured speed"):
+        check(without, new, limits=Limits(max_slowdown=20))
+
+
+def test_missing_cells_fail_and_new_ones_are_named(make_run):
+    fewer = {key: value for key, value in CELLS.items() if key[0] != "topk"}
+    found = check(make_run("old"), make_run("new", fewer | {("evit", "keep:0.5@3"): answers(20)}))
+    assert failed(found) == {("cells", "m/topk/keep:0.5@3")}
+    assert found.notes == ["new, not measured in the baseline: m/evit/keep:0.5@3"]
+    assert "missing from this run" in "\n".join(found.lines())
+
+
+def test_a_cell_that_fails_now_is_missing_and_its_error_told(make_run):
+    def change(record: dict[str, Any]) -> dict[str, Any] | None:
+        if record["method"] != "tome":
+            return record
+        return record | {"kind": "failure", "message": "RuntimeError: it broke"} if record["kind"] == "flops" else None
+
+    broken, whole = make_run("broken", change=change), make_run("whole")
+    found = check(whole, broken)
+    assert failed(found) == {("cells", "m/tome/constant:8")}
+    assert "        m/tome/constant:8: failed: RuntimeError: it broke" in found.lines()
+    found = check(broken, whole)  # what failed in the baseline has nothing to fall behind
+    assert found.passed and found.notes == ["new, not measured in the baseline: m/tome/constant:8"]
+
+
+def test_one_schedule_written_in_two_ways_is_one_cell(make_run):
+    written = {("tome", "8") if key[0] == "tome" else key: value for key, value in CELLS.items()}
+    assert check(make_run("old"), make_run("new", written)).passed
+
+
+def test_other_weights_or_images_or_labels_are_refused(make_run):
+    old = make_run("old")
+    with pytest.raises(UserError, match=r"other weights under the name m: sha256 efef.*… in .*/weights, abab"):
+        check(old, make_run("weights", change=lambda record: record | {"weights_sha256": "ef" * 32}))
+    with pytest.raises(UserError, match=r"saw other images: 200 of pictures \(0101.*, 200 of pictures \(cdcd.*--limit"):
+        check(old, make_run("images", change=lambda record: record | {"data_fingerprint": "01" * 32}))
+    with pytest.raises(UserError, match="their labels are not those"):
+        check(old, make_run("labels", label=1))
+
+
+def test_images_that_cannot_be_decoded_must_be_the_same(make_run):
+    def skipping(name: str, *places: int) -> Path:
+        path = make_run(name)
+        skips = [{"index": place, "name": f"{place}.png", "reason": "broken"} for place in places]
+        (path / "skipped.json").write_text(json.dumps({"m": skips}))
+        return path
+
+    one, same, other, none = skipping("one", 3), skipping("same", 3), skipping("other", 5), make_run("none")
+    assert check(one, same).passed
+    for run_ in (other, none):  # as many answers, and the same labels, but not to the same images
+        with pytest.raises(UserError, match=r"answered 200 of the images in .*some cannot be decoded"):
+            check(one, run_)
+
+
+def test_conditions_that_changed_are_told(make_run):
+    old = make_run("old", packages={"torch": "1"}, machine={"cpu": "A"}, grid={"options": {"dtype": "fp32"}})
+    new = make_run("new", packages={"torch": "2"}, machine={"cpu": "B"}, grid={"options": {"dtype": "bf16"}})
+    assert check(old, new).differences == ["torch 1 → 2", "cpu A → B", "dtype fp32 → bf16"]
+
+
+def test_unreadable_runs_are_refused(make_run, tmp_path):
+    old, new = make_run("old"), make_run("new")
+    path = RunFolder.open(new).prediction_path("m/tome/constant:8")
+    np.savez(path, label=np.zeros(3))
+    with pytest.raises(UserError, match="predictions of m/tome/constant:8 cannot be read"):
+        check(old, new)
+    path.unlink()
+    with pytest.raises(UserError, match=r"cannot be read: .*\(FileNotFoundError\)"):
+        check(old, new)
+    shutil.copy(RunFolder.open(old).prediction_path("m/tome/constant:8"), path)
+    assert check(old, new).passed
+    RunFolder.create(tmp_path / "empty", {})
+    with pytest.raises(UserError, match="holds no measurements"):
+        check(old, tmp_path / "empty")
+    speed = make_run("speed", change=lambda record: record if record["kind"] == "speed" else None)
+    with pytest.raises(UserError, match="speed only; give --max-slowdown"):
+        check(speed, new)
+
+
+@pytest.mark.parametrize("limits", [{"max_drop": -1}, {"max_flips": float("nan")}, {"max_slowdown": float("inf")}])
+def test_limits_that_cannot_be_are_refused(limits):
+    with pytest.raises(UserError, match=f"--{next(iter(limits)).replace('_', '-')} must be 0 or more"):
+        Limits(**limits)
+
+
+# --- what other programs read
+
+
+@pytest.fixture
+def bad(make_run) -> Check:
+    """A check with two gates failed in one cell, one of them with a text that XML cannot hold."""
+
+    def change(record: dict[str, Any]) -> dict[str, Any] | None:
+        if record["method"] == "topk":
+            return record | {"kind": "failure", "message": "100 %\x1b[31m <bad>"} if record["kind"] == "flops" else None
+        return edited("tome", "flops", flops=2)(record)
+
+    return check(make_run("old"), make_run("new", change=change))
+
+
+def test_junit_holds_a_case_per_gate_and_cell(bad, tmp_path):
+    target = tmp_path / "deep" / "report.xml"
+    require_writable(target)
+    write_junit(bad, target)
+    suite = ElementTree.parse(target).getroot().find("testsuite")
+    assert suite is not None
+    assert (suite.get("tests"), suite.get("failures")) == (str(len(bad.verdicts)), "2")
+    cases = {(case.get("classname"), case.get("name")): case.find("failure") for case in suite.iter("testcase")}
+    assert len(cases) == len(bad.verdicts)
+    failures = {key: failure.get("message") for key, failure in cases.items() if failure is not None}
+    assert failures == {
+        ("tokbench.cells", "m/topk/keep:0.5@3"): "failed: 100 %[31m <bad>",
+        ("tokbench.flops", "m/tome/constant:8"): "-100.00 %, 1 → 2e-09 GFLOPs",
+    }
+    with pytest.raises(UserError, match="it is a folder"):
+        require_writable(tmp_path)
+    with pytest.raises(UserError, match="cannot write"):
+        require_writable(target / "below")
+
+
+def test_github_is_told_only_there(bad, tmp_path, capsys):
+    tell_github(bad, {})
+    assert capsys.readouterr().out == ""
+    page = tmp_path / "summary.md"
+    page.write_text("before\n")
+    tell_github(bad, {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(page)})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("::")[1] for line in lines] == [
+        "error title=tokbench check, cells",
+        "error title=tokbench check, flops",
+    ]
+    assert "%0Am/topk/keep:0.5@3: failed: 100 %25" in lines[0]
+    text = page.read_text()
+    assert text.startswith("before\n### tokbench check failed\n")
+    assert "| cells | **FAIL** | 2 of 3 cells are there |" in text and "| tokens | pass |" in text
+
+
+# --- the bundled model
+
+GRID = Grid(
+    methods=(
+        MethodSpec("tome", ("13",)),
+        MethodSpec("tofu", ("20",)),
+        MethodSpec("evit", ("keep:0.6@3,6,9",)),
+    ),
+    options=RunOptions(device="cpu", batch_size=32, limit=64, only=("flops", "accuracy")),
+)
+
+
+@pytest.fixture(scope="module")
+def good_run(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("good") / "run"
+    run(GRID, path)
+    return path
+
+
+def match_the_least_similar(metric: torch.Tensor, prefix: int, r: int):
+    """Bipartite matching with the sign of every similarity wrong."""
+    sign = torch.ones(metric.shape[1], 1)
+    sign[::2] = -1
+    return bipartite_match(metric * sign, prefix, r)
+
+
+def test_a_wrong_sign_in_the_matching_fails_the_check(good_run, monkeypatch, tmp_path):
+    from tokbench.fusion import tome
+
+    monkeypatch.setattr(tome, "bipartite_match", match_the_least_similar)
+    found = check(good_run, limit=48, out=tmp_path / "again")
+    moved = {cell for gate, cell in failed(found) if gate in ("top-1", "flips")}
+    assert "bundled/tome/13" in moved
+    # Methods that do not match by it, the unreduced model, and what does not depend on which tokens merge, stand.
+    assert not {"bundled/none", "bundled/evit/keep:0.6@3,6,9"} & moved
+    assert {gate for gate, _ in failed(found)} == {"top-1", "flips"}
+
+
+def test_the_unchanged_code_passes_on_a_subset_with_other_batches(good_run, tmp_path):
+    found = check(good_run, limit=24, out=tmp_path / "again", limits=Limits(0, 0))
+    assert found.passed, "\n".join(found.lines())
+    assert found.scope == "4 cells on 24 of the baseline's 64 images of bundled"
+    assert len(Predictions.load(RunFolder.open(found.run).prediction_path("bundled/none")).label) == 24
+    # The two runs can be compared later, on what they have in common, but only if one says so.
+    with pytest.raises(UserError, match=r"saw other images: 24 of bundled .* --limit 24"):
+        check(good_run, found.run)
+    assert check(good_run, found.run, limit=24, limits=Limits(0, 0)).passed
+    assert check(good_run, found.run, limit=7).scope == "4 cells on 7 of the baseline's 64 images of bundled"
+    with pytest.raises(UserError, match="--limit 25: the run .*again has only 24 images"):
+        check(good_run, found.run, limit=25)
+
+
+def test_a_baseline_that_was_continued_is_measured_again_as_a_whole(tmp_path):
+    options = RunOptions(device="cpu", limit=6, only=("accuracy",))
+    for method in (MethodSpec("tome", ("13",)), MethodSpec("topk", ("keep:0.6@3",))):
+        run(Grid(methods=(method,), options=options), tmp_path / "run")
+    found = check(tmp_path / "run", out=tmp_path / "again")
+    assert found.passed and found.scope == "3 cells on 6 images of bundled"
+
+
+def test_the_check_never_takes_up_an_earlier_run(good_run):
+    with pytest.raises(UserError, match="holds a run already"):
+        check(good_run, out=good_run)
+
+
+def test_nothing_is_measured_where_weights_or_images_are_not_the_baselines(good_run, tmp_path, monkeypatch):
+    from tokbench import runner
+
+    monkeypatch.setattr(runner, "run", lambda *args, **kwargs: pytest.fail("it ran"))
+    for field, part in (
+        ("weights_sha256", "weights of model bundled"),
+        ("data_fingerprint", "images of data 'bundled'"),
+    ):
+        copy = Path(shutil.copytree(good_run, tmp_path / field))
+        records = [json.loads(line) | {field: "01" * 32} for line in (copy / "records.jsonl").read_text().splitlines()]
+        (copy / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        with pytest.raises(UserError, match=f"the {part} are not those of .*{field}: sha256 .* there"):
+            check(copy, out=tmp_path / "out")
+    with pytest.raises(UserError, match="--limit 65: the run .* has only 64 images"):
+        check(good_run, limit=65, out=tmp_path / "out")
+    with pytest.raises(UserError, match="at least 1"):
+        check(good_run, limit=0, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- the command
+
+
+def test_the_command_exits_with_1_when_something_moved_and_2_for_bad_input(tokbench_command, make_run, tmp_path):
+    old, new = make_run("old"), make_run("new", CELLS | {("tome", "constant:8"): answers(60)})
+    code, out, err = tokbench_command("check", new, "--baseline", old, "--junit", tmp_path / "report.xml")
+    assert (code, err) == (1, "")
+    assert "\nFAIL  top-1 " in out and out.endswith("failed: top-1, flips, in 1 of 3 cells\n")
+    assert (tmp_path / "report.xml").is_file()
+    assert tokbench_command("check", new, "--baseline", new)[0] == 0
+    for words, part in [
+        ((new,), "--baseline"),
+        ((new, "--baseline", tmp_path / "odl"), "'old'"),
+        ((new, "--baseline", old, "--out", "x"), "--out"),
+        ((new, "--baseline", old, "--max-drop", "-1"), "--max-drop"),
+        ((new, "--baseline", old, "--junit", tmp_path), "it is a folder"),
+    ]:
+        code, _, err = tokbench_command("check", *words)
+        assert code == 2 and err.count("\n") == 1 and part in err
+
+
+@pytest.mark.skipif(not (REFERENCE / "manifest.json").is_file(), reason="needs results/reference, which is not here")
+def test_this_code_says_what_the_reference_run_says(tokbench_command, tmp_path):
+    """Our own check: `tokbench check --baseline results/reference`, on as many images as take well under a minute."""
+    code, out, err = tokbench_command("check", "--baseline", REFERENCE, "--limit", 64, "--out", tmp_path / "run")
+    assert code == 0, out + err

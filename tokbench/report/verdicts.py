@@ -1,0 +1,186 @@
+"""What a check found: as lines for people, as JUnit XML, and in GitHub Actions as annotations and a job summary."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from xml.etree import ElementTree
+
+from tokbench.errors import UserError
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One gate for one cell. text: its numbers, as a clause. size: how far it moved; the largest is the worst."""
+
+    gate: str
+    cell: str
+    passed: bool
+    text: str
+    size: float = 0.0
+
+
+@dataclass
+class Check:
+    """All verdicts on a run.
+
+    Attributes:
+        run, baseline: the run folders.
+        scope: what was compared, in one line.
+        differences: conditions that are not the baseline's, such as "torch 2.9.0 → 2.10.0". None of them fails.
+        limits: for each gate that was asked for, in the order they are told, what cells that pass it do.
+        verdicts: by gate and cell.
+        notes: what is worth knowing and no failure: gains, new cells.
+    """
+
+    run: Path
+    baseline: Path
+    scope: str
+    differences: list[str]
+    limits: dict[str, str]
+    verdicts: list[Verdict] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing moved by more than it may."""
+        return all(verdict.passed for verdict in self.verdicts)
+
+    def of_gate(self, gate: str) -> list[Verdict]:
+        """The gate's verdicts, the worst first."""
+        mine = [verdict for verdict in self.verdicts if verdict.gate == gate]
+        return sorted(mine, key=lambda verdict: (verdict.passed, -verdict.size))
+
+    def headline(self, gate: str) -> str:
+        """One line: how many cells pass, and the numbers of the one that comes nearest to failing."""
+        verdicts = self.of_gate(gate)
+        if not verdicts:
+            return "nothing to compare: it was not measured in both runs"
+        good = sum(verdict.passed for verdict in verdicts)
+        told = f"{good} of {len(verdicts)} cells {self.limits[gate]}"
+        nearest = next((verdict for verdict in verdicts if verdict.passed), None)
+        if nearest is None or not nearest.text:
+            return told
+        return f"{told}; {'worst' if good == len(verdicts) else 'worst of these'} {nearest.cell}: {nearest.text}"
+
+    def gate_passed(self, gate: str) -> bool:
+        """Whether every cell passed the gate."""
+        return all(verdict.passed for verdict in self.of_gate(gate))
+
+    def failed(self, gate: str) -> list[str]:
+        """The cells that failed the gate and their numbers, a line each; cells of which the same is said share one."""
+        told: dict[str, list[str]] = {}
+        for verdict in self.of_gate(gate):
+            if not verdict.passed:
+                told.setdefault(verdict.text, []).append(verdict.cell)
+        return [f"{', '.join(cells)}: {text}" for text, cells in told.items()]
+
+    def conclusion(self) -> str:
+        """The verdict on everything, in one line."""
+        if self.passed:
+            return "passed: this run says what the baseline says"
+        moved = dict.fromkeys(verdict.cell for verdict in self.verdicts if not verdict.passed)
+        gates = [gate for gate in self.limits if not self.gate_passed(gate)]
+        return f"failed: {', '.join(gates)}, in {len(moved)} of {len(self.of_gate('cells'))} cells"
+
+    def lines(self) -> list[str]:
+        """Everything, for a terminal or a log: a line per gate, below it the cells that failed it."""
+        lines = [f"{self.run} against {self.baseline}", f"  {self.scope}"]
+        if self.differences:
+            lines.append(f"  other conditions than the baseline's: {'; '.join(self.differences)}")
+        for gate in self.limits:
+            lines.append(f"{'pass' if self.gate_passed(gate) else 'FAIL'}  {gate:6}  {self.headline(gate)}")
+            lines += [f"        {line}" for line in self.failed(gate)]
+        lines += [f"note  {note}" for note in self.notes]
+        return [*lines, self.conclusion()]
+
+
+def require_writable(path: Path) -> None:
+    """Make the file's folder. Raises UserError where it cannot be, so that nothing is measured in vain."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"cannot write {path}: {'it is a folder' if path.is_dir() else 'permission denied'}")
+
+
+def write_junit(check: Check, path: Path) -> None:
+    """Write JUnit XML, as CI servers read it: a test case per gate and cell."""
+    failures = sum(not verdict.passed for verdict in check.verdicts)
+    counts = {"tests": str(len(check.verdicts)), "failures": str(failures), "errors": "0"}
+    root = ElementTree.Element("testsuites", counts)
+    suite = ElementTree.SubElement(root, "testsuite", {"name": "tokbench check", **counts, "skipped": "0"})
+    properties = ElementTree.SubElement(suite, "properties")
+    described = {"run": check.run, "baseline": check.baseline, "differences": "; ".join(check.differences)}
+    for name, value in described.items():
+        ElementTree.SubElement(properties, "property", {"name": name, "value": _xml(str(value))})
+    for verdict in check.verdicts:
+        names = {"classname": f"tokbench.{verdict.gate}", "name": _xml(verdict.cell)}
+        case = ElementTree.SubElement(suite, "testcase", names)
+        if verdict.passed:
+            ElementTree.SubElement(case, "system-out").text = _xml(verdict.text)
+        else:
+            ElementTree.SubElement(case, "failure", {"message": _xml(verdict.text), "type": verdict.gate})
+    ElementTree.indent(root)
+    ElementTree.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
+
+
+def github_errors(check: Check) -> list[str]:
+    """GitHub's workflow commands, one per gate that failed (it shows no more than ten in a step)."""
+    commands = []
+    for gate in check.limits:
+        if not check.gate_passed(gate):
+            told = "\n".join([check.headline(gate), *check.failed(gate)])
+            commands.append(f"::error title=tokbench check, {gate}::{_command(told)}")
+    return commands
+
+
+def summary(check: Check) -> str:
+    """The check as Markdown, for a job's summary: the gates, then the cells that failed."""
+    lines = [
+        f"### tokbench check {'passed' if check.passed else 'failed'}",
+        "",
+        f"`{check.run}` against `{check.baseline}`: {check.scope}.",
+        "",
+    ]
+    if check.differences:
+        lines += [f"Other conditions than the baseline's: {'; '.join(check.differences)}.", ""]
+    lines += ["| gate | verdict | |", "|---|---|---|"]
+    for gate in check.limits:
+        verdict = "pass" if check.gate_passed(gate) else "**FAIL**"
+        lines.append(f"| {gate} | {verdict} | {_cell(check.headline(gate))} |")
+    for gate in check.limits:
+        if not check.gate_passed(gate):
+            lines += ["", f"Failed {gate}:", "", *(f"- {line}" for line in check.failed(gate))]
+    lines += ["", *(f"Note: {note}" for note in check.notes)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def tell_github(check: Check, environment: Mapping[str, str] = os.environ) -> None:
+    """In a GitHub Actions job: print annotations, and add to the job's summary. Elsewhere nothing."""
+    if environment.get("GITHUB_ACTIONS") != "true":
+        return
+    for command in github_errors(check):
+        print(command, flush=True)
+    path = environment.get("GITHUB_STEP_SUMMARY")
+    if path:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(summary(check))
+
+
+def _command(text: str) -> str:
+    """Text as the data of a workflow command."""
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _xml(text: str) -> str:
+    """Without the control characters that XML cannot hold, such as colors in an error's text."""
+    return re.sub(r"[^\t\n\r\x20-\uD7FF\uE000-\uFFFD\U00010000-\U0010FFFF]", "", text)
