@@ -64,6 +64,15 @@ def test_show_draws_the_tokens_of_bundled_images(tokbench_command, tmp_path):
     assert (code, text.strip(), err) == (0, str(out), "") and out.read_bytes().startswith(b"\x89PNG")
 
 
+def test_show_warns_of_flops_that_whole_tokens_cannot_meet_in_a_line(tokbench_command, tmp_path):
+    out = tmp_path / "tokens.png"
+    code, text, err = tokbench_command(
+        "show", "bundled:17", "--method", "topk", "--schedule", "flops:0.05", "--out", out
+    )
+    assert (code, text.strip()) == (0, str(out))
+    assert err.startswith("tokbench: warning: topk at flops:0.05 takes") and err.count("\n") == 1
+
+
 def test_on_a_terminal_the_table_grows_under_a_bar(tiny, tmp_path, monkeypatch):
     import io
 

@@ -95,6 +95,16 @@ def test_gains_and_slowdowns_are_called_so(run: Path, tmp_path: Path) -> None:
     assert "Slower than the unreduced model: ToMe at r=8 (0.90×)." in text
 
 
+def test_the_speed_limit_is_no_method_to_recommend(run: Path) -> None:
+    speed = next(record for record in RunFolder.open(run).records() if record["kind"] == "speed")
+    limit = {"cell": "bundled/free/8", "method": "free", "schedule": "8", "speedup": 9.0, "speedup_low": 8.9}
+    RunFolder.open(run).append({**speed, **limit, "speedup_high": 9.1, "throughput": 900.0})
+    text = said(run)
+    assert (
+        "fastest cell on this CPU is top-k" in text and "free (speed limit) at r=8 runs at 9.00× [8.90, 9.10]" in text
+    )
+
+
 def test_failures_and_several_models_are_named(run: Path, tmp_path: Path) -> None:
     failure = {"kind": "failure", "cell": "bundled/tofu/8", "model": "bundled", "method": "tofu", "schedule": "8"}
     RunFolder.open(run).append({**failure, "message": "out of memory"})

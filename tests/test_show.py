@@ -117,6 +117,13 @@ def test_every_method_can_be_followed(name: str, photo: Path) -> None:
     assert left == [tokens - 1 for tokens in tokbench.tokens_per_block(other)]  # without the class token
 
 
+def test_tofu_measures_where_to_prune_on_the_images(photo: Path) -> None:
+    model = tiny_model()
+    images = load_images([str(photo)], model)
+    found = trace_tokens(model, images, MethodSpec.from_text("tofu:prune_blocks=auto"), "8")
+    assert (found.maps[-1] < 0).any() and TokenGrid("", found.maps[-1, 0]).count() == 64 - 4 * 8
+
+
 def test_blocks_that_remove_something_are_shown(tiny: None, photo: Path, tmp_path: Path, monkeypatch: Any) -> None:
     drawn: list[Any] = []
     monkeypatch.setattr(trace, "draw_tokens", lambda rows, out, **options: drawn.append((rows, options)) or out)

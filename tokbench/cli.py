@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -275,6 +276,9 @@ def show(
         ),
     ] = None,
     schedule: Annotated[str, typer.Option(metavar="SCHEDULE", help="As in 13 or keep:0.7@3,6,9.")] = "flops:0.5",
+    plugin: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A Python file with methods of your own. Repeatable.")
+    ] = None,
     blocks: Annotated[
         bool, typer.Option("--blocks", help="The tokens after each block that removes some, not only the last.")
     ] = False,
@@ -284,13 +288,20 @@ def show(
     """Draw what methods make of images: which patches end up in one token, and which are dropped."""
     from tokbench.trace import show as draw
 
+    if plugin:
+        from tokbench.plugins import load_plugins
+
+        load_plugins(plugin)
     options: dict[str, Any] = {"methods": method} if method else {}
-    print(
-        draw(
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        drawn = draw(
             images, out, model=model, checkpoint=checkpoint, input_size=input_size, schedule=schedule, blocks=blocks,
             theme=theme, **options,
-        )
-    )  # fmt: skip
+        )  # fmt: skip
+    for warning in caught:
+        _complain(f"warning: {warning.message}")
+    print(drawn)
 
 
 @app.command()

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tokbench.calibrate import wants_images
 from tokbench.config import MethodSpec
 from tokbench.data import load_images, to_pictures
 from tokbench.errors import UserError
+from tokbench.fusion.core import make_method
 from tokbench.fusion.patch import fork, require_supported, token_map
 from tokbench.models import load_model
 from tokbench.report.canvas import require_format
@@ -37,11 +39,14 @@ class Trace:
 def trace_tokens(model: nn.Module, images: Tensor, method: MethodSpec, schedule: str) -> Trace:
     """Run `method` in a fork of a model on images (B, C, H, W); the model itself is left alone.
 
+    Parameters that a method measures on the model (ToFu's `prune_blocks=auto`) are measured on these images.
+
     Raises UserError as `tokbench.apply` does, and for "none", which leaves every patch as it is.
     """
     _require_method(method)
     vit: Any = fork(model)
-    traced: Any = apply(vit, method.name, schedule, trace=True, **method.params)
+    measured_on = images if wants_images(make_method(method.name, **method.params)) else None
+    traced: Any = apply(vit, method.name, schedule, trace=True, images=measured_on, **method.params)
     maps: list[Tensor] = []
     for block in traced.blocks:
         block.register_forward_hook(lambda *_: maps.append(token_map(traced)))

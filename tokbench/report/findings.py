@@ -147,6 +147,13 @@ def _accuracy(cells: pd.DataFrame) -> list[str]:
 
 def _speed(cells: pd.DataFrame) -> list[str]:
     timed = cells[cells["speedup"].notna()]
+    limits, timed = timed[timed["method"] == "free"], timed[timed["method"] != "free"]
+    told = [f"{cell_name(row)} runs at {speed_phrase(row)}: the same shapes, nothing chosen or merged."
+            for _, row in limits.iterrows()]  # fmt: skip
+    return [*(_speed_of_methods(timed) if len(timed) else []), *told]
+
+
+def _speed_of_methods(timed: pd.DataFrame) -> list[str]:
     best = timed.loc[timed["speedup"].idxmax()]
     cost = "" if pd.isna(best["drop"]) else f", with {drop_phrase(best)}"
     sentences = [f"The fastest cell{_on(best)} is {cell_name(best)}: {speed_phrase(best)}{cost}."]

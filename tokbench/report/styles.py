@@ -30,10 +30,11 @@ STYLES: dict[str, Style] = {
     "pitome": Style("PiToMe", "#CC79A7", "h", 1.15),
     "topk": Style("top-k", "#E69F00", "P", 1.15),
     "random": Style("random", "#999999", "X", 1.1),
+    "free": Style("free (speed limit)", "#7A5195", "d", 1.1),
 }
 # For methods of other people: which of them depends on the method's name alone, so it is the same in every figure.
 _SPARE_COLORS = ("#6A3D9A", "#8C510A", "#01665E", "#B2182B", "#4D4D4D", "#1B7837")
-_SPARE_MARKERS = ("p", "<", ">", "d", "8")
+_SPARE_MARKERS = ("p", "<", ">", "8")
 
 
 def method_style(method: str) -> Style:
