@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tokbench.config import Cell, Grid, MethodSpec, ModelSpec, RunOptions
 from tokbench.errors import UserError
 from tokbench.fusion.core import METHODS, Method
 from tokbench.measure.accuracy import Predictions
+from tokbench.measure.environment import Disturbance
 from tokbench.progress import Progress
 from tokbench.store import RunFolder
 
@@ -72,6 +74,9 @@ def stand_in(monkeypatch, source: Source) -> Source:
     monkeypatch.setattr(runner, "load_model", lambda name, checkpoint, input_size: tiny_model())
     monkeypatch.setattr(runner, "open_dataset", lambda spec, model, limit: source)
     monkeypatch.setattr(runner, "SPEED_SECONDS_PER_CELL", 0.001)
+    quiet = Disturbance(0.0, None, ())
+    monkeypatch.setattr(runner, "Watch", lambda device: SimpleNamespace(stop=lambda: quiet))
+    monkeypatch.setattr(runner, "_wide", lambda results: [])
     return source
 
 
@@ -429,3 +434,40 @@ def test_a_folder_in_use_is_refused_before_any_model_is_loaded(tmp_path, monkeyp
     monkeypatch.setattr(runner, "load_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     with pytest.raises(UserError, match="not empty"):
         runner.run(Grid(), tmp_path)
+
+
+def test_each_cell_is_set_against_its_own_speed_limit(source, tmp_path):
+    grid = small_grid(MethodSpec("tome", ("8",)), MethodSpec("tofu", ("8",)), MethodSpec("mctf", ("8", "0")))
+    table = runner.run(grid, tmp_path / "run").set_index("cell")
+    records = {r["cell"]: r for r in RunFolder.open(tmp_path / "run").records() if r["kind"] == "speed"}
+    assert len(records["tiny/tome/8"]["free_seconds"]) == len(records["tiny/tome/8"]["seconds"])
+    # The same tokens at the same place are timed once; what removes nothing has no limit but itself.
+    assert records["tiny/tome/8"]["free_seconds"] == records["tiny/tofu/8"]["free_seconds"]
+    assert records["tiny/tome/8"]["free_seconds"] != records["tiny/mctf/8"]["free_seconds"]
+    assert table["efficiency"].notna().to_dict() == {cell: cell.endswith("8") for cell in table.index}
+    assert all(record["latency_p95_ms"] >= record["latency_ms"] > 0 for record in records.values())
+    assert records["tiny/none"]["latency_ms"] == pytest.approx(
+        1000 * np.median(records["tiny/none"]["latency_seconds"])
+    )
+
+
+def test_flops_are_broken_down(source, tmp_path):
+    runner.run(small_grid(MethodSpec("tome", ("8", "0")), only=("flops",)), tmp_path / "run")
+    records = {r["cell"]: r for r in RunFolder.open(tmp_path / "run").records()}
+    parts = ("flops_attention", "flops_mlp", "flops_method", "flops_rest")
+    for record in records.values():
+        assert sum(record[part] for part in parts) == record["flops"]
+    # 64 patches and a class token, width 24, 4 blocks: qkv and projection, scores and values.
+    assert records["tiny/none"]["flops_attention"] == 4 * (4 * 65 * 24**2 + 2 * 65**2 * 24)
+    assert records["tiny/none"]["flops_mlp"] == 4 * 8 * 65 * 24**2
+    assert records["tiny/none"]["flops_method"] == records["tiny/tome/0"]["flops_method"] == 0
+    # Every block compares half of its patches with the other half, by keys of 12 channels.
+    tokens = [64, 56, 48, 40]
+    assert records["tiny/tome/8"]["flops_method"] == sum((n // 2) ** 2 * 12 for n in tokens)
+
+
+def test_speed_warnings_name_what_makes_a_timing_worthless(monkeypatch):
+    result = runner.SpeedResult("tiny/tome/8", 8, [1.0], 1, 8.0, 1.5, 1.4, 1.6)
+    assert runner._wide([result, dataclasses.replace(result, speedup_low=1.49, speedup_high=1.51)]) == [
+        "1 of 2 speed-ups are known to no better than ±5 % (as for tiny/tome/8): too few rounds for so noisy a machine"
+    ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
@@ -268,3 +269,127 @@ def test_a_gpu_is_described_for_json() -> None:
     assert machine["gpu"] == torch.cuda.get_device_name()
     assert machine["cuda"] == torch.version.cuda
     assert machine["gpu_memory_gib"] > 0
+
+
+def test_a_noisy_pilot_asks_for_more_rounds_and_the_budget_limits_them(clock: Clock) -> None:
+    def rounds(noise: float, seconds: float = 3600.0) -> int:
+        costs = {name: iter([1 + noise * (-1) ** n for n in range(10**5)]) for name in ("none", "tome")}
+        models = {
+            "none": Ticking(clock, lambda: 1.0, [], "none"),
+            "tome": Ticking(clock, lambda: next(costs["tome"]), [], "tome"),
+        }
+        return len(measure_speed(models, batch_size=1, input_size=SIZE, seconds=seconds)[0].rounds)
+
+    assert rounds(0.0) == speed.FEWEST_ROUNDS
+    # An odd number of passes in a turn leaves a part of the noise.
+    assert speed.FEWEST_ROUNDS < rounds(0.1, seconds=80) <= speed.MOST_ROUNDS - speed.PILOT_ROUNDS
+    assert rounds(0.3, seconds=40) == int(40 / 2.3) - speed.PILOT_ROUNDS  # the slow pass is the estimate
+
+
+def test_the_rounds_that_a_pilot_asks_for() -> None:
+    ratios = [1.0, 1.1, 0.9, 1.05, 0.95]
+    pilot = [{"none": ratio, "tome": 1.0} for ratio in ratios]
+    logs = torch.tensor(ratios).log()
+    expected = (1.96 * 1.2533 * float(logs.std()) / 0.01) ** 2
+    assert speed.rounds_for(pilot, "none") == pytest.approx(expected, abs=1)
+
+
+def test_latency_is_of_single_images_in_turns(clock: Clock) -> None:
+    models, log = ticking(clock, none=0.02, tome=0.01)
+    timings = speed.measure_latency(models, input_size=SIZE, rounds=30, seconds=100)
+    assert timings["none"] == pytest.approx([0.02] * 30) and timings["tome"] == pytest.approx([0.01] * 30)
+    assert {tuple(sorted(log[-60:][start : start + 2])) for start in range(0, 60, 2)} == {("none", "tome")}
+    assert models["tome"].images[-1].shape == (1, *SIZE)  # type: ignore[index,union-attr]
+    assert len(speed.measure_latency(models, input_size=SIZE, rounds=30, seconds=0.1)["none"]) == 20
+
+
+def test_the_largest_batch_is_one_that_every_model_has_memory_for() -> None:
+    class Small(nn.Module):
+        def __init__(self, most: int) -> None:
+            super().__init__()
+            self.weight, self.most = nn.Parameter(torch.zeros(1)), most
+
+        def forward(self, images: Tensor) -> Tensor:
+            if len(images) > self.most:
+                raise torch.OutOfMemoryError
+            return images
+
+    sizes = [Small(100), Small(40)]
+    assert speed.largest_batch(sizes, input_size=SIZE) == 32
+    assert speed.largest_batch(sizes, input_size=SIZE, most=16) == 16
+    assert speed.largest_batch([Small(1)], input_size=SIZE) == 1
+    with pytest.raises(RuntimeError, match="broken"):
+        model = Small(9)
+        model.forward = lambda images: (_ for _ in ()).throw(RuntimeError("broken"))  # type: ignore[method-assign]
+        speed.largest_batch([model], input_size=SIZE)
+
+
+def test_memory_is_not_guessed_where_it_cannot_be_told() -> None:
+    assert speed.measure_memory(nn.Linear(1, 1), batch_size=1, input_size=SIZE) is None
+
+
+@pytest.mark.gpu
+def test_peak_memory_grows_with_the_batch() -> None:
+    model = nn.Conv2d(3, 64, 3).cuda()
+    small, large = (speed.measure_memory(model, batch_size=n, input_size=(3, 64, 64)) for n in (1, 64))
+    assert small is not None and large is not None and small[0] < large[0] <= large[1]
+
+
+def test_what_makes_timings_worthless_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_cpu_seconds", iter([(10.0, 100.0, 5.0), (50.0, 200.0, 25.0)]).__next__)
+    seen = environment.Watch(torch.device("cpu")).stop()
+    assert seen.other_cpu == pytest.approx(0.2) and seen.gpu is None
+    assert len(seen.warnings) == 1 and "other work took 20% of the machine's CPU time" in seen.warnings[0]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4096)
+    assert any("4096 threads share" in text for text in environment._cpu_warnings(torch.device("cpu"), 0.0))
+
+
+def test_the_state_of_a_gpu_is_what_nvml_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pynvml
+
+    def refuse(*_: object) -> None:
+        raise pynvml.NVMLError_NotSupported
+
+    answers = {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetHandleByUUID": lambda uuid: uuid,
+        "nvmlDeviceGetPowerUsage": lambda handle: 69_500,
+        "nvmlDeviceGetEnforcedPowerLimit": lambda handle: 70_000,
+        "nvmlDeviceGetCurrentClocksEventReasons": lambda handle: 0x4 | 0x20 | 0x1,
+        "nvmlDeviceGetComputeRunningProcesses": lambda handle: [SimpleNamespace(pid=pid) for pid in (-1, -2)],
+        "nvmlDeviceGetClockInfo": lambda handle, kind: 1200,
+        "nvmlDeviceGetMaxClockInfo": lambda handle, kind: 1590,
+        "nvmlDeviceGetTemperature": refuse,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(pynvml, name, answer)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="a-b"))
+    state = environment.gpu_state(torch.device("cuda"))
+    assert state == {
+        "clock_mhz": 1200,
+        "clock_max_mhz": 1590,
+        "power_w": 69.5,
+        "power_limit_w": 70.0,
+        "temperature_c": None,
+        "throttling": ["power limit", "temperature"],
+        "other_processes": 2,
+    }
+    throttled, crowded = environment._gpu_warnings(state)
+    assert "power limit, temperature" in throttled and "2 other processes" in crowded
+    assert environment.gpu_state(torch.device("cpu")) is None
+    monkeypatch.setattr(pynvml, "nvmlInit", refuse)
+    assert environment.gpu_state(torch.device("cuda")) is None
+
+
+def test_git_state_is_of_the_checkout_that_runs(tmp_path: Path) -> None:
+    assert environment.git_state(tmp_path) is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    (tmp_path / "file").write_text("1")
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "first"], check=True)
+    state = environment.git_state(tmp_path)
+    assert state is not None and len(state["commit"]) == 40 and not state["modified"]
+    (tmp_path / "file").write_text("2")
+    assert environment.git_state(tmp_path) == {**state, "modified": True}

@@ -10,6 +10,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
+import shlex
+import sys
 import traceback
 import warnings
 from dataclasses import asdict, dataclass, field, replace
@@ -27,13 +30,13 @@ from tokbench.config import Cell, Grid, ModelSpec, RunOptions
 from tokbench.data import ImageSource, ImageStream, load_batches, open_dataset
 from tokbench.errors import RunStopped, UserError, one_line
 from tokbench.fusion.core import METHODS, make_method
-from tokbench.fusion.patch import fork, require_supported, tokens_per_block
+from tokbench.fusion.patch import fork, remove, require_supported, tokens_per_block
 from tokbench.measure._model import is_out_of_memory, release_memory, resolve_input_size
 from tokbench.measure.accuracy import Predictions, evaluate, join
-from tokbench.measure.environment import describe_machine, package_versions
+from tokbench.measure.environment import Watch, describe_machine, git_state, package_versions
 from tokbench.measure.flops import FlopCount, count_flops
-from tokbench.measure.speed import SpeedResult, measure_speed
-from tokbench.measure.stats import mcnemar_p, paired_drop, wilson
+from tokbench.measure.speed import SpeedResult, largest_batch, measure_latency, measure_memory, measure_speed
+from tokbench.measure.stats import mcnemar_p, median_ratio_interval, paired_drop, wilson
 from tokbench.models import load_model, weights_sha256
 from tokbench.plugins import LOADED
 from tokbench.progress import Progress
@@ -172,6 +175,10 @@ def _manifest(
         },
         "machine": describe_machine(device),
         "packages": package_versions(),
+        "git": git_state(),
+        "command": shlex.join(["tokbench", *sys.argv[1:]])
+        if Path(sys.argv[0]).stem in ("tokbench", "__main__")
+        else None,
         "plugins": dict(LOADED),
     }
 
@@ -199,11 +206,29 @@ def _draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 @dataclass
 class _Runnable:
-    """A cell as a model that runs, and what all its records have in common."""
+    """A cell as a model that runs, its speed limit, and what all its records have in common.
+
+    limit: the control `free` with the cell's own tokens per block; None for cells that remove nothing, and for `free`.
+    """
 
     cell: Cell
     model: nn.Module
     identity: dict[str, Any]
+    limit: nn.Module | None = None
+
+    @property
+    def limit_name(self) -> str:
+        """The same for cells with the same limit, so that it is timed once."""
+        return f"free/{cast(Any, self.model).fusion.method.place}/{self.identity['tokens']}"
+
+
+@dataclass
+class _Timed:
+    """What was timed, by cell id; among the speeds are those of speed limits, by their names."""
+
+    speed: dict[str, SpeedResult]
+    latency: dict[str, list[float]]
+    memory: dict[str, tuple[int, int] | None]
 
 
 class _BaselineFailed(Exception):
@@ -264,8 +289,10 @@ class _Bench:
                 if self._lacks(cell, "flops"):
                     count = count_flops(runnable.model, self.subject.input_size)
                     uncounted |= count.unsupported.keys()
+                    limit = count_flops(runnable.limit, self.subject.input_size) if runnable.limit else count
                     unreduced = self.measured.find(self.subject.cells[0], "flops")
-                    self._record(runnable, "flops", **_flops_fields(count, unreduced["flops"] if unreduced else None))
+                    whole = unreduced["flops"] if unreduced else count.total
+                    self._record(runnable, "flops", **_flops_fields(count, limit, whole))
             except RunStopped:
                 raise
             except Exception as error:
@@ -304,7 +331,7 @@ class _Bench:
         with torch.inference_mode():
             model(image.to(self.device, DTYPES[self.options.dtype]))
         identity["tokens"] = tokens_per_block(model)
-        return _Runnable(cell, model, identity)
+        return _Runnable(cell, model, identity, _speed_limit(model, base))
 
     def _calibration_images(self) -> torch.Tensor:
         """The first images of the data, without their labels."""
@@ -442,11 +469,14 @@ class _Bench:
             return
         self._phase("warming up for speed", None)
         reference, size = self.running[0], self.batch_size
-        results: list[SpeedResult] = []
-        while not results:
+        if self.options.batch_size == "auto" and self.device.type == "cuda":
+            size = largest_batch([runnable.model for runnable in self.running], input_size=self.subject.input_size)
+        timed: _Timed | None = None
+        watch = Watch(self.device)
+        while timed is None:
             members = [reference, *(runnable for runnable in self.running[1:] if runnable in lacking)]
             try:
-                results = self._time(members, size)
+                timed = self._time(members, size)
             except RunStopped:
                 raise
             except Exception as error:  # the unreduced model's, or nobody's in particular: no speed-up can be told
@@ -454,27 +484,50 @@ class _Bench:
                     self._drop(reference.cell.id, "speed", error)
                 size = (size + 1) // 2
             release_memory(self.device)
-        by_name = {result.name: result for result in results}
+        disturbance = watch.stop()
+        for sentence in (*disturbance.warnings, *_wide([timed.speed[name] for name in timed.latency])):
+            self.progress.warn(sentence)
         # Added to a run, the cells ran beside an unreduced model whose own record is an earlier session's.
-        again = {} if reference in lacking else {"reference_seconds": by_name[reference.cell.id].rounds}
+        again = {} if reference in lacking else {"reference_seconds": timed.speed[reference.cell.id].rounds}
         for runnable in lacking:
-            if runnable.cell.id in by_name:
-                self._record(runnable, "speed", **_speed_fields(by_name[runnable.cell.id]), **again)
+            if runnable.cell.id in timed.speed:
+                fields = _speed_fields(runnable, timed, timed.speed[reference.cell.id])
+                self._record(
+                    runnable, "speed", **fields, **again, other_cpu=disturbance.other_cpu, gpu_state=disturbance.gpu
+                )
 
-    def _time(self, members: list[_Runnable], size: int) -> list[SpeedResult]:
-        def fail(cell_id: str, error: Exception) -> None:
+    def _time(self, members: list[_Runnable], size: int) -> _Timed:
+        limits = {member.limit_name: member.limit for member in members if member.limit is not None}
+
+        def fail(name: str, error: Exception) -> None:
             if is_out_of_memory(error) and size > 1:
                 raise error
-            self._drop(cell_id, "speed", error)
+            if name in limits:
+                self.progress.warn(f"no speed limit for the cells of {name}: {one_line(error)}")
+            else:
+                self._drop(name, "speed", error)
 
-        return measure_speed(
-            {member.cell.id: member.model for member in members},
+        results = measure_speed(
+            {**{member.cell.id: member.model for member in members}, **limits},
             batch_size=size,
             input_size=self.subject.input_size,
-            seconds=SPEED_SECONDS_PER_CELL * len(members),
+            seconds=SPEED_SECONDS_PER_CELL * (len(members) + len(limits)),
             on_round=self._advance_speed,
             on_failure=fail,
         )
+        speed = {result.name: result for result in results}
+        remaining = [member for member in members if member.cell.id in speed]
+        self._phase("latency", None)
+        latency = measure_latency(
+            {member.cell.id: member.model for member in remaining},
+            input_size=self.subject.input_size,
+            seconds=SPEED_SECONDS_PER_CELL / 2 * len(remaining),
+        )
+        memory = {
+            member.cell.id: measure_memory(member.model, batch_size=size, input_size=self.subject.input_size)
+            for member in remaining
+        }
+        return _Timed(speed, latency, memory)
 
     def _advance_speed(self, done: int, planned: int) -> None:
         if done == 1:
@@ -520,6 +573,17 @@ class _Bench:
         return 1 if source.streaming else min(8, os.cpu_count() or 1)
 
 
+def _speed_limit(model: VisionTransformer, base: VisionTransformer) -> VisionTransformer | None:
+    """The control `free` with the tokens per block of a model that has made a forward pass."""
+    fusion = getattr(model, "fusion", None)
+    whole = tokens_per_block(remove(fork(base)))[0]
+    tokens = [whole, *tokens_per_block(model)]
+    if fusion is None or fusion.method.speed_only or tokens[-1] == whole:
+        return None
+    removals = ",".join(str(before - after) for before, after in itertools.pairwise(tokens))
+    return apply(fork(base), "free", f"list:{removals}", place=fusion.method.place)
+
+
 def accuracy_fields(predictions: Predictions, baseline: Predictions) -> dict[str, Any]:
     """The accuracy part of a record: counts, fractions and their intervals, against the unreduced model's."""
     images = len(predictions.label)
@@ -552,17 +616,27 @@ def at_chance_level(baseline: Predictions, num_classes: int) -> bool:
     return low <= chance and baseline.top1() <= 2 * chance
 
 
-def _flops_fields(count: FlopCount, unreduced: int | None) -> dict[str, Any]:
+def _flops_fields(count: FlopCount, limit: FlopCount, unreduced: int) -> dict[str, Any]:
+    """The FLOPs part of a record. What the model takes without the method's own work is its speed limit's count."""
+    parts = {
+        part: sum(flops for name, flops in limit.by_module.items() if re.fullmatch(rf"blocks\.\d+\.{part}", name))
+        for part in ("attn", "mlp")
+    }
     return {
         "flops": count.total,
-        "flops_ratio": count.total / unreduced if unreduced else None,
-        "by_module": count.by_module,
+        "flops_ratio": count.total / unreduced,
+        "flops_attention": parts["attn"],
+        "flops_mlp": parts["mlp"],
+        "flops_method": count.total - limit.total,
+        "flops_rest": limit.total - sum(parts.values()),
         "unsupported": count.unsupported,
     }
 
 
-def _speed_fields(result: SpeedResult) -> dict[str, Any]:
-    return {
+def _speed_fields(runnable: _Runnable, timed: _Timed, reference: SpeedResult) -> dict[str, Any]:
+    """The speed part of a record: every timing, and what follows from them."""
+    result, latency = timed.speed[runnable.cell.id], timed.latency[runnable.cell.id]
+    fields = {
         "batch_size": result.batch_size,
         "seconds": result.rounds,
         "iterations": result.iterations,
@@ -570,4 +644,30 @@ def _speed_fields(result: SpeedResult) -> dict[str, Any]:
         "speedup": result.speedup,
         "speedup_low": result.speedup_low,
         "speedup_high": result.speedup_high,
+        "latency_seconds": latency,
+        "latency_ms": 1000 * float(np.median(latency)),
+        "latency_p95_ms": 1000 * float(np.quantile(latency, 0.95)),
     }
+    if memory := timed.memory[runnable.cell.id]:
+        fields |= {"peak_memory_bytes": memory[0], "reserved_memory_bytes": memory[1]}
+    if runnable.limit is not None and (limit := timed.speed.get(runnable.limit_name)):
+        efficiency, low, high = median_ratio_interval(limit.rounds, result.rounds)
+        fields |= {
+            "free_seconds": limit.rounds,
+            "free_speedup": median_ratio_interval(reference.rounds, limit.rounds)[0],
+            "efficiency": efficiency,
+            "efficiency_low": low,
+            "efficiency_high": high,
+        }
+    return fields
+
+
+def _wide(results: list[SpeedResult]) -> list[str]:
+    """A warning where speed-ups are known too badly to choose by."""
+    doubtful = [result.name for result in results if result.speedup_high - result.speedup_low > 0.1 * result.speedup]
+    if not doubtful:
+        return []
+    return [
+        f"{len(doubtful)} of {len(results)} speed-ups are known to no better than ±5 % (as for {doubtful[0]}): "
+        "too few rounds for so noisy a machine"
+    ]

@@ -8,14 +8,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokbench.measure._model import evaluation_mode, placement, resolve_input_size
+from tokbench.measure._model import (
+    evaluation_mode,
+    is_out_of_memory,
+    placement,
+    release_memory,
+    resolve_input_size,
+)
 from tokbench.measure.stats import median_ratio_interval
 
-# Below this many rounds a median and its interval mean little.
-FEWEST_ROUNDS = 5
+# Below this many rounds a median and its interval mean little; above that many, time is better spent in longer turns.
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 40
+# Half the width, relative to the speed-up, that its interval is to have, and the rounds that tell what this takes.
+TARGET_WIDTH, PILOT_ROUNDS = 0.01, 5
 # Long enough for the clock and for an accelerator's queue, short enough not to matter.
 ESTIMATE_SECONDS = 0.05
 
@@ -45,7 +54,7 @@ def measure_speed(
     *,
     batch_size: int,
     input_size: int | Sequence[int] | None = None,
-    rounds: int = 20,
+    rounds: int | None = None,
     seconds: float = 30.0,
     warmup: int = 3,
     seed: int = 0,
@@ -57,15 +66,17 @@ def measure_speed(
     All models run on the same random images, `batch_size` of `input_size` (a side, (C, H, W), or None for
     what the first model was built for), on their parameters' device and in their dtype, which must be common.
     In each round every model has one turn, in an order shuffled by `seed`; a turn is as many passes as fit
-    its share of `seconds`, the time for all rounds of all models, and at least one. Models too slow for that
-    get fewer rounds, at least 5 (or `rounds`). Before, every model makes `warmup` passes, and a few more to
-    estimate its speed. `on_round` is told the rounds done and planned.
+    its share of `seconds`, the time for all rounds of all models, and at least one. `rounds` None: a pilot of a few
+    rounds, not counted, tells how many make every speed-up's interval ±1 % wide, and as many are made as fit in
+    `seconds`. Their number is fixed before the first counts: stopping once the interval looks narrow would make it
+    wrong too often. Models too slow for `seconds` get fewer rounds, at least 5 (or `rounds`). Before, every model
+    makes `warmup` passes, and a few more to estimate its speed. `on_round` is told the rounds done and planned.
     A model that raises in its warm-up is reported to `on_failure` and left out of the results; without
     `on_failure`, or when it is the first, the exception goes through, as it does later on.
     Raises ValueError for models on different devices or of different dtypes, and for no models, images or
     rounds.
     """
-    if not models or min(batch_size, rounds) < 1:
+    if not models or batch_size < 1 or (rounds is not None and rounds < 1):
         raise ValueError("measure_speed needs at least one model, one image in a batch and one round")
     device, dtype = _common_placement(models)
     reference = next(iter(models))
@@ -80,12 +91,19 @@ def measure_speed(
                 if on_failure is None or name == reference:
                     raise
                 on_failure(name, error)
-        planned, iterations = plan(estimates, rounds, seconds)
+        planned, iterations = plan(estimates, MOST_ROUNDS if rounds is None else rounds, seconds)
         running = {name: models[name] for name in estimates}
+
+        def turns(order: list[str]) -> dict[str, float]:
+            return {name: _seconds(running[name], images, iterations[name]) for name in order}
+
+        if rounds is None and planned > FEWEST_ROUNDS + PILOT_ROUNDS:
+            pilot = [turns(order) for order in _orders(running, PILOT_ROUNDS, seed + 1)]
+            planned = min(rounds_for(pilot, reference), planned - PILOT_ROUNDS)
         timings: dict[str, list[float]] = {name: [] for name in running}
         for done, order in enumerate(_orders(running, planned, seed), start=1):
-            for name in order:
-                timings[name].append(_seconds(running[name], images, iterations[name]))
+            for name, mean in turns(order).items():
+                timings[name].append(mean)
             if on_round is not None:
                 on_round(done, planned)
     return [
@@ -100,6 +118,91 @@ def plan(estimates: Mapping[str, float], rounds: int, seconds: float) -> tuple[i
     rounds = min(rounds, max(affordable, FEWEST_ROUNDS))
     turn = seconds / (rounds * len(estimates))
     return rounds, {name: max(1, int(turn / estimate)) for name, estimate in estimates.items()}
+
+
+def rounds_for(pilot: Sequence[Mapping[str, float]], reference: str) -> int:
+    """How many rounds bring the 95 % interval of each median speed-up to ± `TARGET_WIDTH`, judged by a pilot's.
+
+    The median of n normal log ratios of deviation σ has a deviation of 1.2533 σ / √n.
+    """
+    names = sorted(pilot[0])
+    logs = np.log([[seconds[reference] / seconds[name] for name in names] for seconds in pilot])
+    deviation = float(logs.std(axis=0, ddof=1).max())
+    return max(FEWEST_ROUNDS, int(np.ceil((1.96 * 1.2533 * deviation / TARGET_WIDTH) ** 2)))
+
+
+def measure_latency(
+    models: Mapping[str, nn.Module],
+    *,
+    input_size: int | Sequence[int] | None = None,
+    rounds: int = 50,
+    seconds: float = 30.0,
+    warmup: int = 3,
+    seed: int = 0,
+) -> dict[str, list[float]]:
+    """Seconds that each forward pass on a single image took, from the call to the answer; `rounds` figures a model.
+
+    Interleaved as in `measure_speed`, on the host's clock, because launching kernels is part of it. Fewer rounds, at
+    least 20 (or `rounds`), where they would take longer than `seconds` in all.
+    """
+    device, dtype = _common_placement(models)
+    size = resolve_input_size(next(iter(models.values())), input_size)
+    image = torch.rand(1, *size, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    timings: dict[str, list[float]] = {name: [] for name in models}
+    with torch.inference_mode(), evaluation_mode(models.values()):
+        once = sum(_warm_up(model, image, warmup) for model in models.values())
+        planned = min(rounds, max(20, int(seconds / once)))
+        for order in _orders(models, planned, seed):
+            for name in order:
+                timings[name].append(_host_seconds(models[name], image, 1))
+    return timings
+
+
+def measure_memory(
+    model: nn.Module, *, batch_size: int, input_size: int | Sequence[int] | None = None
+) -> tuple[int, int] | None:
+    """(bytes allocated, bytes reserved) at the peak of a forward pass on CUDA, weights included; None elsewhere.
+
+    Everything else on the device counts as well, such as the weights of other models; models made by `fork` share one
+    copy of theirs.
+    """
+    device, dtype = placement(model)
+    if device.type != "cuda":
+        return None
+    images = torch.rand(batch_size, *resolve_input_size(model, input_size)).to(device, dtype)
+    with torch.inference_mode(), evaluation_mode([model]):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        model(images)
+        torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+
+
+def largest_batch(
+    models: Iterable[nn.Module], *, input_size: int | Sequence[int] | None = None, most: int = 1024
+) -> int:
+    """The largest power of two, up to `most`, of images that every model has memory for. 1 is taken for granted."""
+    size = 1
+    while size < most and all(_fits(model, 2 * size, input_size) for model in models):
+        size *= 2
+    return size
+
+
+def _fits(model: nn.Module, batch_size: int, input_size: int | Sequence[int] | None) -> bool:
+    device, dtype = placement(model)
+    images = torch.zeros(1, *resolve_input_size(model, input_size), device=device, dtype=dtype)
+    try:
+        with torch.inference_mode(), evaluation_mode([model]):
+            model(images.expand(batch_size, -1, -1, -1).clone())
+            _synchronize(device)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    else:
+        return True
+    # Only here: while the exception is being handled, its frames still hold what filled the memory.
+    release_memory(device)
+    return False
 
 
 def _common_placement(models: Mapping[str, nn.Module]) -> tuple[torch.device, torch.dtype]:
@@ -128,6 +231,10 @@ def _seconds(model: nn.Module, images: Tensor, iterations: int) -> float:
     """Mean seconds of a forward pass over `iterations` of them."""
     if images.device.type == "cuda":
         return _cuda_seconds(model, images, iterations)
+    return _host_seconds(model, images, iterations)
+
+
+def _host_seconds(model: nn.Module, images: Tensor, iterations: int) -> float:
     _synchronize(images.device)
     start = time.perf_counter()
     for _ in range(iterations):

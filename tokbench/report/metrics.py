@@ -66,6 +66,17 @@ METRICS: dict[str, Metric] = {
         "Speed-up over the unreduced model (×)", "Speed-up", "speedup", "higher", 2, "speedup_low", "speedup_high", _TIE
     ),
     "latency": Metric("Latency (ms)", "Latency ms", "latency_ms", "lower", 2, tie=_TIE),
+    "latency_p95": Metric("Latency, 95th percentile (ms)", "p95 ms", "latency_p95_ms", "lower", 2, tie=_TIE),
+    "efficiency": Metric(
+        "Speed relative to the same tokens for free",
+        "Efficiency",
+        "efficiency",
+        "higher",
+        2,
+        "efficiency_low",
+        "efficiency_high",
+        _TIE,
+    ),
     "memory": Metric("Peak memory (MiB)", "Memory MiB", "memory_mib", "lower", 0, tie=_TIE),
 }
 
@@ -77,7 +88,8 @@ PANEL = ("model", "weights_sha256", "input_size", "data", "data_fingerprint")
 COLUMNS = (
     "run", "model", "method", "variant", "params", "schedule", "resolved", "is_baseline", "tokens_final",
     "gflops", "flops_ratio", "throughput", "throughput_low", "throughput_high", "speedup", "speedup_low",
-    "speedup_high", "latency_ms", "memory_mib", "top1", "top1_low", "top1_high", "top1_paired_low",
+    "speedup_high", "latency_ms", "latency_p95_ms", "efficiency", "efficiency_low", "efficiency_high", "free_speedup",
+    "memory_mib", "top1", "top1_low", "top1_high", "top1_paired_low",
     "top1_paired_high", "top5", "drop", "drop_low", "drop_high", "mcnemar_p", "agreement", "images", "batch_size",
     "input_size", "data", "data_fingerprint", "device", "machine", "dtype", "weights_sha256", "cell", "error",
 )  # fmt: skip
