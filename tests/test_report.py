@@ -353,6 +353,21 @@ def test_a_run_without_the_unreduced_model_can_be_drawn(df: pd.DataFrame, tmp_pa
     assert "unreduced:" not in svg(df[~df["is_baseline"]], tmp_path)
 
 
+def test_methods_at_equal_cost_stand_side_by_side_on_the_front_they_had(tmp_path: Path, df: pd.DataFrame) -> None:
+    level = [df.iloc[[1]].assign(method=name, variant=name, gflops=0.2 + 0.0001 * i, top1=79.8 - i)
+             for i, name in enumerate(("tome", "tofu", "mctf", "evit"))]  # fmt: skip
+    equal = pd.concat([df.iloc[[0]], *level], ignore_index=True)
+    assert "equal costs side by side" in svg(equal, tmp_path, x="gflops")
+    assert "side by side" not in svg(df, tmp_path)
+    group = equal.assign(front=pareto_front(equal, "gflops", "top1"))
+    moved = plots._side_by_side(group, "gflops", plots._Art(plots.SIZES["wide"], plots.find_theme("light")))
+    assert moved["front"].to_list() == [True, True, False, False, False]
+    assert moved["gflops"].iloc[0] == equal["gflops"].iloc[0]  # the unreduced model
+    assert moved["gflops"].iloc[1:].is_monotonic_increasing and abs(moved["gflops"] - equal["gflops"]).max() < 0.02
+    ((low, high),) = moved.attrs["equal"]
+    assert low < moved["gflops"].iloc[1:].min() and moved["gflops"].iloc[1:].max() < high
+
+
 def test_two_machines_are_laid_over_each_other_and_named(run: Path, tmp_path: Path) -> None:
     other = make_run(tmp_path / "other", device="cuda")
     text = svg(load_table([run, other]), tmp_path)

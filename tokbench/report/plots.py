@@ -22,7 +22,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from tokbench.errors import UserError, nearest
 from tokbench.report.canvas import RC, require_format, save
 from tokbench.report.labels import Spot, place, sampled, spots_along, spots_around
-from tokbench.report.metrics import METRICS, PANEL, find_metric, pareto_front, run_names
+from tokbench.report.metrics import METRICS, PANEL, comparable, find_metric, pareto_front, run_names
 from tokbench.report.published import PUBLISHED, published_points
 from tokbench.report.styles import STYLES, Style, Theme, blend, find_theme, method_style, short_schedule, variant_name
 
@@ -190,7 +190,7 @@ def _draw(
     axes = figure.subplots(rows, columns, squeeze=False, sharey=False if art.size.stacked else "row")
     grid = axes.reshape(len(groups), len(names))
     jobs = [
-        (panel, group, name)
+        (panel, _side_by_side(group.assign(front=pareto_front(group, name, y)), name, art), name)
         for row, group in zip(grid, groups, strict=True)
         for panel, name in zip(row, names, strict=True)
     ]
@@ -269,13 +269,17 @@ def _panel(panel: Axes, group: pd.DataFrame, x: str, y: str, art: _Art, *, first
     horizontal, vertical = find_metric(x), find_metric(y)
     panel.grid(True)
     panel.set_axisbelow(True)
-    panel.set_xlabel(_axis_name(x, art, "lower is better ←" if horizontal.better == "lower" else "higher is better →"))
+    name = _axis_name(x, art, "lower is better ←" if horizontal.better == "lower" else "higher is better →")
+    equal = group.attrs.get("equal", [])
+    panel.set_xlabel(name + ("\n(equal costs side by side, on a grey column)" if equal else ""))
+    for low, high in equal:
+        panel.axvspan(low, high, color=art.theme.grid, alpha=0.5, linewidth=0, zorder=0.5)
     if first:
         panel.set_ylabel(_axis_name(y, art, f"{vertical.better} is better →"))
     if vertical.better == "lower" and first:
         # Up is better in every plot.
         panel.invert_yaxis()
-    for _, cells in group.groupby(["machine", "device", "dtype"], sort=False, dropna=False):
+    for cells in comparable(group[group["front"]]):
         _draw_front(panel, cells, x, y, art)
     for base in _baselines(group, x, y):
         _reference_lines(panel, *base, art)
@@ -284,6 +288,42 @@ def _panel(panel: Axes, group: pd.DataFrame, x: str, y: str, art: _Art, *, first
     _ring_front(panel, group, x, y, art)
     panel.margins(0.11, 0.06)
     panel.xaxis.set_major_locator(MaxNLocator(nbins=8 if art.size.text else 6, steps=[1, 2, 5, 10]))
+
+
+def _side_by_side(group: pd.DataFrame, x: str, art: _Art) -> pd.DataFrame:
+    """The cells with each method moved a little along x, where most share their cost with several others.
+
+    Markers and bars of cells at the same FLOPs would cover each other. The whole series moves, so its shape stays;
+    the unreduced model stays where it is. `attrs["equal"]` then holds (low, high) of each cost that cells share.
+    """
+    metric = find_metric(x)
+    cells = group[~group["is_baseline"]]
+    values = cells[metric.column].to_numpy(float)
+    alike = (np.abs(values[:, None] - values) <= metric.tie * np.abs(values)).sum(axis=1) - 1
+    if not metric.tie or not len(cells) or (alike >= 2).mean() <= 0.5:
+        return group
+    order = [*STYLES, *sorted(set(cells["method"]))]
+    keys = sorted(set(zip(cells["method"], cells["variant"], cells["run"], strict=True)),
+                  key=lambda key: (order.index(key[0]), key))  # fmt: skip
+    every = group[metric.column].dropna()
+    points_wide = 72 * (art.size.panel or art.size.width) * 0.85
+    gap = min(0.36, 4 / len(keys)) * art.size.marker / points_wide * 1.22 * (every.max() - every.min())
+    steps = {key: gap * (place - (len(keys) - 1) / 2) for place, key in enumerate(keys)}
+    moves = pd.Series(
+        [steps.get(key, 0.0) for key in zip(group["method"], group["variant"], group["run"], strict=True)], group.index
+    )
+    columns = [column for column in (metric.column, metric.low, metric.high) if column]
+    moved = group.assign(**{column: group[column] + moves for column in columns})
+    half = gap * len(keys) / 2
+    moved.attrs["equal"] = [(level.min() - half, level.max() + half) for level in _levels(values, metric.tie)]
+    return moved
+
+
+def _levels(values: np.ndarray, tie: float) -> list[np.ndarray]:
+    """Values that count as equal, together: neighbors within `tie` of each other."""
+    ordered = np.sort(values[np.isfinite(values)])
+    apart = np.flatnonzero(ordered[1:] > ordered[:-1] * (1 + tie)) + 1
+    return [level for level in np.split(ordered, apart) if len(level) > 1]
 
 
 def _axis_name(name: str, art: _Art, direction: str) -> str:
@@ -348,7 +388,7 @@ def _baselines(group: pd.DataFrame, x: str, y: str) -> list[tuple[float, float]]
 
 
 def _draw_front(panel: Axes, cells: pd.DataFrame, x: str, y: str, art: _Art) -> None:
-    front = cells[pareto_front(cells, x, y)].sort_values(find_metric(x).column)
+    front = cells.sort_values(find_metric(x).column)
     panel.plot(
         front[find_metric(x).column], front[find_metric(y).column],
         solid_joinstyle="round", zorder=1, **art.front,
@@ -356,9 +396,8 @@ def _draw_front(panel: Axes, cells: pd.DataFrame, x: str, y: str, art: _Art) -> 
 
 
 def _ring_front(panel: Axes, group: pd.DataFrame, x: str, y: str, art: _Art) -> None:
-    front = pareto_front(group, x, y) & ~group["is_baseline"]
-    for series in _series(group, art):
-        cells = series.cells[front[series.cells.index]]
+    for series in _series(group[group["front"] & ~group["is_baseline"]], art):
+        cells = series.cells
         marks = {**series.marks, "markersize": series.marks["markersize"] * 1.25, "linestyle": "none"}
         marks |= {"markeredgecolor": art.theme.ink, "markeredgewidth": 0.2 * art.size.marker}
         panel.plot(cells[find_metric(x).column], cells[find_metric(y).column], **marks, zorder=series.zorder + 0.05)
@@ -530,7 +569,7 @@ def _label(panel: Axes, group: pd.DataFrame, x: str, y: str, art: _Art, printed:
     """Name the members of the front, what was published and the reference lines, where there is room."""
     columns = [find_metric(x).column, find_metric(y).column]
     cells = group.dropna(subset=columns)
-    front = cells[pareto_front(cells, x, y) & ~cells["is_baseline"]]
+    front = cells[cells["front"] & ~cells["is_baseline"]]
     # The end of the front first: it has the frame beside it, so the fewest spots to choose from.
     front = front.sort_values(columns[0], ascending=find_metric(x).better == "lower")
     labels = _point_labels(panel, front, x, y, art)
