@@ -86,8 +86,9 @@ def _lengthen(joined: Tensor, kept: Tensor, sources: Tensor, slot: Tensor) -> Te
     longest = kept.to(precise).norm(dim=-1)
     longest = longest.scatter_reduce(1, slot, sources.to(precise).norm(dim=-1), "amax")
     merged = torch.zeros_like(longest).scatter(1, slot, 1.0) > 0
-    length = joined.to(precise).norm(dim=-1).clamp_min(torch.finfo(precise).tiny)
-    return torch.where(merged.unsqueeze(-1), joined * (longest / length).unsqueeze(-1).to(joined.dtype), kept)
+    # Two steps, of which neither leaves float16's range; tokens that cancel out stay 0, for they have no direction.
+    direction = F.normalize(joined.to(precise), dim=-1, eps=torch.finfo(precise).tiny)
+    return torch.where(merged.unsqueeze(-1), (direction * longest.unsqueeze(-1)).to(joined.dtype), kept)
 
 
 def wide(index: Tensor, x: Tensor) -> Tensor:
@@ -281,23 +282,35 @@ class State:
             self.token_map = torch.where(self.token_map < 0, -1, moved)
 
 
-def bipartite_match(metric: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Bipartite soft matching (ToMe, arXiv 2210.09461, section 3): the r most similar pairs across the two sets.
+def two_sets(tokens: int, prefix: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """ToMe's sets A and B: the even and the odd positions of the full sequence, without the prefix tokens."""
+    position = torch.arange(tokens, device=device)
+    return position[prefix + prefix % 2 :: 2], position[prefix + 1 - prefix % 2 :: 2]
 
-    metric: (B, N, D). Set A holds the even positions of the full sequence, set B the odd ones; prefix tokens are in
-    neither. Each A token proposes its most cosine-similar B token, and the r best proposals go.
+
+def best_proposals(score: Tensor, a: Tensor, b: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Each token of A proposes to its best token of B, and the r best proposals go.
+
+    score: (B, |A|, |B|). a, b: positions of the two sets.
     Returns kept: (B, N−r) in the order prefix, A ascending, B ascending; source: (B, r); slot: (B, r).
     """
-    batch, tokens, _ = metric.shape
-    position = torch.arange(tokens, device=metric.device)
-    a, b = position[prefix + prefix % 2 :: 2], position[prefix + 1 - prefix % 2 :: 2]
-    unit = F.normalize(metric, dim=-1)
-    best, partner = (unit[:, a] @ unit[:, b].mT).max(-1)
+    batch = score.shape[0]
+    best, partner = score.max(-1)
     ranked = best.argsort(dim=-1, descending=True, stable=True)
     going, staying = ranked[:, :r], ranked[:, r:].sort(dim=-1).values
-    kept = torch.cat([position[:prefix].expand(batch, -1), a[staying], b.expand(batch, -1)], dim=1)
-    slot = prefix + staying.shape[1] + partner.gather(1, going)
-    return kept, a[going], slot
+    first = torch.arange(prefix, device=a.device)
+    kept = torch.cat([first.expand(batch, -1), a[staying], b.expand(batch, -1)], dim=1)
+    return kept, a[going], prefix + staying.shape[1] + partner.gather(1, going)
+
+
+def bipartite_match(metric: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Bipartite soft matching (ToMe, arXiv 2210.09461, section 3): the r most cosine-similar pairs across two sets.
+
+    metric: (B, N, D). Returns what `best_proposals` does.
+    """
+    a, b = two_sets(metric.shape[1], prefix, metric.device)
+    unit = F.normalize(metric, dim=-1)
+    return best_proposals(unit[:, a] @ unit[:, b].mT, a, b, prefix, r)
 
 
 def keep_only(patches: Tensor, prefix: int) -> Assignment:

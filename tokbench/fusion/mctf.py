@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokbench.fusion.core import Assignment, Method, View, register_method
+from tokbench.fusion.core import Assignment, Method, View, best_proposals, register_method, two_sets
 
 
 @register_method
@@ -63,41 +63,29 @@ class MCTF(Method):
     def plan(self, view: View, r: int) -> Assignment:
         # Softmax can underflow to 0, which no weighted mean or reciprocal survives.
         received = view.attention().mean((1, 2)).clamp_min(1e-30)
-        position = torch.arange(view.prefix + view.patches, device=received.device)
-        odd = view.prefix % 2
-        a, b = position[view.prefix + odd :: 2], position[view.prefix + 1 - odd :: 2]
+        a, b = two_sets(view.prefix + view.patches, view.prefix, received.device)
         attraction = self.attraction(view, received, a, b)
         weight = received if view.size is None else received * view.size / view.size.amax(1, keepdim=True)
-        match = _both_ways if self.bidirectional else _one_way
-        return Assignment(*match(attraction, a, b, position[: view.prefix], r), weight)
+        match = _both_ways if self.bidirectional else best_proposals
+        return Assignment(*match(attraction, a, b, view.prefix, r), weight)
 
     def attraction(self, view: View, received: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """W between the tokens of A and B: (B, |A|, |B|). Maxima scale all of an image's scores alike."""
         unit = F.normalize(view.x.to(received.dtype), dim=-1)
         similar = (unit[:, a] @ unit[:, b].mT + 1) / 2
-        little = 1 / received
-        scores = similar.clamp_min(0) ** (1 / self.tau_sim) * _pairs(little, a, b) ** (1 / self.tau_info)
-        return scores if view.size is None else scores * _pairs(1 / view.size, a, b) ** (1 / self.tau_size)
+        scores = similar.clamp_min(0) ** (1 / self.tau_sim) * _pairs(1 / received, a, b, self.tau_info)
+        return scores if view.size is None else scores * _pairs(1 / view.size, a, b, self.tau_size)
 
 
-def _pairs(score: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    score = score / score.amax(1, keepdim=True)
+def _pairs(score: Tensor, a: Tensor, b: Tensor, temperature: float) -> Tensor:
+    # The root before the product: the product of two small scores may be no float32.
+    score = (score / score.amax(1, keepdim=True)) ** (1 / temperature)
     return score[:, a].unsqueeze(-1) * score[:, b].unsqueeze(1)
 
 
-def _one_way(attraction: Tensor, a: Tensor, b: Tensor, first: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """All r from A to B; order: prefix, A ascending, B ascending."""
-    batch = attraction.shape[0]
-    best, partner = attraction.max(-1)
-    ranked = best.argsort(dim=-1, descending=True, stable=True)
-    going, staying = ranked[:, :r], ranked[:, r:].sort(dim=-1).values
-    kept = torch.cat([first.expand(batch, -1), a[staying], b.expand(batch, -1)], dim=1)
-    return kept, a[going], len(first) + staying.shape[1] + partner.gather(1, going)
-
-
-def _both_ways(attraction: Tensor, a: Tensor, b: Tensor, first: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+def _both_ways(attraction: Tensor, a: Tensor, b: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """r // 2 from A to B, then the rest from B to the A tokens left; order: prefix, A ascending, B by falling score."""
-    batch, prefix = attraction.shape[0], len(first)
+    batch = attraction.shape[0]
     best, partner = attraction.max(-1)
     ranked = best.argsort(dim=-1, descending=True, stable=True)
     going, staying = ranked[:, : r // 2], ranked[:, r // 2 :].sort(dim=-1).values
@@ -111,6 +99,7 @@ def _both_ways(attraction: Tensor, a: Tensor, b: Tensor, first: Tensor, r: int) 
     slot_back = prefix + partner_back.gather(1, going_back)
     own = prefix + staying.shape[1] + torch.arange(staying_back.shape[1], device=b.device).expand(batch, -1)
     slot_of_b = torch.zeros_like(ranked_back).scatter(1, going_back, slot_back).scatter(1, staying_back, own)
-    kept = torch.cat([first.expand(batch, -1), a[staying], b[staying_back]], dim=1)
+    first = torch.arange(prefix, device=a.device).expand(batch, -1)
+    kept = torch.cat([first, a[staying], b[staying_back]], dim=1)
     source = torch.cat([a[going], b[going_back]], dim=1)
     return kept, source, torch.cat([slot_of_b.gather(1, partner.gather(1, going)), slot_back], dim=1)

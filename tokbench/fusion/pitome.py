@@ -23,7 +23,7 @@ class PiToMe(Method):
     paper = "Tran et al., Accelerating Transformers with Spectrum-Preserving Token Merging, NeurIPS 2024, 2405.16148"
 
     def limit(self, patches: int, prefix: int) -> int:
-        return patches // 2
+        return patches // 2  # what its sets allow: tokens go from A, every other one of the sorted list
 
     def plan(self, view: View, r: int) -> Assignment:
         unit = F.normalize(view.mean_keys()[:, view.prefix :], dim=-1)
