@@ -325,6 +325,9 @@ def check(
         Path | None, typer.Option(metavar="DIR", help="Run folder to make (default: a new one under results/).")
     ] = None,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the verdicts as JUnit XML, too.")] = None,
+    plugin: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A Python file with methods of your own. Repeatable.")
+    ] = None,
 ) -> None:
     """Compare a run with a baseline: accuracy image by image, FLOPs, tokens. Exits with 1 if anything moved.
 
@@ -334,6 +337,10 @@ def check(
 
     from tokbench.report.verdicts import require_writable, tell_github, write_junit
 
+    if plugin:
+        from tokbench.plugins import load_plugins
+
+        load_plugins(plugin)
     if junit:
         require_writable(junit)
     with _live_progress(Console(), out, continuable=False) as progress:
@@ -347,6 +354,34 @@ def check(
         write_junit(found, junit)
     tell_github(found)
     raise typer.Exit(0 if found.passed else 1)
+
+
+@app.command()
+def pick(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)],
+    max_drop: Annotated[float | None, typer.Option(metavar="POINTS", help="Most points of top-1 to lose.")] = None,
+    min_speedup: Annotated[
+        float | None, typer.Option(metavar="X", help="Least speed-up over the unreduced model.")
+    ] = None,
+    max_latency_ms: Annotated[float | None, typer.Option(metavar="MS", help="Most milliseconds.")] = None,
+    max_gflops: Annotated[float | None, typer.Option(metavar="G", help="Most 1e9 multiply-adds an image.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: a list with one decision per model.")] = False,
+) -> None:
+    """Name the best cell within limits, and the Python that applies it. Exits with 1 if nothing meets them.
+
+    Judged by the unfavorable end of 95 % intervals. With --max-drop the fastest wins, else the most accurate.
+    """
+    import json
+
+    from tokbench.report.pick import pick_cells
+
+    limits = dict(max_drop=max_drop, min_speedup=min_speedup, max_latency_ms=max_latency_ms, max_gflops=max_gflops)
+    picks = pick_cells(run, **limits)
+    if as_json:
+        print(json.dumps([found.to_dict() for found in picks], indent=2, ensure_ascii=False))
+    else:
+        print("\n\n".join(found.text() for found in picks))
+    raise typer.Exit(0 if all(found.best is not None for found in picks) else 1)
 
 
 @app.command("list")

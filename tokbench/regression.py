@@ -110,6 +110,11 @@ class _Cell:
         """Whether there is anything but a failure."""
         return any(kind in self.kinds for kind in _MEASURES)
 
+    @property
+    def calibrated(self) -> Any:
+        """Parameters that were measured on calibration images, None where there are none."""
+        return self.kinds["accuracy"].get("calibrated")
+
     def missing(self, kind: str) -> str:
         """Why a measurement is not there."""
         failure = self.kinds.get("failure")
@@ -357,6 +362,10 @@ def _judge_predictions(
 ) -> list[Verdict]:
     """Top-1 and flips of every cell that both runs have predictions of; gains go to `notes`."""
     compared = [(old, new) for old, new in pairs if "accuracy" in old.kinds and "accuracy" in new.kinds]
+    if chosen:  # parameters that are measured on a run's first images are others on a part of them
+        other = [(old, new) for old, new in compared if old.calibrated != new.calibrated]
+        notes += [f"{old.id}: predictions not compared, as it was calibrated on other images" for old, _ in other]
+        compared = [pair for pair in compared if pair not in other]
     answers = []
     for old, new in compared:
         seen, then = before.answers(old, chosen.get((before.path, old.model)))
