@@ -363,7 +363,9 @@ def pick(
     min_speedup: Annotated[
         float | None, typer.Option(metavar="X", help="Least speed-up over the unreduced model.")
     ] = None,
-    max_latency_ms: Annotated[float | None, typer.Option(metavar="MS", help="Most milliseconds.")] = None,
+    max_latency_ms: Annotated[
+        float | None, typer.Option(metavar="MS", help="Most milliseconds for one image, median.")
+    ] = None,
     max_gflops: Annotated[float | None, typer.Option(metavar="G", help="Most 1e9 multiply-adds an image.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: a list with one decision per model.")] = False,
 ) -> None:

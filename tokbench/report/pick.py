@@ -27,7 +27,7 @@ from tokbench.store import RunFolder
 LIMITS = {
     "max_drop": ("drop", "a drop of at most {:g} points of top-1"),
     "min_speedup": ("speedup", "a speed-up of at least {:g}×"),
-    "max_latency_ms": ("latency", "a latency of at most {:g} ms"),
+    "max_latency_ms": ("latency", "a median latency of at most {:g} ms"),
     "max_gflops": ("gflops", "at most {:g} GFLOPs an image"),
 }
 
@@ -46,7 +46,7 @@ class _Words:
 _WORDS = {
     "drop": _Words("accuracy", "a drop of {:.2f} points", "the most accurate", "less accurate"),
     "speedup": _Words("speed", "{:.2f}× the speed", "the fastest", "slower", "faster"),
-    "latency": _Words("latency", "{:.2f} ms"),
+    "latency": _Words("latency", "a median of {:.2f} ms"),
     "gflops": _Words("FLOPs", "{:.4g} GFLOPs", "the one with the fewest FLOPs", "more FLOPs", "cheaper"),
 }
 _FIELDS = (
