@@ -90,10 +90,18 @@ def test_on_a_terminal_the_table_grows_under_a_bar(tiny, tmp_path, monkeypatch):
     assert live.failures == 0
 
 
-def test_a_run_with_failed_cells_ends_with_3_and_names_them(tokbench_command, tiny, tmp_path):
-    code, out, err = tokbench_command("run", *QUICK[:-1], "keep:0.5@7", "--out", tmp_path / "run")
+def test_a_run_with_failed_cells_ends_with_3_and_names_them(tokbench_command, tiny, tmp_path, monkeypatch):
+    from tokbench import runner
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("busy")
+
+    monkeypatch.setattr(runner, "apply", refuse)
+    run = tmp_path / "run"
+    code, out, err = tokbench_command("run", *QUICK, "--out", run)
     assert (code, err) == (3, "")
-    assert "failed: bundled/tome/keep:0.5@7: schedule" in out
+    assert "failed: bundled/tome/8: RuntimeError: busy" in out
+    assert f"1 failed; tracebacks: {run / 'records.jsonl'}" in out
 
 
 def test_an_interrupted_run_says_what_is_kept(tokbench_command, tiny, tmp_path, monkeypatch):

@@ -471,3 +471,67 @@ def test_speed_warnings_name_what_makes_a_timing_worthless(monkeypatch):
     assert runner._wide([result, dataclasses.replace(result, speedup_low=1.49, speedup_high=1.51)]) == [
         "1 of 2 speed-ups are known to no better than ±5 % (as for tiny/tome/8): too few rounds for so noisy a machine"
     ]
+
+
+def test_logits_that_are_not_finite_are_counted_told_and_never_agree(source, tmp_path, monkeypatch):
+    from tokbench.report.tables import render_table
+
+    def poisoned(name, checkpoint, input_size):
+        model = tiny_model()
+        model.head.register_forward_hook(lambda m, i, out: out.index_fill(0, torch.tensor([0]), float("nan")))
+        return model
+
+    monkeypatch.setattr(runner, "load_model", poisoned)
+    listener = Listener()
+    table = runner.run(small_grid(only=("accuracy",)), tmp_path / "run", progress=listener)
+    records = RunFolder.open(tmp_path / "run").records()
+    assert [record["nonfinite"] for record in records] == [3, 3, 3]  # the first image of each batch
+    assert [record["correct"] for record in records] == [IMAGES - 3] * 3
+    assert records[1]["agreement"] == (IMAGES - 3) / IMAGES
+    assert sum("NaN or infinite logits for 3 of 24 images" in text for text in listener.warnings) == 3
+    assert list(table["nonfinite"]) == [3, 3, 3]
+    assert "tome 8: NaN or infinite logits for 3 images, which count as wrong." in render_table(table, "md")
+
+
+@pytest.fixture
+def small_memory(monkeypatch):
+    """Cells of that method have memory for so many images at a time."""
+
+    def limit(method: str, most: int) -> None:
+        make = runner._Bench._make
+
+        def limited(self, cell, base, identity):
+            runnable = make(self, cell, base, identity)
+            if cell.method.name == method:
+                runnable.model.register_forward_pre_hook(lambda m, inputs: guard(len(inputs[0])))
+            return runnable
+
+        def guard(images: int) -> None:
+            if images > most:
+                raise torch.OutOfMemoryError("out of memory")
+
+        monkeypatch.setattr(runner._Bench, "_make", limited)
+
+    return limit
+
+
+def test_out_of_memory_halves_the_batch_and_is_recorded(source, tmp_path, small_memory):
+    plain = runner.run(small_grid(), tmp_path / "plain")
+    small_memory("tome", 3)
+    table = runner.run(small_grid(), tmp_path / "run")
+    assert table["error"].isna().all()
+    assert list(table["top1"]) == list(plain["top1"])
+    sizes = {(r["kind"], r["method"]): r["batch_size"] for r in RunFolder.open(tmp_path / "run").records()[3:]}
+    # Accuracy is each cell's own; speed is compared, so all cells get the size that fits them all.
+    assert sizes == {
+        ("accuracy", "none"): 10, ("accuracy", "tome"): 3, ("accuracy", "random"): 10,
+        ("speed", "none"): 3, ("speed", "tome"): 3, ("speed", "random"): 3,
+    }  # fmt: skip
+
+
+def test_a_cell_without_memory_for_one_image_fails_alone(source, tmp_path, small_memory):
+    small_memory("tome", 0)
+    table = runner.run(small_grid(), tmp_path / "run")
+    assert list(table["cell"][table["error"].notna()]) == ["tiny/tome/8"]
+    assert table.set_index("cell").loc["tiny/tome/8", "error"] == "OutOfMemoryError: out of memory"
+    assert table.set_index("cell").loc["tiny/random/8", "throughput"] > 0

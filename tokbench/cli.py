@@ -111,6 +111,9 @@ def run(
     only: Annotated[
         str | None, typer.Option(metavar="MEASURES", help="Some of flops,accuracy,speed (default: all).")
     ] = None,
+    max_bad: Annotated[
+        float | None, typer.Option(metavar="PERCENT", help="Stop if more images cannot be decoded (default: 1).")
+    ] = None,
     workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that read images.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and stop.")] = False,
 ) -> None:
@@ -140,6 +143,7 @@ def run(
         limit=limit,
         only=only,
         workers=workers,
+        max_bad=max_bad,
     )
     if dry_run:
         print(chosen.describe())

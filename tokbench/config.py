@@ -126,7 +126,7 @@ class RunOptions:
 
     device: "auto", "cpu", "cuda", "cuda:1", "mps". dtype: "fp32", "bf16", "fp16". batch_size: images, or "auto".
     limit: images measured for accuracy, None for all. only: which of MEASURES. workers: processes that read images,
-    None to choose.
+    None to choose. max_bad: per cent of the images that may be skipped because they cannot be decoded.
     """
 
     device: str = "auto"
@@ -135,6 +135,7 @@ class RunOptions:
     limit: int | None = None
     only: tuple[str, ...] = MEASURES
     workers: int | None = None
+    max_bad: float = 1.0
 
     def __post_init__(self) -> None:
         _require_type("device", self.device, str)
@@ -150,6 +151,8 @@ class RunOptions:
             _require_positive("limit", self.limit)
         if self.workers is not None:
             _require_positive("workers", self.workers, least=0)
+        if isinstance(self.max_bad, bool) or not isinstance(self.max_bad, int | float) or not 0 <= self.max_bad <= 100:
+            raise UserError(f"max_bad must be a percentage from 0 to 100, not {self.max_bad!r}")
         asked = tuple(_strings("only", self.only))
         for word in asked:
             _require_word("only", word, MEASURES)

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_w
 
 from tokbench.bundled.clutter import CLASSES, Layout, compose, draw_layout, read_idx
 from tokbench.errors import UserError, nearest
+from tokbench.images import ImageError, Skipped, decode
 from tokbench.measure._model import resolve_input_size
 from tokbench.models import HubError
 
@@ -48,7 +49,7 @@ _PACKAGES = {
     "tfds": ("tensorflow_datasets", ("split", "root", "input_key", "target_key", "download")),
     "torch": ("torchvision", ("split", "root", "download")),
 }
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", ".jfif")
 _SPLIT_FOLDERS = ("validation", "val", "valid", "eval", "evaluation", "test")
 # How timm, torchvision and the packages behind them say what is wrong with a name, split, folder or column.
 _OPENING_ERRORS = (
@@ -63,27 +64,6 @@ _OPENING_ERRORS = (
 )
 _BUNDLED = Path(__file__).parent / "bundled"
 _logger = logging.getLogger(__name__)
-
-
-class ImageError(UserError):
-    """An image that cannot be decoded, named in one line, also when a DataLoader worker met it.
-
-    name: of the image; reason: why not. Both are "" when the exception comes from a worker.
-    """
-
-    def __init__(self, message: str, name: str = "", reason: str = ""):
-        # A worker's exception is made anew from the text of its traceback, which ends with the message.
-        super().__init__(message.strip().splitlines()[-1].rpartition(f"{type(self).__name__}: ")[2])
-        self.name, self.reason = name, reason
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """An image that no model saw: its place in the source, its name, and why."""
-
-    index: int
-    name: str
-    reason: str
 
 
 class Batch(NamedTuple):
@@ -149,8 +129,15 @@ class ImageSource(Dataset[tuple[Tensor, int]]):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self._images[int(self.indices[index])]
-        return self._prepare(image, label)
+        place = int(self.indices[index])
+        try:
+            image, label = self._images[place]
+            return self._prepare(image, label)
+        except ImageError:
+            raise
+        except Exception as error:  # whatever a data set's own reader stumbles over is about this image only
+            name, reason = f"{self.name}, number {place}", _one_line(error)
+            raise ImageError(f"image {name!r} cannot be read: {reason}", name, reason) from error
 
 
 class ImageStream(IterableDataset[tuple[Tensor, int]]):
@@ -329,19 +316,23 @@ class _Files:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         name, label = self.files[index]
-        try:
-            with Image.open(self.root / name) as image:
-                image.load()
-                return image, label
-        # SyntaxError is what Pillow raises for some broken PNG files
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ImageError(f"image {str(self.root / name)!r} cannot be decoded: {_one_line(error)}") from error
+        return decode(self.root / name, str(self.root / name)), label
 
 
 def _open_folder(folder: Path, model: nn.Module, limit: int | None) -> ImageSource:
-    root = _class_root(folder)
-    classes = _subfolders(root)
-    files = [(name, label) for label, c in enumerate(classes) for name in _image_files(root, root / c)]
+    try:
+        root = _class_root(folder)
+        classes = _subfolders(root)
+        found = [_files(root, root / name) for name in classes]
+    except OSError as error:
+        raise UserError(f"data folder {str(folder)!r} cannot be read: {_one_line(error)}") from error
+    names = [sorted(name for name in own if name.lower().endswith(_EXTENSIONS)) for own in found]
+    files = [(name, label) for label, own in enumerate(names) for name in own]
+    others = [repr(name) for own in found for name in own if not name.lower().endswith(_EXTENSIONS)]
+    empty = [repr(name) for name, own in zip(classes, names, strict=True) if not own]
+    for what, some in (("files are no images by their names", others), ("class folders have no images", empty)):
+        if files and some:
+            _logger.warning("%r: %d %s (%s)", str(root), len(some), what, _some(some))
     if not files:
         raise UserError(
             f"data folder {str(root)!r} has class folders ({_some(classes)}) but no images in them "
@@ -364,10 +355,11 @@ def _open_folder(folder: Path, model: nn.Module, limit: int | None) -> ImageSour
 
 
 def _size(path: Path) -> int:
+    """Bytes, −1 for a file that is not to be had: it is going to be skipped."""
     try:
         return path.stat().st_size
-    except OSError as error:
-        raise UserError(f"image {str(path)!r} cannot be read: {_one_line(error)}") from error
+    except OSError:
+        return -1
 
 
 def _class_root(folder: Path) -> Path:
@@ -412,10 +404,10 @@ def _subfolders(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
 
 
-def _image_files(root: Path, folder: Path) -> list[str]:
-    """Paths of the images in a folder and below, relative to root, sorted."""
-    found = (path for path in folder.rglob("*") if path.name.lower().endswith(_EXTENSIONS))
-    return sorted(path.relative_to(root).as_posix() for path in found if not path.name.startswith("."))
+def _files(root: Path, folder: Path) -> list[str]:
+    """Paths of the files in a folder and below, relative to root, without hidden ones."""
+    found = (path for path in folder.rglob("*") if not path.name.startswith(".") and not path.is_dir())
+    return [path.relative_to(root).as_posix() for path in found]
 
 
 # --- what timm opens
@@ -442,10 +434,11 @@ def _open_timm(kind: str, rest: str, model: nn.Module, limit: int | None) -> Ima
     split = spec.options.get("split", "validation")
     identity = (str(spec), split, *(classes or ()))
     if not isinstance(opened, IterableDataset):
-        _try_first(opened, spec)
+        images = _decoding(opened, str(spec))
+        _try_first(images, spec)
         chosen = _choose(len(opened), limit)
         print_ = _fingerprint(*identity, str(len(opened)), chosen)
-        return ImageSource(str(spec), opened, chosen, prepare, print_, classes, num_classes)
+        return ImageSource(str(spec), images, chosen, prepare, print_, classes, num_classes)
     length = _stream_length(opened, limit)
     if not length:
         raise UserError(f"data {str(spec)!r} does not tell how many images it has: say how many with --limit N.")
@@ -483,11 +476,42 @@ def _create(spec: _TimmSpec, mode: str, limit: int | None) -> Any:
         raise UserError(f"data {str(spec)!r} cannot be opened: {_one_line(error)}") from error
 
 
+@dataclass(frozen=True)
+class _Read:
+    """Images of a timm reader. timm's own data set answers with the next image for one that it cannot decode."""
+
+    name: str
+    reader: Any
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        file, label, *_ = self.reader[index]
+        return decode(file, f"{self.name}, number {index}"), -1 if label is None else label
+
+
+def _decoding(opened: Any, name: str) -> Images:
+    """A data set of timm's or torchvision's with our way to decode files, where it reads files."""
+    if hasattr(opened, "reader"):
+        return _Read(name, opened.reader)
+    if hasattr(opened, "loader"):
+        opened.loader = _load
+    images: Images = opened
+    return images
+
+
+def _load(path: str) -> Image.Image:
+    return decode(Path(path), path)
+
+
 def _try_first(images: Images, spec: _TimmSpec) -> None:
     """Read one image now, as a wrong column shows only then."""
     hint = "input_key and target_key name its columns" if spec.kind == "hfds" else "are its files complete?"
     try:
         _, label = images[0]
+    except ImageError:
+        return  # one image that cannot be decoded says nothing about the others
     except _OPENING_ERRORS as error:
         raise UserError(f"data {str(spec)!r}: its first image cannot be read ({_one_line(error)}); {hint}.") from error
     if not isinstance(label, int | np.integer):
@@ -543,7 +567,13 @@ def _choose(count: int, limit: int | None) -> np.ndarray:
 def _fingerprint(*parts: str | bytes | np.ndarray) -> str:
     digest = hashlib.sha256()
     for part in parts:
-        data = part.encode() if isinstance(part, str) else part if isinstance(part, bytes) else part.tobytes()
+        data = (
+            part.encode(errors="surrogateescape")
+            if isinstance(part, str)
+            else part
+            if isinstance(part, bytes)
+            else part.tobytes()
+        )
         digest.update(f"{len(data)}:".encode() + data)
     return digest.hexdigest()
 

@@ -13,8 +13,9 @@ import numpy as np
 from torch import Tensor
 
 from tokbench.config import Cell
-from tokbench.data import ImageSource, ImageStream, Skipped, load_batches
+from tokbench.data import ImageSource, ImageStream, load_batches
 from tokbench.errors import RunStopped, UserError, one_line
+from tokbench.images import Skipped
 from tokbench.measure.accuracy import Predictions, join
 from tokbench.schedules import parse_schedule
 from tokbench.store import RunFolder
@@ -191,6 +192,7 @@ class Reader:
     """The rest of a source in batches, from where `half` ends. Knows how far it is, and which images it skipped.
 
     expected: places of the images that an earlier session skipped in the whole source, None when there was none.
+    max_bad: per cent of the source that may be skipped.
     """
 
     def __init__(
@@ -200,9 +202,11 @@ class Reader:
         workers: int,
         half: HalfPass,
         expected: list[int] | None,
+        max_bad: float = 100.0,
     ) -> None:
         self.source, self.end, self.skipped = source, half.end, list(half.skipped)
         self._batch_size, self._workers, self._expected = batch_size, workers, expected
+        self._max_bad = max_bad
         self._told = len(self.skipped)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -212,6 +216,7 @@ class Reader:
                 self.end = batch.end
                 self.skipped += batch.skipped
                 self._require_same_skips()
+                self._require_few_skips()
                 if len(batch.labels):
                     yield batch.images, batch.labels
         except RunStopped:
@@ -223,6 +228,14 @@ class Reader:
         """What was skipped since this was last asked."""
         new, self._told = self.skipped[self._told :], len(self.skipped)
         return new
+
+    def _require_few_skips(self) -> None:
+        if len(self.skipped) > self._max_bad / 100 * len(self.source):
+            first = self.skipped[0]
+            raise RunStopped(
+                f"{len(self.skipped)} of the {len(self.source):,} images of {self.source.name} cannot be decoded, more "
+                f"than {self._max_bad:g} %: the first is {first.name!r} ({first.reason}). --max-bad allows more."
+            )
 
     def _require_same_skips(self) -> None:
         if self._expected is None:

@@ -378,7 +378,8 @@ class _Bench:
         """Show the images from where `half` ends to these cells, the unreduced model first, and record all answers."""
         reference = members[0]
         before = self._stored_answers(reference)
-        reader = Reader(source, self.batch_size, self._workers(source), half, self._stored_skips(reference))
+        skips = self._stored_skips(reference)
+        reader = Reader(source, self.batch_size, self._workers(source), half, skips, self.options.max_bad)
         batch_sizes = dict(half.batch_sizes)
         self._phase("accuracy", len(source))
         if half.end:
@@ -429,6 +430,11 @@ class _Bench:
         if reader.skipped:
             skips = {**self.folder.skipped(), label: [asdict(image) for image in reader.skipped]}
             self.folder.replace(SKIPPED, lambda file: file.write(json.dumps(skips, indent=1).encode() + b"\n"))
+            if first_time:
+                self.progress.warn(
+                    f"{len(reader.skipped)} of {len(source):,} images of {source.name} cannot be decoded, and no cell "
+                    f"of {label} saw them: {self.folder.path / SKIPPED} names them"
+                )
         for member in members:
             if member.cell.id not in results or not self._lacks(member.cell, "accuracy"):
                 continue
@@ -441,6 +447,11 @@ class _Bench:
                 skipped=len(reader.skipped),
                 batch_size=min(self.batch_size, batch_sizes.get(member.cell.id, self.batch_size)),
             )
+            if wrong := predictions.nonfinite():
+                self.progress.warn(
+                    f"{member.cell.id} gives NaN or infinite logits for {wrong:,} of {len(predictions.label):,} "
+                    "images; they count as wrong"
+                )
         if first_time and at_chance_level(baseline, source.num_classes):
             self.progress.warn(
                 f"{label} gets {baseline.top1():.1%} of {source.name} right, which is chance level: "

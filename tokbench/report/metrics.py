@@ -91,13 +91,14 @@ COLUMNS = (
     "speedup_high", "latency_ms", "latency_p95_ms", "efficiency", "efficiency_low", "efficiency_high", "free_speedup",
     "memory_mib", "top1", "top1_low", "top1_high", "top1_paired_low",
     "top1_paired_high", "top5", "drop", "drop_low", "drop_high", "mcnemar_p", "agreement", "images", "batch_size",
-    "input_size", "data", "data_fingerprint", "device", "machine", "dtype", "weights_sha256", "cell", "error",
+    "skipped", "nonfinite", "input_size", "data", "data_fingerprint", "device", "machine", "dtype", "weights_sha256",
+    "cell", "error",
 )  # fmt: skip
 _TEXT = frozenset({
     "run", "model", "method", "variant", "params", "schedule", "resolved", "input_size", "data",
     "data_fingerprint", "device", "machine", "dtype", "weights_sha256", "cell", "error",
 })  # fmt: skip
-_INTEGER = frozenset({"tokens_final", "images", "batch_size"})
+_INTEGER = frozenset({"tokens_final", "images", "batch_size", "skipped", "nonfinite"})
 
 
 def find_metric(name: str) -> Metric:

@@ -296,6 +296,9 @@ def _notes(df: pd.DataFrame) -> list[str]:
             "Front: the best top-1 for its FLOPs (or images/s): no other cell is as good in both and better in one; "
             "costs within 1 % are equal."
         )
+    for _, row in df[df["nonfinite"].fillna(0) > 0].iterrows():
+        what = f"{row['variant']} {row['schedule']}".rstrip()
+        notes.append(f"{what}: NaN or infinite logits for {row['nonfinite']:,} images, which count as wrong.")
     for _, row in df[df["error"].notna()].iterrows():
         notes.append(f"{row['variant']} {row['schedule']} failed: {row['error']}")
     return notes
