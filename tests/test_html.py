@@ -67,6 +67,12 @@ def test_without_accuracy_no_cost_is_claimed(run: Path, tmp_path: Path) -> None:
     assert "points" not in text and "cannot be told" not in text
 
 
+def test_with_flops_alone_the_savings_are_told_and_nothing_else(run: Path, tmp_path: Path) -> None:
+    text = said(only(run, tmp_path / "counted", lambda record: record["kind"] == "flops"))
+    assert "The reduced cells take 50 to 75 % of its FLOPs." in text
+    assert "Accuracy was not measured" in text and "Speed was not measured" in text and "front" not in text
+
+
 def test_one_cell_is_spoken_of_in_the_singular(run: Path, tmp_path: Path) -> None:
     one = only(run, tmp_path / "one", lambda record: record["schedule"] in ("", "constant:8"))
     text = said(one)

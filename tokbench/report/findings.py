@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from tokbench.report.metrics import comparable, find_metric, pareto_front
+from tokbench.report.metrics import METRICS, comparable, find_metric, pareto_front
 from tokbench.report.styles import short_schedule, variant_name
+from tokbench.report.tables import sensible_digits
 
 
 @dataclass
@@ -74,6 +75,8 @@ def _sentences(group: pd.DataFrame) -> list[str]:
     if cells.empty:
         return [*sentences, "Nothing but the unreduced model was measured, so there is nothing to compare."]
     sentences += _missing(group)
+    if measured["flops_ratio"].notna().any() and measured[["top1", "speedup"]].isna().all(axis=None):
+        sentences.append(_savings(measured))
     if measured["drop"].notna().any():
         sentences += _accuracy(measured)
     if measured["speedup"].notna().any():
@@ -89,7 +92,7 @@ def _unreduced(group: pd.DataFrame) -> str:
         return "The unreduced model was not measured, so no drop and no speed-up is known."
     row = base.iloc[0]
     values = [
-        f"{row['top1']:.1f} % top-1" if pd.notna(row["top1"]) else "",
+        f"{row['top1']:.{sensible_digits(METRICS['top1'], row['images'])}f} % top-1" if pd.notna(row["top1"]) else "",
         f"{row['gflops']:.3g} GFLOPs an image (multiply-adds)" if pd.notna(row["gflops"]) else "",
         f"{row['throughput']:,.0f} images/s" if pd.notna(row["throughput"]) else "",
     ]
@@ -100,10 +103,17 @@ def _unreduced(group: pd.DataFrame) -> str:
 def _missing(group: pd.DataFrame) -> list[str]:
     texts = []
     if group["top1"].isna().all():
-        texts.append("Accuracy was not measured: what any speed-up costs is unknown.")
+        texts.append("Accuracy was not measured: what the savings cost is unknown.")
     if group["throughput"].isna().all():
         texts.append("Speed was not measured: fewer FLOPs need not mean more images per second.")
     return texts
+
+
+def _savings(cells: pd.DataFrame) -> str:
+    shares = 100 * cells["flops_ratio"].dropna()
+    low, high = round(shares.min()), round(shares.max())
+    span = f"{low} %" if low == high else f"{low} to {high} %"
+    return f"The {_plural(len(shares), 'reduced cell')} {_plural(len(shares), 'takes', 'take')} {span} of its FLOPs."
 
 
 def _accuracy(cells: pd.DataFrame) -> list[str]:
@@ -228,7 +238,7 @@ def _points(row: pd.Series, value: float) -> str:
 
 
 def _number(row: pd.Series, value: float) -> str:
-    digits = 2 if pd.notna(row["images"]) and row["images"] >= 10_000 else 1
+    digits = sensible_digits(METRICS["drop"], row["images"])
     text = f"{value:.{digits}f}"
     return (text.removeprefix("-") if float(text) == 0 else text).replace("-", "−")
 
@@ -243,8 +253,8 @@ def _times(count: int) -> str:
     return {1: "once", 2: "twice"}.get(count, f"{count} times")
 
 
-def _plural(count: int, word: str) -> str:
-    return word if count == 1 else f"{word}s"
+def _plural(count: int, word: str, plural: str = "") -> str:
+    return word if count == 1 else plural or f"{word}s"
 
 
 def _list(words: Iterable[str]) -> str:
