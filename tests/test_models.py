@@ -189,9 +189,12 @@ def test_an_unknown_model_is_refused_with_close_matches(offline):
     assert not offline
 
 
-@pytest.mark.parametrize(("name", "kind"), [("resnet50", "ResNet"), ("beit_base_patch16_224", "Beit")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("resnet50", "ResNet"), ("beit_base_patch16_224", "Beit"), ("naflexvit_base_patch16_gap", "NaFlexVit")],
+)
 def test_a_model_that_is_no_plain_vit_is_refused_before_anything_is_downloaded(name, kind, offline):
-    assert f"model {name!r} is timm's {kind}, not a plain ViT" in complaint(name)
+    assert f"model {name!r}: {kind} is not a plain ViT" in complaint(name)
     assert not offline
 
 

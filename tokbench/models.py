@@ -257,11 +257,6 @@ def _require_positive(input_size: int) -> None:
 
 
 def _require_vit(model: Any, name: str, input_size: int | None) -> None:
-    if not isinstance(model, (VisionTransformer, Eva)):
-        raise UserError(
-            f"model {name!r} is timm's {type(model).__name__}, not a plain ViT; tokbench works with VisionTransformer, "
-            "VisionTransformerDistilled and Eva, such as 'deit_small_patch16_224' or 'vit_small_patch16_dinov3'."
-        )
     try:
         require_supported(model)
     except UnsupportedModelError as error:

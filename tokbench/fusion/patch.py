@@ -16,6 +16,7 @@ from timm.layers.attention_pool import AttentionPoolLatent
 from timm.layers.diff_attention import DiffAttention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva, EvaAttention
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import (
     DiffParallelScalingBlock,
     ParallelScalingBlock,
@@ -103,7 +104,10 @@ def require_supported(model: Any) -> None:
     kind = type(model)
     works = f"tokbench works with timm's {_either(REDUCED_MODELS)}"
     if ORIGINAL.get(kind, kind) not in REDUCED_MODELS:
-        raise UnsupportedModelError(f"{kind.__name__} is not a plain ViT; {works} (try 'deit_small_patch16_224')")
+        raise UnsupportedModelError(
+            f"{kind.__name__} is not a plain ViT{_why(model)}; {works} "
+            "(try 'deit_small_patch16_224' or 'vit_small_patch16_dinov3')"
+        )
     for number, block in enumerate(model.blocks):
         if ORIGINAL.get(type(block), type(block)) not in REDUCED_BLOCKS:
             raise UnsupportedModelError(
@@ -125,6 +129,8 @@ def require_supported(model: Any) -> None:
 
 
 def _why(part: nn.Module) -> str:
+    if isinstance(part, NaFlexVit):
+        return ", it is built to pack images of several sizes behind an attention mask, which fusion does not follow"
     if isinstance(part, (ParallelScalingBlock, DiffParallelScalingBlock)):
         return ", which has no place between attention and MLP: they run side by side"
     if isinstance(part, ParallelThingsBlock):
