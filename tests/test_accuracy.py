@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
+from scipy.stats import entropy
 from torch import Tensor, nn
 
 from tokbench.measure.accuracy import Predictions, evaluate, join
@@ -182,3 +184,36 @@ def test_a_gpu_gives_the_same_answers() -> None:
     assert np.allclose(here.label_probability, there.label_probability, rtol=1e-5, equal_nan=True)
     with pytest.raises(ValueError, match="out of range"):
         evaluate({"a": Table(torch.eye(3)).cuda()}, numbered([3]), device="cuda")
+
+
+def test_divergence_from_the_first_model_matches_scipy() -> None:
+    tables = {"none": random_logits(9, 6), "tome": random_logits(9, 6, seed=1)}
+    tables["tome"][4, 0] = float("nan")
+    results = evaluate({name: Table(table) for name, table in tables.items()}, numbered([0] * 9), device=CPU)
+    p, q = (softmax(table.double().numpy(), axis=1) for table in tables.values())
+    exact = entropy(p, q, axis=1)
+    assert results["none"].divergence == pytest.approx(np.zeros(9), abs=1e-6)
+    assert np.allclose(results["tome"].divergence, exact, rtol=1e-4, equal_nan=True)
+    assert np.isnan(results["tome"].divergence).sum() == 1
+    assert results["tome"].classifies and np.isnan(results["tome"].similarity).all()
+
+
+def test_a_model_without_a_classifier_is_compared_by_its_features() -> None:
+    tables = {"none": random_logits(9, 6), "tome": random_logits(9, 6, seed=1)}
+    tables["tome"][4, 0] = float("inf")
+    models = {name: Table(table) for name, table in tables.items()}
+    results = evaluate(models, numbered([-1] * 9), device=CPU, classifier=False)
+    a, b = (table.double().numpy() for table in tables.values())
+    with np.errstate(invalid="ignore"):
+        exact = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    assert np.allclose(results["tome"].similarity, exact, rtol=1e-4, equal_nan=True)
+    assert results["none"].similarity == pytest.approx(np.ones(9))
+    assert not results["tome"].classifies and results["tome"].nonfinite() == 1 and results["none"].nonfinite() == 0
+
+
+def test_archives_from_before_there_were_divergences_are_read(tmp_path: Path) -> None:
+    own = evaluate({"a": Table(random_logits(5, 4))}, numbered([0] * 5), device=CPU)["a"]
+    old = ("label", "predicted", "label_probability", "top5")
+    np.savez(tmp_path / "old.npz", **{name: getattr(own, name) for name in old})
+    read = Predictions.load(tmp_path / "old.npz")
+    assert np.array_equal(read.predicted, own.predicted) and np.isnan(read.divergence).all()

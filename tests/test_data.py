@@ -187,7 +187,6 @@ def test_a_model_without_configuration_gets_images_of_the_size_it_was_built_for(
         ("nowhere/at/all", "does not exist. Other data: bundled, hfds/…"),
         ("empty", "is empty"),
         ("classes", "no images in them"),
-        ("flat", "no class folders"),
         ("imagenet", "n01440764/ILSVRC2012_val_00000293.JPEG"),
         ("imagenet/val", "n01440764/ILSVRC2012_val_00000293.JPEG"),
         ("flat/0.png", "is a file"),
@@ -306,3 +305,12 @@ def test_a_stream_that_gives_nothing_or_less_than_promised_is_told(stream, caplo
 def test_a_stream_refuses_several_workers(stream):
     with pytest.raises(UserError, match="--workers 0 or 1"):
         list(DataLoader(stream(images=9, known=9, limit=None), num_workers=2))
+
+
+def test_images_without_class_folders_have_no_labels(tmp_path, caplog):
+    for number in range(3):
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    source = open_dataset(str(tmp_path), vit())
+    assert [source[index][1] for index in range(len(source))] == [-1, -1, -1]
+    assert source.classes is None
+    assert "without labels" in caplog.text

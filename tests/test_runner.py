@@ -18,6 +18,7 @@ from tokbench.fusion.core import METHODS, Method
 from tokbench.measure.accuracy import Predictions
 from tokbench.measure.environment import Disturbance
 from tokbench.progress import Progress
+from tokbench.report.plots import plot_pareto
 from tokbench.store import RunFolder
 
 IMAGES, CLASSES = 24, 3
@@ -409,7 +410,7 @@ def test_chance_level_when_one_class_or_no_label_is_there():
     one_class = Predictions(np.zeros(100, int), np.repeat([0, 1], [90, 10]), *rest)
     assert not runner.at_chance_level(one_class, 10)
     unlabelled = Predictions(np.full(100, -1), np.zeros(100, int), *rest)
-    assert runner.at_chance_level(unlabelled, 0)
+    assert not runner.at_chance_level(unlabelled, 0)
 
 
 def test_readers_of_images_follow_device_and_source(source, tmp_path):
@@ -535,3 +536,27 @@ def test_a_cell_without_memory_for_one_image_fails_alone(source, tmp_path, small
     assert list(table["cell"][table["error"].notna()]) == ["tiny/tome/8"]
     assert table.set_index("cell").loc["tiny/tome/8", "error"] == "OutOfMemoryError: out of memory"
     assert table.set_index("cell").loc["tiny/random/8", "throughput"] > 0
+
+
+def test_without_labels_cells_are_compared_with_the_unreduced_model(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(Source, "__getitem__", lambda self, i: (torch.rand(3, 32, 32), -1))
+    table = runner.run(small_grid(only=("flops", "accuracy")), tmp_path / "run").set_index("cell")
+    assert table["top1"].isna().all() and table["drop"].isna().all()
+    assert table.loc["tiny/none", ["agreement", "kl"]].tolist() == [100, 0]
+    assert table.loc["tiny/tome/8", "kl"] > 0 and table["agreement_low"].notna().all()
+    assert (tmp_path / "run" / "pareto.png").exists()
+
+
+def test_a_backbone_is_compared_by_its_features(source, tmp_path, monkeypatch):
+    def headless(name, checkpoint, input_size):
+        model = tiny_model()
+        model.reset_classifier(0)
+        return model
+
+    monkeypatch.setattr(runner, "load_model", headless)
+    table = runner.run(small_grid(only=("flops", "accuracy")), tmp_path / "run").set_index("cell")
+    assert table[["top1", "agreement", "kl"]].isna().all(axis=None)
+    assert table.loc["tiny/none", "similarity"] == pytest.approx(1)
+    assert 0 < table.loc["tiny/tome/8", "similarity"] < 1
+    with pytest.raises(UserError, match="similarity"):
+        plot_pareto(table.reset_index(), tmp_path / "top1.png", y="top1")

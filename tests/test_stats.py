@@ -175,3 +175,14 @@ def test_median_ratio_needs_pairs() -> None:
     for pair in ([[1.0], []], [[], []]):
         with pytest.raises(ValueError, match="as many numerators as denominators"):
             median_ratio_interval(*pair)
+
+
+def test_the_interval_of_a_mean_matches_scipy() -> None:
+    from scipy.stats import norm, sem
+
+    from tokbench.measure.stats import mean_interval
+
+    values = np.random.default_rng(0).exponential(size=200)
+    low, high = norm.interval(0.95, values.mean(), sem(values))
+    assert mean_interval([*values, np.nan, np.inf]) == pytest.approx((values.mean(), low, high))
+    assert mean_interval([2.0]) == (2.0, 2.0, 2.0)

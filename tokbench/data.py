@@ -33,7 +33,8 @@ from tokbench.models import HubError
 
 SPECS = """\
 bundled                 10,000 composites of Fashion-MNIST items in clutter, for the bundled model
-FOLDER                  a folder of class folders; wnid names (n01440764) are put into ImageNet order
+FOLDER                  a folder of class folders; wnid names (n01440764) are put into ImageNet order; one of images
+                        without class folders has no labels, which leaves agreement and KL divergence
 hfds/OWNER/NAME         a Hugging Face data set (package datasets); hfids/OWNER/NAME streams it
 wds/FOLDER              WebDataset shards (package webdataset), streamed
 tfds/NAME               a TensorFlow data set (package tensorflow-datasets), streamed
@@ -323,13 +324,13 @@ def _open_folder(folder: Path, model: nn.Module, limit: int | None) -> ImageSour
     try:
         root = _class_root(folder)
         classes = _subfolders(root)
-        found = [_files(root, root / name) for name in classes]
+        found = [_files(root, root / name) for name in classes or ["."]]
     except OSError as error:
         raise UserError(f"data folder {str(folder)!r} cannot be read: {_one_line(error)}") from error
     names = [sorted(name for name in own if name.lower().endswith(_EXTENSIONS)) for own in found]
-    files = [(name, label) for label, own in enumerate(names) for name in own]
+    files = [(name, label if classes else -1) for label, own in enumerate(names) for name in own]
     others = [repr(name) for own in found for name in own if not name.lower().endswith(_EXTENSIONS)]
-    empty = [repr(name) for name, own in zip(classes, names, strict=True) if not own]
+    empty = [repr(name) for name, own in zip(classes, names, strict=bool(classes)) if not own]
     for what, some in (("files are no images by their names", others), ("class folders have no images", empty)):
         if files and some:
             _logger.warning("%r: %d %s (%s)", str(root), len(some), what, _some(some))
@@ -338,7 +339,9 @@ def _open_folder(folder: Path, model: nn.Module, limit: int | None) -> ImageSour
             f"data folder {str(root)!r} has class folders ({_some(classes)}) but no images in them "
             f"({', '.join(_EXTENSIONS)})."
         )
-    labels = _model_labels(classes, model, f"data folder {str(root)!r}")
+    if not classes:
+        _logger.warning("%r has no class folders: its images go without labels, and without top-1", str(root))
+    labels = _model_labels(classes, model, f"data folder {str(root)!r}") if classes else None
     if labels == list(range(len(classes))) and classes != sorted(classes, key=natural_key):
         _logger.warning("class folders of %r are counted in alphabetical order, 10 before 2 and B before a", str(root))
     chosen = _choose(len(files), limit)
@@ -349,8 +352,8 @@ def _open_folder(folder: Path, model: nn.Module, limit: int | None) -> ImageSour
         chosen,
         _preparation(model, labels),
         _fingerprint("folder", "".join(sizes)),
-        classes,
-        len(classes),
+        classes or None,
+        len(classes) or _class_count(model),
     )
 
 
@@ -363,7 +366,10 @@ def _size(path: Path) -> int:
 
 
 def _class_root(folder: Path) -> Path:
-    """Where the class folders are: the folder itself, or its validation split. Raises UserError when nowhere."""
+    """Where the images are: the folder itself, with or without class folders, or its validation split.
+
+    Raises UserError when there are none.
+    """
     _require_folder(folder)
     subfolders = _subfolders(folder)
     only_splits = {"train", *_SPLIT_FOLDERS}.issuperset(subfolders)
@@ -382,10 +388,7 @@ def _class_root(folder: Path) -> Path:
             "devkit's archive)."
         )
     if images:
-        raise UserError(
-            f"data folder {str(folder)!r} has images but no class folders: move each image into a folder named by its "
-            "class."
-        )
+        return folder
     raise UserError(f"data folder {str(folder)!r} is empty: it should hold one folder of images for each class.")
 
 

@@ -23,7 +23,7 @@ from tokbench.store import RunFolder
 SAVE_SECONDS = 5.0
 # What predictions and speed may depend on, so that one run has one version of each.
 _VERSIONS = ("tokbench", "torch", "torchvision", "timm")
-_ANSWERS = ("predicted", "label_probability", "top5")
+_ANSWERS = ("predicted", "label_probability", "top5", "divergence", "similarity")
 
 
 def agreed_conditions(before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> dict[str, Any]:

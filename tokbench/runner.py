@@ -36,7 +36,7 @@ from tokbench.measure.accuracy import Predictions, evaluate, join
 from tokbench.measure.environment import Watch, describe_machine, git_state, package_versions
 from tokbench.measure.flops import FlopCount, count_flops
 from tokbench.measure.speed import SpeedResult, largest_batch, measure_latency, measure_memory, measure_speed
-from tokbench.measure.stats import mcnemar_p, median_ratio_interval, paired_drop, wilson
+from tokbench.measure.stats import mcnemar_p, mean_interval, median_ratio_interval, paired_drop, wilson
 from tokbench.models import load_model, weights_sha256
 from tokbench.plugins import LOADED
 from tokbench.progress import Progress
@@ -194,14 +194,15 @@ def _continued(folder: RunFolder, manifest: dict[str, Any]) -> RunFolder:
 
 
 def _draw(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """The Pareto plot of what was measured: none without accuracy, and without a cost to set it against."""
+    """The Pareto plot of what was measured: none without answers, and without a cost to set it against."""
     from tokbench.report.metrics import METRICS
     from tokbench.report.plots import plot_pareto
 
     costs = [name for name in ("gflops", "throughput") if table[METRICS[name].column].notna().any()]
-    if not costs or not table["top1"].notna().any():
+    gains = [name for name in ("top1", "agreement", "similarity") if table[METRICS[name].column].notna().any()]
+    if not costs or not gains:
         return []
-    return [plot_pareto(table, folder / "pareto.png", x=costs)]
+    return [plot_pareto(table, folder / "pareto.png", x=costs, y=gains[0])]
 
 
 @dataclass
@@ -406,6 +407,7 @@ class _Bench:
                     itertools.chain([first], batches),
                     device=self.device,
                     dtype=DTYPES[self.options.dtype],
+                    classifier=self.subject.model.num_classes > 0,
                     batch_sizes=batch_sizes,
                     on_batch=keep,
                     on_failure=lambda cell_id, error: self._drop(cell_id, "accuracy", error),
@@ -596,30 +598,34 @@ def _speed_limit(model: VisionTransformer, base: VisionTransformer) -> VisionTra
 
 
 def accuracy_fields(predictions: Predictions, baseline: Predictions) -> dict[str, Any]:
-    """The accuracy part of a record: counts, fractions and their intervals, against the unreduced model's."""
-    images = len(predictions.label)
-    right, right_before = predictions.correct, baseline.correct
-    low, high = wilson(int(right.sum()), images)
-    drop, drop_low, drop_high = paired_drop(right_before, right)
-    return {
-        "images": images,
-        "correct": int(right.sum()),
-        "correct5": int(predictions.top5.sum()),
-        "top1": predictions.top1(),
-        "top1_low": low,
-        "top1_high": high,
-        "top5": predictions.top5_accuracy(),
-        "drop": drop,
-        "drop_low": drop_low,
-        "drop_high": drop_high,
-        "mcnemar_p": mcnemar_p(right_before, right),
-        "agreement": float(np.mean((predictions.predicted == baseline.predicted) & (baseline.predicted >= 0))),
-        "nonfinite": predictions.nonfinite(),
-    }
+    """The accuracy part of a record: counts, fractions and their intervals, against the unreduced model's.
+
+    Without labels only what compares the two models; without a classifier only their features.
+    """
+    fields: dict[str, Any] = {"images": len(predictions.label), "nonfinite": predictions.nonfinite()}
+    if predictions.labeled and predictions.classifies:
+        right, right_before = predictions.correct, baseline.correct
+        correct5 = int(predictions.top5.sum())
+        fields |= {"correct": int(right.sum()), "correct5": correct5}
+        fields |= dict(zip(("top1_low", "top1_high"), wilson(int(right.sum()), len(right)), strict=True))
+        fields |= dict(zip(("top5_low", "top5_high"), wilson(correct5, len(right)), strict=True))
+        fields |= dict(zip(("drop", "drop_low", "drop_high"), paired_drop(right_before, right), strict=True))
+        fields |= {"top1": predictions.top1(), "top5": predictions.top5_accuracy()}
+        fields["mcnemar_p"] = mcnemar_p(right_before, right)
+    if predictions.classifies:
+        agree = (predictions.predicted == baseline.predicted) & (baseline.predicted >= 0)
+        fields["agreement"] = float(np.mean(agree))
+        fields |= dict(zip(("agreement_low", "agreement_high"), wilson(int(agree.sum()), len(agree)), strict=True))
+    for name, values in (("kl", predictions.divergence), ("similarity", predictions.similarity)):
+        if np.isfinite(values).any():
+            fields |= dict(zip((name, f"{name}_low", f"{name}_high"), mean_interval(values), strict=True))
+    return fields
 
 
 def at_chance_level(baseline: Predictions, num_classes: int) -> bool:
     """Whether a model knows the labels no better than guessing among the classes that are there would."""
+    if not (baseline.labeled and baseline.classifies):
+        return False
     present = len(np.unique(baseline.label[baseline.label >= 0]))
     chance = 1 / (present if present > 1 else max(num_classes, 2))
     low, _ = wilson(int(baseline.correct.sum()), len(baseline.label))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -23,12 +24,33 @@ class Predictions:
     `predicted` (n,) int64 is the class with the largest logit, −1 where the logits were not finite.
     `label_probability` (n,) float32 is the true class's softmax probability, NaN where either is missing.
     `top5` (n,) bool tells whether the true class is among the five most probable.
+    `divergence` (n,) float32 is the Kullback-Leibler divergence, in nats, of the answer from the unreduced model's:
+    Σ p log(p / q) over the classes, p the unreduced model's probabilities; NaN where either is not finite.
+    `similarity` (n,) float32 is the cosine of the pooled features to the unreduced model's, for models without a
+    classifier, of which nothing else is known; NaN for all others, and where either is not finite.
     """
 
     label: NDArray[np.int64]
     predicted: NDArray[np.int64]
     label_probability: NDArray[np.float32]
     top5: NDArray[np.bool_]
+    divergence: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    similarity: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+
+    def __post_init__(self) -> None:
+        for name in ("divergence", "similarity"):  # which archives of older versions lack
+            if len(getattr(self, name)) != len(self.label):
+                object.__setattr__(self, name, np.full(len(self.label), np.nan, np.float32))
+
+    @property
+    def classifies(self) -> bool:
+        """Whether there are classes at all: not for a model without a classifier."""
+        return bool((self.predicted >= 0).any())
+
+    @property
+    def labeled(self) -> bool:
+        """Whether any image has a true class."""
+        return bool((self.label >= 0).any())
 
     @property
     def correct(self) -> NDArray[np.bool_]:
@@ -45,28 +67,29 @@ class Predictions:
         return float(self.top5.mean())
 
     def nonfinite(self) -> int:
-        """How many images got logits that are not all finite."""
-        return int((self.predicted < 0).sum())
+        """How many images got logits, or features, that are not all finite."""
+        return int((self.predicted < 0).sum() if self.classifies else np.isnan(self.similarity).sum())
 
     def save(self, file: str | Path | BinaryIO) -> None:
         """Write as a compressed NumPy archive, to an open file or under exactly that name."""
         if isinstance(file, str | Path):
             with open(file, "wb") as opened:
                 return self.save(opened)
-        np.savez_compressed(file, **{field.name: getattr(self, field.name) for field in fields(self)})
+        np.savez_compressed(file, **{own.name: getattr(self, own.name) for own in fields(self)})
 
     @classmethod
     def load(cls, path: str | Path) -> Predictions:
         """Read what `save` wrote. Raises OSError or ValueError for other files, KeyError for other arrays."""
         with np.load(path, allow_pickle=False) as archive:
-            return cls(**{field.name: archive[field.name] for field in fields(cls)})
+            later = {"divergence", "similarity"}.difference(archive)
+            return cls(**{own.name: archive[own.name] for own in fields(cls) if own.name not in later})
 
 
 def join(parts: Iterable[Predictions]) -> Predictions:
     """Answers to images and to those that came after, as one."""
     parts = list(parts)
     return Predictions(
-        **{field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Predictions)}
+        **{own.name: np.concatenate([getattr(part, own.name) for part in parts]) for own in fields(Predictions)}
     )
 
 
@@ -76,6 +99,7 @@ def evaluate(
     *,
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
+    classifier: bool = True,
     batch_sizes: dict[str, int] | None = None,
     on_batch: Callable[[dict[str, Predictions]], None] | None = None,
     on_failure: Callable[[str, Exception], None] | None = None,
@@ -84,19 +108,20 @@ def evaluate(
 
     `batches` yields images (B, C, H, W), preprocessed, and class indices (B,), −1 for none. The models must
     be on `device` and take `dtype` already: images are moved there, models never. They run in eval mode, and
-    have their own modes back afterwards. `on_batch` is given what the models answered to each batch.
+    have their own modes back afterwards. The first model is the one that all are compared with; `classifier` False
+    says that what comes out are features and not logits. `on_batch` is given what the models answered to each batch.
     A model that runs out of memory gets half as many images at a time from there on; `batch_sizes` says, by name,
     how many each may get at most, and is kept up to date.
     A model that raises is reported to `on_failure`, left out from there on, and missing from the result;
     without `on_failure` the exception goes through. Raises ValueError when there are no images.
     """
-    running = dict(models)
+    running, reference = dict(models), next(iter(models), "")
     batch_sizes = {} if batch_sizes is None else batch_sizes
     parts: list[dict[str, Predictions]] = []
     with torch.inference_mode(), evaluation_mode(models.values()):
         for images, labels in batches:
             images = images.to(device, dtype, non_blocking=True)
-            parts.append(_answers(running, images, labels.long().cpu(), batch_sizes, on_failure))
+            parts.append(_answers(running, reference, images, labels.long().cpu(), classifier, batch_sizes, on_failure))
             if on_batch is not None:
                 on_batch(parts[-1])
     if not parts:
@@ -106,16 +131,23 @@ def evaluate(
 
 def _answers(
     running: dict[str, nn.Module],
+    reference: str,
     images: Tensor,
     labels: Tensor,
+    classifier: bool,
     batch_sizes: dict[str, int],
     on_failure: Callable[[str, Exception], None] | None,
 ) -> dict[str, Predictions]:
     """Every running model's answers to one batch; models that fail are taken out of `running`."""
     answers: dict[str, dict[str, Tensor]] = {}
+    compared: Tensor | None = None
     for name, model in list(running.items()):
         try:
-            answers[name] = _answer(name, model, images, labels, batch_sizes)
+            output = _output(name, model, images, batch_sizes)
+            if name == reference:
+                compared = output
+            answers[name] = _read_off(output, labels) if classifier else _without_classes(output, labels)
+            answers[name] |= _distance(output, compared, classifier)
         except Exception as error:
             if on_failure is None:
                 raise
@@ -128,29 +160,25 @@ def _answers(
     }
 
 
-def _answer(
-    name: str, model: nn.Module, images: Tensor, labels: Tensor, batch_sizes: dict[str, int]
-) -> dict[str, Tensor]:
-    """One model's answers to a batch, in as many pieces as its memory asks for."""
+def _output(name: str, model: nn.Module, images: Tensor, batch_sizes: dict[str, int]) -> Tensor:
+    """What a model makes of a batch, in as many pieces as its memory asks for: (B, D), float32 at least."""
     while True:
         size = min(batch_sizes.get(name, len(images)), len(images))
         try:
-            pieces = [
-                _read_off(model(some), known)
-                for some, known in zip(images.split(size), labels.split(size), strict=True)
-            ]
+            pieces = [model(some) for some in images.split(size)]
         except Exception as error:
             if not is_out_of_memory(error) or size == 1:
                 raise
             batch_sizes[name] = (size + 1) // 2
         else:
-            return {field: torch.cat([piece[field] for piece in pieces]) for field in pieces[0]}
+            output = torch.cat(pieces)
+            return output.to(torch.promote_types(output.dtype, torch.float32))
         # Only here: while the exception is being handled, its frames still hold what filled the memory.
         release_memory(images.device)
 
 
 def _read_off(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """The fields of Predictions but the label, (B,) each, from logits (B, classes), on the logits' device."""
+    """What Predictions says of one model's logits (B, classes) by themselves: (B,) each, on the logits' device."""
     batch, classes = logits.shape
     if batch != len(labels):
         raise ValueError(f"the model gave {batch} answers to {len(labels)} images")
@@ -158,7 +186,6 @@ def _read_off(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     if labels.max() >= classes:
         raise ValueError(f"label {int(labels.max())} is out of range: the model has {classes} classes")
     labels = labels.to(logits.device, non_blocking=True)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     finite = logits.isfinite().all(dim=1)
     predicted = logits.argmax(dim=1).where(finite, -1)
     probability = logits.softmax(dim=1).gather(1, labels.clamp_min(0)[:, None])[:, 0].float()
@@ -171,3 +198,20 @@ def _read_off(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         "label_probability": probability.where(known, float("nan")),
         "top5": top5 & known,
     }
+
+
+def _without_classes(features: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """`_read_off` for features (B, D): nothing is predicted."""
+    nothing = torch.full((len(labels),), -1, device=features.device)
+    return {"predicted": nothing, "label_probability": nothing * float("nan"), "top5": nothing > 0}
+
+
+def _distance(output: Tensor, compared: Tensor | None, classifier: bool) -> dict[str, Tensor]:
+    """How far logits or features (B, D) are from the unreduced model's, (B,) each."""
+    unknown = output.new_full((len(output),), float("nan"), dtype=torch.float32)
+    if compared is None:
+        return {"divergence": unknown, "similarity": unknown}
+    if not classifier:
+        return {"divergence": unknown, "similarity": F.cosine_similarity(output, compared, dim=1).float()}
+    log_p, log_q = compared.log_softmax(dim=1), output.log_softmax(dim=1)
+    return {"divergence": (log_p.exp() * (log_p - log_q)).sum(dim=1).float(), "similarity": unknown}

@@ -20,6 +20,15 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+def mean_interval(values: ArrayLike) -> tuple[float, float, float]:
+    """(mean, low, high) of the finite ones of `values` (n,), with a 95 % interval from their standard error."""
+    finite: NDArray[np.float64] = np.asarray(values, dtype=float)
+    finite = finite[np.isfinite(finite)]
+    mean = float(finite.mean())
+    reach = float(norm.ppf((1 + CONFIDENCE) / 2) * finite.std(ddof=1) / sqrt(finite.size)) if finite.size > 1 else 0.0
+    return mean, mean - reach, mean + reach
+
+
 def paired_drop(baseline_correct: ArrayLike, cell_correct: ArrayLike) -> tuple[float, float, float]:
     """(drop, low, high) in points: how much less often the cell is right than the baseline on its images.
 

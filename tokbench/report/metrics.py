@@ -54,9 +54,21 @@ METRICS: dict[str, Metric] = {
     # The bars of top-1 are the paired interval of the drop, laid around the cell's top-1: all cells saw the same
     # images, so the far wider interval of top-1 itself (columns top1_low, top1_high) would hide real differences.
     "top1": Metric("Top-1 accuracy (%)", "Top-1 %", "top1", "higher", 2, "top1_paired_low", "top1_paired_high"),
-    "top5": Metric("Top-5 accuracy (%)", "Top-5 %", "top5", "higher", 2),
+    "top5": Metric("Top-5 accuracy (%)", "Top-5 %", "top5", "higher", 2, "top5_low", "top5_high"),
     "drop": Metric("Top-1 drop (points)", "Drop (points)", "drop", "lower", 2, "drop_low", "drop_high"),
-    "agreement": Metric("Agreement with the unreduced model (%)", "Agree %", "agreement", "higher", 2),
+    "agreement": Metric(
+        "Agreement with the unreduced model (%)", "Agree %", "agreement", "higher", 2, "agreement_low", "agreement_high"
+    ),
+    "kl": Metric("KL divergence from the unreduced model (nats)", "KL nats", "kl", "lower", 4, "kl_low", "kl_high"),
+    "similarity": Metric(
+        "Cosine of features to the unreduced model's",
+        "Cosine",
+        "similarity",
+        "higher",
+        4,
+        "similarity_low",
+        "similarity_high",
+    ),
     "gflops": Metric("GFLOPs per image", "GFLOPs", "gflops", "lower", 3, tie=_TIE),
     "flops_ratio": Metric("FLOPs relative to the unreduced model", "FLOPs ratio", "flops_ratio", "lower", 2, tie=_TIE),
     "throughput": Metric(
@@ -86,13 +98,13 @@ COMPARABLE = ("model", "weights_sha256", "input_size", "data", "data_fingerprint
 PANEL = ("model", "weights_sha256", "input_size", "data", "data_fingerprint")
 
 COLUMNS = (
-    "run", "model", "method", "variant", "params", "schedule", "resolved", "is_baseline", "tokens_final",
-    "gflops", "flops_ratio", "throughput", "throughput_low", "throughput_high", "speedup", "speedup_low",
-    "speedup_high", "latency_ms", "latency_p95_ms", "efficiency", "efficiency_low", "efficiency_high", "free_speedup",
-    "memory_mib", "top1", "top1_low", "top1_high", "top1_paired_low",
-    "top1_paired_high", "top5", "drop", "drop_low", "drop_high", "mcnemar_p", "agreement", "images", "batch_size",
-    "skipped", "nonfinite", "input_size", "data", "data_fingerprint", "device", "machine", "dtype", "weights_sha256",
-    "cell", "error",
+    "run", "model", "method", "variant", "params", "schedule", "resolved", "is_baseline", "tokens_final", "gflops",
+    "flops_ratio", "throughput", "throughput_low", "throughput_high", "speedup", "speedup_low", "speedup_high",
+    "latency_ms", "latency_p95_ms", "efficiency", "efficiency_low", "efficiency_high", "free_speedup", "memory_mib",
+    "top1", "top1_low", "top1_high", "top1_paired_low", "top1_paired_high", "top5", "top5_low", "top5_high", "drop",
+    "drop_low", "drop_high", "mcnemar_p", "agreement", "agreement_low", "agreement_high", "kl", "kl_low", "kl_high",
+    "similarity", "similarity_low", "similarity_high", "images", "batch_size", "skipped", "nonfinite", "input_size",
+    "data", "data_fingerprint", "device", "machine", "dtype", "weights_sha256", "cell", "error",
 )  # fmt: skip
 _TEXT = frozenset({
     "run", "model", "method", "variant", "params", "schedule", "resolved", "input_size", "data",
@@ -327,7 +339,11 @@ _VALUES: dict[str, Callable[[Record], float | None]] = {
     "top1_paired_low": _around_top1("drop_high"),
     "top1_paired_high": _around_top1("drop_low"),
     "top5": _scaled("top5", 100),
+    "top5_low": _scaled("top5_low", 100),
+    "top5_high": _scaled("top5_high", 100),
     "agreement": _scaled("agreement", 100),
+    "agreement_low": _scaled("agreement_low", 100),
+    "agreement_high": _scaled("agreement_high", 100),
     "throughput_low": _throughput_bound(0),
     "throughput_high": _throughput_bound(1),
 }
