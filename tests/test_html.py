@@ -82,6 +82,11 @@ def test_one_cell_is_spoken_of_in_the_singular(run: Path, tmp_path: Path) -> Non
     assert "Nothing but the unreduced model was measured" in alone
 
 
+def test_cells_that_all_equal_the_unreduced_model_are_spoken_of_without_ambiguity(run: Path, tmp_path: Path) -> None:
+    same = only(run, tmp_path / "same", lambda record: True, drop=0.1, drop_low=-0.2, drop_high=0.4)
+    assert "None of the 4 reduced cells can be told from the unreduced model in top-1 (95 %" in said(same)
+
+
 def test_gains_and_slowdowns_are_called_so(run: Path, tmp_path: Path) -> None:
     slow = {
         "drop": -1.5,

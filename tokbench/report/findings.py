@@ -131,7 +131,10 @@ def _accuracy(cells: pd.DataFrame) -> list[str]:
         f"{_count(len(lost), count)} {'loses' if len(lost) == 1 else 'lose'} top-1" if len(lost) else "",
     ]
     total = f"Of {count} reduced {_plural(count, 'cell')}, " if count > 1 else "The one reduced cell: "
-    sentences = [f"{total}{_list([part for part in parts if part])} (95 % intervals, each cell for itself)."]
+    told = total + _list([part for part in parts if part])
+    if len(same) == count > 1:
+        told = f"None of the {count} reduced cells can be told from the unreduced model in top-1"
+    sentences = [f"{told} (95 % intervals, each cell for itself)."]
     as_good = pd.concat([same, gained])
     which = f"of the {len(as_good)} with no significant loss is" if len(as_good) > 1 else ""
     if len(as_good) and as_good["speedup"].notna().any():
