@@ -233,3 +233,23 @@ def test_model_names_are_vits_with_weights():
     assert not any(name.startswith(("resnet", "beit_", "swin")) for name in names)
     assert model_names("bund") == ["bundled"]
     assert set(model_names("deit_*tiny*")) == {name for name in model_names("deit_") if "tiny" in name}
+
+
+def test_weights_as_their_authors_publish_them_are_converted(tmp_path):
+    """DINOv2's own file: a mask token, and registers and class token apart from timm's order of names."""
+    name = "vit_small_patch14_reg4_dinov2"
+    model = timm.create_model(name, img_size=28)
+    state = model.state_dict()
+    published = {key: value for key, value in state.items() if key != "reg_token"}
+    published |= {"mask_token": torch.zeros(1, 384), "register_tokens": state["reg_token"]}
+    # Meta's positions begin with the class token's, which timm adds to the class token itself.
+    published["pos_embed"] = torch.cat([torch.zeros(1, 1, 384), state["pos_embed"]], dim=1)
+    torch.save(published, tmp_path / "meta.pth")
+    loaded = load_model(name, tmp_path / "meta.pth", input_size=28)
+    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+
+    published["blocks.0.odd"] = torch.zeros(1)
+    torch.save(published, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match="does not fit") as error:
+        load_model(name, tmp_path / "odd.pth", input_size=28)
+    assert "mask_token" in str(error.value)  # named as it stands in the file

@@ -560,3 +560,20 @@ def test_a_backbone_is_compared_by_its_features(source, tmp_path, monkeypatch):
     assert 0 < table.loc["tiny/tome/8", "similarity"] < 1
     with pytest.raises(UserError, match="similarity"):
         plot_pareto(table.reset_index(), tmp_path / "top1.png", y="top1")
+
+
+def test_compiled_models_are_timed_and_eager_ones_judged(source, tmp_path, monkeypatch):
+    compiled, judged = [], []
+    real = runner.evaluate
+    monkeypatch.setattr(runner, "compile_model", compiled.append)
+    monkeypatch.setattr(
+        runner, "evaluate", lambda *args, **kwargs: judged.append(len(compiled)) or real(*args, **kwargs)
+    )
+    grid = small_grid(MethodSpec("tome", ("8",)))
+    grid = dataclasses.replace(grid, options=dataclasses.replace(grid.options, compile=True))
+    runner.run(grid, tmp_path / "run")
+    assert judged == [0] and len(compiled) == 3  # the unreduced model, the cell and its speed limit
+    folder = RunFolder.open(tmp_path / "run")
+    assert [record["compiled"] for record in folder.records() if record["kind"] == "speed"] == [True, True]
+    with pytest.raises(UserError, match="compile was True and is False"):
+        runner.run(small_grid(MethodSpec("tome", ("8",)), MethodSpec("tofu", ("8",))), tmp_path / "run")

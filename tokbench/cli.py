@@ -104,6 +104,9 @@ def run(
     ] = None,
     dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="fp32, bf16 or fp16 (default: fp32).")] = None,
     batch_size: Annotated[str | None, typer.Option(metavar="N", help="Images, or 'auto' (default: auto).")] = None,
+    compile: Annotated[
+        bool | None, typer.Option("--compile", help="Time models compiled by torch.compile.", show_default=False)
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(metavar="N", help="Measure accuracy on N images (default: 1,000 bundled ones, else all)."),
@@ -140,6 +143,7 @@ def run(
         device=device,
         dtype=dtype,
         batch_size=batch_size,
+        compile=compile,
         limit=limit,
         only=only,
         workers=workers,

@@ -125,6 +125,7 @@ class RunOptions:
     """How to run a grid.
 
     device: "auto", "cpu", "cuda", "cuda:1", "mps". dtype: "fp32", "bf16", "fp16". batch_size: images, or "auto".
+    compile: time models that `torch.compile` compiled; accuracy is measured without.
     limit: images measured for accuracy, None for all. only: which of MEASURES. workers: processes that read images,
     None to choose. max_bad: per cent of the images that may be skipped because they cannot be decoded.
     """
@@ -132,6 +133,7 @@ class RunOptions:
     device: str = "auto"
     dtype: str = "fp32"
     batch_size: int | str = "auto"
+    compile: bool = False
     limit: int | None = None
     only: tuple[str, ...] = MEASURES
     workers: int | None = None
@@ -147,6 +149,7 @@ class RunOptions:
         _require_word("dtype", self.dtype, DTYPES)
         if self.batch_size != "auto":
             _require_positive("batch_size", self.batch_size, or_else=" or 'auto'")
+        _require_type("compile", self.compile, bool)
         if self.limit is not None:
             _require_positive("limit", self.limit)
         if self.workers is not None:

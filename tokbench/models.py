@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 import pickle
+import sys
 import textwrap
 from collections.abc import Mapping
 from functools import partial
@@ -80,8 +81,9 @@ def load_model(
 
     name: "bundled", a timm model name with or without tag, or timm's "hf-hub:OWNER/NAME" and "local-dir:FOLDER".
     checkpoint: a file of weights to load instead of timm's; .safetensors, or what `torch.save` wrote, plain or
-        wrapped as training scripts do (averaged weights are preferred, as in timm). The number of classes is the
-        file's; the input size is not guessed from it.
+        wrapped as training scripts do (averaged weights are preferred, as in timm), under timm's names or as the
+        model's authors published it, as far as timm can convert that. The number of classes is the file's; the input
+        size is not guessed from it.
     input_size: side of the square input in pixels; position embeddings of another size are then resampled.
         Default: the model's own.
 
@@ -106,6 +108,7 @@ def load_model(
         model = build(pretrained=True)
     else:
         model = build()
+        state = _with_timms_names(state, model)
         if input_size is not None:
             _resample_positions(state, model)
         _require_match(state, model, f"checkpoint {str(path)!r} does not fit model {name!r}")
@@ -267,6 +270,22 @@ def _require_vit(model: Any, name: str, input_size: int | None) -> None:
         below = input_size // patch * patch
         fits = f"{below} or {below + patch}" if below else f"{patch}"
         raise UserError(f"input_size {input_size} is no multiple of the {patch}-pixel patches of {name!r}; try {fits}.")
+
+
+def _with_timms_names(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Weights as the model's authors publish them (OpenAI's CLIP, Meta's DINOv2, …) under the names timm has for them.
+
+    The same weights where timm knows no such conversion, or where it does not lead to this model's names.
+    """
+    own = model.state_dict().keys()
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if state.keys() == own or convert is None:
+        return state
+    try:
+        converted: dict[str, Tensor] = convert(dict(state), model)
+    except (LookupError, RuntimeError, ValueError, TypeError, AttributeError):
+        return state  # none of the formats it knows: what does not fit is then named as it stands in the file
+    return converted if converted.keys() == own else state
 
 
 def _resample_positions(state: dict[str, Tensor], model: VisionTransformer | Eva) -> None:

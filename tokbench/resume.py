@@ -37,9 +37,9 @@ def agreed_conditions(before: Mapping[str, Any], now: Mapping[str, Any], what: s
         raise UserError(f"{what} was made by an older tokbench, and cannot be continued; --fresh begins a new run.")
     old, new = before["conditions"], now["conditions"]
     differences = [
-        f"{name.replace('_', ' ')} was {old[name]} and is {new[name]}"
-        for name in ("dtype", "device", "batch_size")
-        if old[name] != new[name]
+        f"{name.replace('_', ' ')} was {old.get(name)} and is {new[name]}"
+        for name in ("dtype", "device", "batch_size", "compile")
+        if old.get(name, False) != new[name]
     ]
     for part, names in (("machine", _hardware(new["device"])), ("packages", _VERSIONS)):
         was, is_ = before.get(part) or {}, now.get(part) or {}

@@ -33,6 +33,7 @@ from tokbench.fusion.core import METHODS, make_method
 from tokbench.fusion.patch import fork, remove, require_supported, tokens_per_block
 from tokbench.measure._model import is_out_of_memory, release_memory, resolve_input_size
 from tokbench.measure.accuracy import Predictions, evaluate, join
+from tokbench.measure.compiled import compile_model
 from tokbench.measure.environment import Watch, describe_machine, git_state, package_versions
 from tokbench.measure.flops import FlopCount, count_flops
 from tokbench.measure.speed import SpeedResult, largest_batch, measure_latency, measure_memory, measure_speed
@@ -171,6 +172,7 @@ def _manifest(
             "dtype": options.dtype,
             "device": device.type,
             "batch_size": size,
+            "compile": options.compile,
             "models": {subject.spec.label: subject.conditions() for subject in subjects},
         },
         "machine": describe_machine(device),
@@ -484,6 +486,9 @@ class _Bench:
         reference, size = self.running[0], self.batch_size
         if self.options.batch_size == "auto" and self.device.type == "cuda":
             size = largest_batch([runnable.model for runnable in self.running], input_size=self.subject.input_size)
+        if self.options.compile:
+            for model in (model for member in self.running for model in (member.model, member.limit) if model):
+                compile_model(model)
         timed: _Timed | None = None
         watch = Watch(self.device)
         while timed is None:
@@ -504,7 +509,7 @@ class _Bench:
         again = {} if reference in lacking else {"reference_seconds": timed.speed[reference.cell.id].rounds}
         for runnable in lacking:
             if runnable.cell.id in timed.speed:
-                fields = _speed_fields(runnable, timed, timed.speed[reference.cell.id])
+                fields = _speed_fields(runnable, timed, timed.speed[reference.cell.id], self.options.compile)
                 self._record(
                     runnable, "speed", **fields, **again, other_cpu=disturbance.other_cpu, gpu_state=disturbance.gpu
                 )
@@ -650,13 +655,14 @@ def _flops_fields(count: FlopCount, limit: FlopCount, unreduced: int) -> dict[st
     }
 
 
-def _speed_fields(runnable: _Runnable, timed: _Timed, reference: SpeedResult) -> dict[str, Any]:
+def _speed_fields(runnable: _Runnable, timed: _Timed, reference: SpeedResult, compiled: bool) -> dict[str, Any]:
     """The speed part of a record: every timing, and what follows from them."""
     result, latency = timed.speed[runnable.cell.id], timed.latency[runnable.cell.id]
     fields = {
         "batch_size": result.batch_size,
         "seconds": result.rounds,
         "iterations": result.iterations,
+        "compiled": compiled,
         "throughput": result.throughput,
         "speedup": result.speedup,
         "speedup_low": result.speedup_low,
