@@ -1,4 +1,4 @@
-"""A method of one's own: keep the tokens with the longest keys, and merge each other one into its nearest neighbor."""
+"""A method of one's own: keep the tokens with the longest keys, and merge each other one into the most similar."""
 
 from dataclasses import dataclass
 
@@ -26,8 +26,8 @@ class LongKeys(Method):
         stay, go = ranked[:, :-r].sort(dim=-1).values, ranked[:, -r:]
 
         # Where each token that goes ends up: the number of its output token, which come in the order of `kept`.
-        distance = torch.cdist(pick(keys, go), pick(keys, stay))
-        slot = view.prefix + distance.argmin(dim=-1)
+        similar = pick(keys, go) @ torch.nn.functional.normalize(pick(keys, stay), dim=-1).mT
+        slot = view.prefix + similar.argmax(dim=-1)
 
         prefix = torch.arange(view.prefix, device=stay.device).expand(len(stay), -1)
         weight = length**self.power if view.size is None else length**self.power * view.size

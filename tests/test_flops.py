@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import tokbench
+from tokbench.fusion.core import METHODS
 from tokbench.measure.flops import count_flops, einsum_flops
+from tokbench.report.published import PUBLISHED, Published
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +108,33 @@ def test_agrees_with_torch_counter(changes: dict[str, object]) -> None:
     # torch counts a multiply-add as two operations, and no norms.
     assert 2 * (counted.total - norms) == reference.get_total_flops()
     assert counted.unsupported == {}
+
+
+PRINTED = [row for row in PUBLISHED if "gflops" in row.values]
+SCHEDULES = ["constant:3", "keep:0.6@0,2", "ratio:0.8"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("method", [*METHODS, "mctf:precise", "mctf:off", "mstm:(1,)"])
+def test_every_method_agrees_with_torch_counter(method: str, schedule: str) -> None:
+    name, _, mode = method.partition(":")
+    params = {} if not mode else {"scales": (1,)} if name == "mstm" else {"one_step_ahead": mode}
+    model = tokbench.apply(small_vit().eval().requires_grad_(False), name, schedule, **params)
+    counted = count_flops(model)
+    with torch.no_grad(), FlopCounterMode(display=False) as reference:
+        model(torch.zeros(1, 3, *model.patch_embed.img_size))
+    assert counted.total != count_flops(small_vit()).total
+    assert 2 * (counted.total - counted.by_operator["layer_norm"]) == reference.get_total_flops()
+    assert counted.unsupported == {}
+
+
+@pytest.mark.parametrize("row", PRINTED, ids=lambda row: f"{row.models[1]} {row.method} {row.schedule}")
+def test_what_papers_printed_is_counted_to_the_digit(row: Published) -> None:
+    model = shapes_only(row.models[1])
+    if row.method != "none":
+        tokbench.apply(model, row.method, row.schedule)
+    printed = row.values["gflops"]
+    assert round(count_flops(model).total / 1e9, len(str(printed).partition(".")[2])) == printed
 
 
 def test_modules_add_up() -> None:
