@@ -6,8 +6,14 @@ import sys
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tokbench import cli
+
+# For tests/test_fuzz.py; `--hypothesis-profile long` chooses the other one.
+_CALM = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("short", max_examples=40, **_CALM)
+settings.register_profile("long", max_examples=1000, **_CALM)
 
 
 @pytest.fixture(autouse=True)

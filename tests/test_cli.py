@@ -157,6 +157,8 @@ def test_dry_run_names_the_cells_and_loads_nothing(tokbench_command, monkeypatch
         (["run", "--method", "tme"], ["'tme'", "'tome'"]),
         (["run", "--method", "tome:prop=1"], ["'prop'", "'prop_attn'"]),
         (["run", "--schedule", "constant:x"], ["'constant:x'", "'x'"]),
+        (["run", "--method", "tome", "--schedule", "list:" + "9" * 5000], ["whole number of tokens"]),
+        (["run", "--max-bad", "101"], ["max_bad", "0 to 100"]),
         (["run", "--schedule", "kep:0.7@3"], ["'kep'", "'keep'"]),
         (["run", "--model", "deit_smal_patch16_224"], ["'deit_smal_patch16_224'", "'deit_small_patch16_224"]),
         (["run", "--model", "resnet50"], ["'resnet50'"]),

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tokbench.errors import UserError
+from tokbench import store
+from tokbench.errors import RunStopped, UserError
 from tokbench.store import RunFolder, new_run_path
 
-RECORD = {"kind": "flops", "cell": "m/tome/constant:8", "flops": 5}
+RECORD = {"kind": "flops", "cell": "m/tome/8", "model": "m", "method": "tome", "schedule": "8", "flops": 5}
 
 
 @pytest.fixture
@@ -62,10 +68,90 @@ def test_a_broken_line_is_named_by_its_number(run: RunFolder) -> None:
         run.records()
 
 
-def test_records_of_another_schema_are_refused(run: RunFolder) -> None:
+def test_records_of_a_newer_schema_are_refused(run: RunFolder) -> None:
     run.append({**RECORD, "schema": 9})
-    with pytest.raises(UserError, match="schema 9"):
+    with pytest.raises(UserError, match="schema 9.* a newer tokbench wrote it; upgrade"):
         run.records()
+
+
+def test_records_of_an_older_schema_are_read(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.append(RECORD)
+    monkeypatch.setattr(store, "SCHEMA", 2)
+    assert RunFolder.open(run.path).records() == [{"schema": 1, **RECORD}]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("method", 3, "'method' must be text, not 3"),
+        ("top1", "0.5", "'top1' must be a number"),
+        ("images", 0.5, "'images' must be a whole number"),
+        ("seconds", [0.1, 0], "'seconds' must be a list of times above 0"),
+        ("tokens", "65", "'tokens' must be a list of numbers"),
+        ("params", [], "'params' must be an object"),
+    ],
+)
+def test_a_field_of_another_kind_is_named(run: RunFolder, field: str, value: object, message: str) -> None:
+    run.append({**RECORD, field: value})
+    with pytest.raises(UserError, match=f"line 1: {message}"):
+        run.records()
+
+
+@contextmanager
+def full_disk(more: int) -> Iterator[None]:
+    """Files may grow to so many bytes inside the block, as a disk allows that is nearly full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (more, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_stops_the_run_and_spoils_nothing(run: RunFolder) -> None:
+    run.append(RECORD)
+    run.replace("predictions/a.npz", lambda file: file.write(b"whole"))
+    with full_disk(200):
+        with pytest.raises(RunStopped, match="cannot write to the run folder .* File too large; what was measured"):
+            run.append({**RECORD, "note": "x" * 500})
+        with pytest.raises(RunStopped):
+            run.replace("predictions/a.npz", lambda file: file.write(b"x" * 500))
+    assert (run.path / "predictions" / "a.npz").read_bytes() == b"whole"
+    assert not list(run.path.rglob("*.tmp"))
+    assert (run.path / "records.jsonl").read_bytes().endswith(b"}\n") and len(run.records()) == 1
+    run.append(RECORD)
+    assert len(run.records()) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with (
+        pytest.raises(UserError, match="cannot write to the run folder .* Read-only") as caught,
+        RunFolder.held(tmp_path / "run"),
+    ):
+        pass
+    assert not isinstance(caught.value, RunStopped)
+
+
+def test_a_folder_removed_while_running_stays_removed(run: RunFolder) -> None:
+    run.append(RECORD)
+    shutil.rmtree(run.path)
+    with pytest.raises(RunStopped, match="was removed while running"):
+        run.append(RECORD)
+    with pytest.raises(RunStopped, match="was removed while running"):
+        run.replace("predictions/a.npz", lambda file: file.write(b"x"))
+    assert not run.path.exists()
+
+
+def test_no_name_leads_out_of_the_folder(run: RunFolder) -> None:
+    for name in ("../../x", "/etc/passwd", "..", "a/../../..", "\\..\\x", "C:x"):
+        for path in (run.prediction_path(name), run.path / run.partial_name(name, 1)):
+            assert run.path.resolve() in path.resolve().parents and ".." not in path.parts
 
 
 def test_a_run_never_overwrites_another(run: RunFolder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import signal
 import sys
@@ -37,6 +38,8 @@ Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.
 
 def main() -> NoReturn:
     """Run the command line and exit: 0 fine, 2 bad usage or input, 3 cells failed or the run stopped, 130 Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be any bytes
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(args=sys.argv[1:] or ["--help"], prog_name="tokbench", standalone_mode=False)
     except RunStopped as error:

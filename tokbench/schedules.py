@@ -83,6 +83,11 @@ def _is_number(text: str) -> bool:
         return False
 
 
+def _is_count(text: str) -> bool:
+    # No model has a billion tokens, and Python refuses to read thousands of digits.
+    return text.strip().isdecimal() and len(text.strip()) < 10
+
+
 def _wrong(text: str, part: str, why: str) -> ScheduleError:
     kind = text.partition(":")[0]
     example = GRAMMAR[kind if kind in GRAMMAR else "constant"][0]
@@ -90,7 +95,7 @@ def _wrong(text: str, part: str, why: str) -> ScheduleError:
 
 
 def _count(text: str, part: str) -> int:
-    if not part.strip().isdecimal():
+    if not _is_count(part):
         raise _wrong(text, part, "expected a whole number of tokens, 0 or more")
     return int(part)
 
@@ -124,7 +129,7 @@ def _parse_keep(text: str, rest: str) -> Schedule:
     if not at:
         raise _wrong(text, rest, "expected '@' and the blocks it acts in after the keep rate")
     for part in blocks.split(","):
-        if not part.strip().isdecimal():
+        if not _is_count(part):
             raise _wrong(text, part, "expected block numbers, counted from 0")
     numbers = tuple(int(part) for part in blocks.split(","))
     if len(set(numbers)) < len(numbers):

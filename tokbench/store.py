@@ -19,6 +19,7 @@ import json
 import os
 import re
 import socket
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -36,6 +37,19 @@ RECORDS = "records.jsonl"
 SKIPPED = "skipped.json"
 _LOCK, _OWNER = ".lock", ".owner.json"
 _TEMPORARY = ".tmp"
+# What readers of records rely on. A field that is not named here may hold anything.
+_IDENTITY = ("kind", "cell", "model", "method", "schedule")
+_TEXTS = frozenset({
+    *_IDENTITY, "resolved", "weights_sha256", "data", "data_fingerprint", "dtype", "device", "phase", "message",
+})  # fmt: skip
+_NUMBERS = frozenset({
+    "flops", "flops_ratio", "images", "correct", "correct5", "skipped", "nonfinite", "top1", "top1_low", "top1_high",
+    "top5", "drop", "drop_low", "drop_high", "mcnemar_p", "agreement", "batch_size", "iterations", "throughput",
+    "speedup", "speedup_low", "speedup_high", "latency_ms", "latency_p95_ms", "efficiency", "efficiency_low",
+    "efficiency_high", "free_speedup", "peak_memory_bytes",
+})  # fmt: skip
+_COUNTS = frozenset({"images", "correct", "correct5", "skipped", "nonfinite", "batch_size"})
+_COUNT_LISTS, _TIME_LISTS = frozenset({"input_size", "tokens"}), frozenset({"seconds", "free_seconds"})
 
 
 class RunFolder:
@@ -318,7 +332,39 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}.")
     _check_schema(record, where)
+    for name in _IDENTITY:
+        if name not in record:
+            raise UserError(f"{where}: a record without {name!r}.")
+    for name, value in record.items():
+        wanted = _violated(name, value)
+        if wanted:
+            raise UserError(f"{where}: {name!r} must be {wanted}, not {textwrap.shorten(ascii(value), 60)}.")
     return record
+
+
+def _violated(name: str, value: Any) -> str:
+    """What a field of a record should be and is not; "" where there is nothing to say."""
+    if name == "params" and not isinstance(value, dict):
+        return "an object"
+    if value is None and name not in _IDENTITY:
+        return ""
+    if name in _TEXTS and not isinstance(value, str):
+        return "text"
+    if name in _COUNTS and not (_is_number(value) and value == int(value) and 0 <= value < 2**63):
+        return "a whole number"
+    if name in _NUMBERS and not _is_number(value):
+        return "a number"
+    if name in _COUNT_LISTS | _TIME_LISTS and not (isinstance(value, list) and all(map(_is_number, value))):
+        return "a list of numbers"
+    if name in _COUNT_LISTS and not all(isinstance(item, int) and 0 <= item < 2**63 for item in value):
+        return "a list of whole numbers"
+    if name in _TIME_LISTS and not all(item > 0 for item in value):
+        return "a list of times above 0"
+    return ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _check_schema(holder: dict[str, Any], where: str | Path) -> None:

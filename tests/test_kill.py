@@ -1,0 +1,46 @@
+"""A real run on the bundled model, killed and interrupted: benchmarks/kill_and_resume.py in small."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_a_killed_run_comes_out_as_an_undisturbed_one():
+    words = ["--", "--device=cpu", "--limit=48", "--method=tome", "--schedule=13", "--only=flops,accuracy"]
+    script = [sys.executable, BENCHMARKS / "kill_and_resume.py", "--kills", "3", *words]
+    done = subprocess.run(script, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("kill ") == 3
+    assert "all figures equal the undisturbed run's" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("word", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_at_once_and_names_the_command_that_continues(tmp_path, word):
+    run = tmp_path / "a run"
+    words = ["run", "--method", "tome", "--schedule", "13", "--workers", "1", "--limit", "9999", "--out", str(run)]
+    command = [sys.executable, "-m", "tokbench", *words, "--device", "cpu", "--only", "flops,accuracy"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    while process.poll() is None and not (run / "records.jsonl").exists():
+        time.sleep(0.05)
+    time.sleep(2)
+    asked = time.monotonic()
+    process.send_signal(word)
+    _, err = process.communicate()
+    assert process.returncode == 130, err
+    assert time.monotonic() - asked < 10  # a second or two on an idle machine
+    (line,) = err.splitlines()
+    assert re.match(r"tokbench: interrupted; \d of 4 measurements are kept in .*; continue with: tokbench run ", line)
+    assert shlex.split(line.partition("continue with: tokbench ")[2])[: len(words)] == words
+    assert {path.name for path in run.iterdir()} <= {"manifest.json", "records.jsonl", "partial"}
