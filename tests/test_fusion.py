@@ -127,20 +127,33 @@ def test_a_large_r_leaves_a_patch_and_is_recorded(method):
     assert tokbench.tokens_per_block(model)[-1] >= 2
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def assert_alike(out, exact, dtype):
+    """Logits of half precision: finite, of that type, and each image's in the direction of the exact ones."""
+    assert out.dtype == dtype and out.isfinite().all()
+    assert torch.nn.functional.cosine_similarity(out.double().cpu(), exact.double().cpu(), dim=-1).min() > 0.999
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", METHODS)
-def test_half_precision_weights(method, dtype):
-    model = tiny(global_pool="avg").to(dtype)
-    out = tokbench.apply(model, method, 5)(images(model, dtype=dtype))
-    assert out.dtype == dtype and out.isfinite().all()
+def test_half_precision_weights(method, dtype, device):
+    model = tokbench.apply(tiny(global_pool="avg").to(device), method, 5)
+    x = images(model, device=device)
+    exact = model(x)
+    assert_alike(model.to(dtype)(x.to(dtype)), exact, dtype)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("method", METHODS)
-def test_autocast(method):
-    model = tokbench.apply(tiny(), method, 5)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = model(images(model))
-    assert out.dtype == torch.bfloat16 and out.isfinite().all()
+def test_autocast(method, device):
+    model = tokbench.apply(tiny().to(device), method, 5)
+    x = images(model, device=device)
+    exact = model(x)
+    with torch.autocast(device, torch.bfloat16):
+        assert_alike(model(x), exact, torch.bfloat16)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -211,6 +224,39 @@ def test_attention_pooling_sees_a_merged_token_as_its_members():
     features, where = model.forward_features(x), tokbench.token_map(model)
     unmerged = features.gather(1, where.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
     torch.testing.assert_close(model.pool(features), model.attn_pool(unmerged), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("pooling", ["avgmax", "max"])
+@pytest.mark.parametrize("prefix", [{}, {"class_token": False}, {"reg_tokens": 2}, {"pool_include_prefix": True}])
+def test_the_maximum_is_that_of_the_members(pooling, prefix):
+    model = tiny(global_pool=pooling, **prefix).double()
+    x = images(model, dtype=torch.float64)
+    tokbench.apply(model, "tome", 9, trace=True)
+    features, where = model.forward_features(x), tokbench.token_map(model)
+    members = where if prefix.get("pool_include_prefix") else where[:, model.num_prefix_tokens :]
+    for image, pooled in enumerate(model.pool(features)):
+        rows = torch.stack([features[image, slot] for slot in members[image]])
+        largest, mean = rows.max(0).values, rows.mean(0)
+        expected = largest if pooling == "max" else (largest + mean) / 2
+        torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [None, "size"])
+@pytest.mark.parametrize("combine", ["mean", "sum", "mlerp"])
+def test_merging_has_the_gradient_of_its_definition(combine, size):
+    """By finite differences, for the tokens and for the weights, be these the plan's own or the sizes."""
+    x = torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(2, 7, dtype=torch.float64).add(0.5).requires_grad_()
+    kept = torch.tensor([[0, 3, 1, 6], [6, 0, 2, 4]])
+    source, slot = torch.tensor([[2, 5], [1, 3]]), torch.tensor([[1, 1], [0, 3]])
+
+    def run(x, weight):
+        plan = Assignment(kept, source, slot, None if size else weight, combine)
+        return merge(x, plan, weight if size else None)
+
+    assert torch.autograd.gradcheck(run, (x, weight))
+    for grad in torch.autograd.grad(run(x, weight).square().sum(), (x, weight), allow_unused=True):
+        assert grad is not None and grad.abs().sum() > 0
 
 
 @settings(max_examples=40, deadline=None)

@@ -72,15 +72,20 @@ def test_every_operator_in_an_eva_is_counted(method):
     assert abs(tokbench.count_flops(model).total / whole.total - 0.7) < 0.02
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", METHODS)
-def test_an_eva_in_half_precision(method, dtype):
-    model = eva(global_pool="avg")
-    x = torch.rand(2, 3, 32, 32)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert tokbench.apply(model, method, 5)(x).isfinite().all()
-    out = model.to(dtype)(x.to(dtype))
-    assert out.dtype == dtype and out.isfinite().all()
+def test_an_eva_in_half_precision(method, dtype, device):
+    model = tokbench.apply(eva(global_pool="avg").to(device), method, 5)
+    x = torch.rand(2, 3, 32, 32, device=device)
+    exact = model(x).double()
+    with torch.autocast(device, torch.bfloat16):
+        outs = [model(x)]
+    outs.append(model.to(dtype)(x.to(dtype)))
+    assert outs[1].dtype == dtype
+    for out in outs:
+        assert out.isfinite().all()
+        assert torch.nn.functional.cosine_similarity(out.double(), exact, dim=-1).min() > 0.999
 
 
 @pytest.mark.parametrize("method", METHODS)

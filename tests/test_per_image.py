@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 from timm.models.eva import Eva, EvaBlockPostNorm
@@ -35,12 +36,18 @@ MODELS = [
 RUNS = {
     "tome": ("tome", "list:9,7,5", {}),
     "tofu": ("tofu", "list:9,7,5", {"prune_blocks": 1}),
-    "mctf": ("mctf", "list:9,7,5", {"bidirectional": False}),
-    "mctf precise": ("mctf", "list:9,7,5", {"bidirectional": False, "one_step_ahead": "precise"}),
-    "mctf off": ("mctf", "list:9,7,5", {"bidirectional": False, "one_step_ahead": "off"}),
+    "mctf": ("mctf", "list:9,7,5", {}),
+    "mctf precise": ("mctf", "list:9,7,5", {"one_step_ahead": "precise"}),
+    "mctf off": ("mctf", "list:9,7,5", {"one_step_ahead": "off"}),
+    "mctf one way": ("mctf", "list:9,7,5", {"bidirectional": False}),
+    "mctf one way, precise": ("mctf", "list:9,7,5", {"bidirectional": False, "one_step_ahead": "precise"}),
+    "mctf one way, off": ("mctf", "list:9,7,5", {"bidirectional": False, "one_step_ahead": "off"}),
     "mstm": ("mstm", "list:9,7,5", {}),
     "evit": ("evit", "list:9,7,5", {}),
+    "pitome": ("pitome", "list:9,7,5", {}),
+    "pitome early": ("pitome", "list:9,7", {}),  # its later blocks order tokens anew
     "topk": ("topk", "list:9,7,5", {}),
+    "random": ("random", "list:9,7,5", {"seed": 3}),
 }
 
 
@@ -63,8 +70,10 @@ def build(name: str):
 def test_a_method_is_what_its_definition_says(name, run):
     model, (method, schedule, params) = build(name), RUNS[run]
     images = torch.rand(2, 3, *model.patch_embed.img_size, dtype=torch.float64)
+    asked = [int(number) for number in schedule.removeprefix("list:").split(",")]
+    removals = asked + [0] * (len(model.blocks) - len(asked))
     with torch.inference_mode():
-        loops = [Loops(model, method, params, [9, 7, 5, 0])(image) for image in images]
+        loops = [Loops(model, method, params, removals)(image) for image in images]
         tokbench.apply(model, method, schedule, trace=True, **params)
         torch.testing.assert_close(model(images), torch.stack([logits for logits, _ in loops]), rtol=0, atol=1e-9)
     assert tokbench.token_map(model).tolist() == [where for _, where in loops]
@@ -88,6 +97,7 @@ class Loops:
         self.model, self.method, self.params, self.removals = model, method, params, removals
         self.prefix = model.num_prefix_tokens
         self.weighs_size = method in ("tome", "tofu", "mctf", "mstm")
+        self.tracks_size = self.weighs_size or method == "pitome"
 
     def __call__(self, image):
         model = self.model
@@ -215,14 +225,31 @@ class Loops:
     def patches(self):
         return range(self.prefix, len(self.x))
 
+    def sets(self):
+        return [[token for token in self.patches() if token % 2 == parity] for parity in (0, 1)]
+
     def pairs(self, score, r):
         """The r best proposals (source, target) from even to odd positions."""
-        even = [token for token in self.patches() if token % 2 == 0]
-        odd = [token for token in self.patches() if token % 2 == 1]
+        even, odd = self.sets()
         best = {a: max(odd, key=lambda b: score(a, b)) for a in even}
         going = sorted(even, key=lambda a: -score(a, best[a]))[:r]
         stay = [[token] for token in [*range(self.prefix), *(a for a in even if a not in going), *odd]]
         return stay, [(a, best[a]) for a in going]
+
+    def both_ways(self, score, r):
+        """Groups after r // 2 tokens went from even to odd and r − r // 2, with all that joined them, the other way."""
+        even, odd = self.sets()
+        best = {a: max(odd, key=lambda b: score(a, b)) for a in even}
+        going = sorted(even, key=lambda a: -score(a, best[a]))[: r // 2]
+        members = {token: [token] for token in range(len(self.x)) if token not in going}
+        for a in going:
+            members[best[a]].append(a)
+        left = [a for a in even if a not in going]
+        back = {b: max(left, key=lambda a: score(a, b)) for b in odd}
+        ranked = sorted(odd, key=lambda b: -score(back[b], b))
+        for b in ranked[: r - r // 2]:
+            members[back[b]] += members[b]
+        return [members[token] for token in [*range(self.prefix), *left, *ranked[r - r // 2 :]]]
 
     def join(self, groups, pairs):
         for source, target in pairs:
@@ -249,6 +276,8 @@ class Loops:
             return similar * (g[a] * g[b]).item() ** (1 / 20) * (h[a] * h[b]) ** (1 / 40)
 
         weights = [received[token].item() * size / max(self.size) for token, size in enumerate(self.size)]
+        if self.params.get("bidirectional", True):
+            return self.both_ways(attraction, r), weights
         return self.join(*self.pairs(attraction, r)), weights
 
     def mstm(self, r, keys, importance):
@@ -278,6 +307,26 @@ class Loops:
         kept = [[token] for token in [*range(self.prefix), *ranked[:-r]]]
         return [*kept, ranked[-r:]], importance.tolist()
 
+    def pitome(self, r, keys, importance):
+        margin, depth = 0.75 - 0.75 * self.number / len(self.model.blocks), len(self.model.blocks)
+        unit = keys / keys.norm(dim=-1, keepdim=True)
+        alike = (unit @ unit.T).tolist()
+        apart = [[one - margin for one in row[self.prefix :]] for row in alike[self.prefix :]]
+        energy = [sum(d if d > 0 else math.expm1(d) for d in row) / len(row) for row in apart]
+        ranked = sorted(self.patches(), key=lambda token: -energy[token - self.prefix])
+        early = self.number < math.ceil(depth / 2)
+        matched, rest = (ranked, []) if early else (ranked[: 2 * r], ranked[2 * r :])
+        a, b = matched[::2], matched[1::2]
+        best = {i: max(b, key=lambda j: alike[i][j]) for i in a}
+        a.sort(key=lambda i: -alike[i][best[i]])
+        groups = [[token] for token in [*range(self.prefix), *a[r:], *rest, *b]]
+        return self.join(groups, [(i, best[i]) for i in a[:r]]), self.size
+
+    def random(self, r, keys, importance):
+        """The draw is not for the definition to say, but records made with it are; all images have the same."""
+        drawn = np.random.RandomState([self.params["seed"], self.number]).permutation(len(self.patches()))
+        return [[token] for token in [*range(self.prefix), *sorted(self.prefix + drawn[r:])]], self.size
+
     def topk(self, r, keys, importance):
         ranked = sorted(self.patches(), key=lambda token: -importance[token].item())
         return [[token] for token in [*range(self.prefix), *ranked[:-r]]], self.size
@@ -305,7 +354,7 @@ class Loops:
                 rows.append(joined / sum(weights[token] for token in group))
         slot = {token: number for number, group in enumerate(groups) for token in group}
         self.where = [-1 if now == -1 else slot.get(now, -1) for now in self.where]
-        if self.weighs_size:
+        if self.tracks_size:
             self.size = [sum(self.size[token] for token in group) for group in groups]
         else:
             self.size = [self.size[group[0]] for group in groups]
