@@ -1,0 +1,139 @@
+"""Properties of every method's plans, and of what a whole model makes of them, for drawn shapes and schedules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.models.vision_transformer import VisionTransformer
+
+import tokbench
+from tokbench.fusion.core import METHODS, State, View, make_method, merge
+
+MODES = [(bidirectional, ahead) for bidirectional in (True, False) for ahead in ("approximate", "precise", "off")]
+EVERY = {name: (name, {}) for name in METHODS} | {
+    f"mctf {ahead}{'' if bidirectional else ', one way'}": (
+        "mctf",
+        {"bidirectional": bidirectional, "one_step_ahead": ahead},
+    )
+    for bidirectional, ahead in MODES
+}
+EVERY |= {"tofu prunes": ("tofu", {"prune_blocks": 4}), "tofu merges": ("tofu", {"prune_blocks": 0})}
+DROP = {"topk", "random", "free", "tofu prunes", "tofu"}  # ToFu where it prunes, as by default in its first blocks
+CONSERVE = [name for name, (method, _) in EVERY.items() if method in ("tome", "mctf", "mstm", "pitome")]
+PREFIXES = {
+    0: {"class_token": False, "global_pool": "avg"}, 1: {}, 2: {"reg_tokens": 1, "global_pool": "avg"},
+    3: {"reg_tokens": 2}, 4: {"class_token": False, "reg_tokens": 4, "global_pool": "avg"}, 5: {"reg_tokens": 4},
+}  # fmt: skip
+
+
+@st.composite
+def situations(draw, name):
+    """A method, a block's view of drawn tokens in which earlier blocks merged some, and how many are to go."""
+    method = make_method(EVERY[name][0], **EVERY[name][1])
+    prefix, rows, columns = draw(st.integers(0, 5)), draw(st.integers(2, 5)), draw(st.integers(2, 5))
+    merged = draw(st.integers(0, rows * columns - 2))
+    patches = rows * columns - merged
+    limit = min(method.limit(patches, prefix), patches - 1)
+    r = draw(st.integers(1, limit)) if limit > 0 else 0
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    tokens, kind = prefix + patches, {"dtype": torch.float64, "generator": generator}
+    where = torch.stack([torch.cat([  # every token owns a cell, the other cells are anyone's
+        torch.arange(tokens), torch.randint(prefix, tokens, (merged,), generator=generator)
+    ]) for _ in range(2)])  # fmt: skip
+    size = torch.stack([torch.bincount(row, minlength=tokens) for row in where]).double()
+    sized = method.tracks_size and merged > 0
+    view = View(
+        x=torch.randn(2, tokens, 6, **kind), prefix=prefix, patches=patches, block=draw(st.integers(1, 3)), depth=4,
+        queries=torch.randn(2, 3, tokens, 4, **kind), keys=torch.randn(2, 3, tokens, 4, **kind), scale=0.5,
+        has_class_token=prefix > 0 and draw(st.booleans()), grid=(rows, columns), size=size if sized else None,
+        log_size=size.log() if sized and method.proportional else None, token_map=where,
+    )  # fmt: skip
+    return method, view, r
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_plan_names_every_token_once_and_keeps_what_it_should(name):
+    @settings(max_examples=25, deadline=None, derandomize=True)
+    @given(situations(name))
+    def check(situation):
+        method, view, r = situation
+        if r == 0:
+            return
+        plan, tokens, prefix = method.plan(view, r), view.x.shape[1], view.prefix
+        size = view.size if view.size is not None else torch.ones(2, tokens, dtype=torch.float64)
+        weight = plan.weight if plan.weight is not None else size
+        merged, total = merge(view.x, plan, view.size), plan.total(size)
+        left = tokens - r + (EVERY[name][0] == "evit")
+        assert merged.shape == (2, left, 6) and torch.equal(merged[:, :prefix], view.x[:, :prefix])
+        prunes = name in DROP and plan.source is None
+        for image in range(2):
+            kept = plan.kept[image].tolist()
+            source = [] if plan.source is None else plan.source[image].tolist()
+            slot = [] if plan.slot is None else plan.slot[image].tolist()
+            assert kept[:prefix] == list(range(prefix)) and len(kept) == left and len(slot) == len(source)
+            assert len({*kept, *source}) == len(kept) + len(source)
+            assert all(prefix <= one < left for one in slot)
+            if prunes:
+                assert total[image].tolist() == size[image, kept].tolist()
+            else:
+                assert {*kept, *source} == set(range(tokens))
+                assert total[image].sum() == size[image].sum()
+            if name in CONSERVE:
+                assert plan.combine == "mean"
+                after, before = plan.total(weight)[image] @ merged[image], weight[image] @ view.x[image]
+                torch.testing.assert_close(after, before, rtol=0, atol=1e-10)
+
+    check()
+
+
+def vit(prefix: int) -> VisionTransformer:
+    model = VisionTransformer(
+        img_size=20, patch_size=4, embed_dim=12, depth=3, num_heads=3, num_classes=5, **PREFIXES[prefix]
+    ).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.double()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_model_is_the_composition_of_its_plans_for_each_image_alone(name):
+    models = {prefix: vit(prefix) for prefix in PREFIXES}
+
+    @settings(max_examples=15, deadline=None, derandomize=True)
+    @given(
+        st.sampled_from(list(PREFIXES)), st.lists(st.integers(0, 9), min_size=3, max_size=3),
+        st.permutations(range(3)), st.integers(1, 2), st.integers(0, 99),
+    )  # fmt: skip
+    def check(prefix, removals, order, cut, seed):
+        model, (method, params) = models[prefix], EVERY[name]
+        x = torch.randn(3, 3, 20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        tokbench.apply(model, method, f"list:{','.join(map(str, removals))}", trace=True, **params)
+        moves, advance = [], State.advance
+
+        def spy(state, plan, tokens, *rest):
+            moves.append(plan.target(tokens).tolist())
+            return advance(state, plan, tokens, *rest)
+
+        with pytest.MonkeyPatch.context() as patched, torch.inference_mode():
+            patched.setattr(State, "advance", spy)
+            out = model(x)
+        where, size = tokbench.token_map(model), model.fusion.state.size
+        left = tokbench.tokens_per_block(model)[-1]
+        composed = [list(range(25 + prefix)) for _ in range(3)]
+        for image, now in enumerate(composed):
+            for move in moves:
+                now[:] = [-1 if token == -1 else move[image][token] for token in now]
+        assert where.tolist() == composed
+        assert all({*row} - {-1} == set(range(left)) for row in composed)
+        if method in ("tome", "mctf", "mstm", "pitome") or name == "tofu merges":
+            assert all(-1 not in row for row in composed)
+            if size is not None:
+                assert torch.equal(size[:, prefix:].sum(1), torch.full((3,), 25.0, dtype=torch.float64))
+                assert size.tolist() == [[row.count(token) for token in range(left)] for row in composed]
+        with torch.inference_mode():
+            torch.testing.assert_close(model(x[list(order)]), out[list(order)], rtol=0, atol=1e-10)
+            torch.testing.assert_close(torch.cat([model(x[:cut]), model(x[cut:])]), out, rtol=0, atol=1e-10)
+
+    check()
