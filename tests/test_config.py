@@ -214,8 +214,8 @@ def test_schedules_that_mean_the_same_are_one_cell():
 
 
 def test_a_method_without_schedules_gets_some():
-    assert MethodSpec("tome").schedules
-    assert MethodSpec("somebody's own").schedules == DEFAULT_SCHEDULES
+    (_, own) = Grid(models=(ModelSpec("vit_base_patch16_224"),), methods=(MethodSpec("tome"),)).methods
+    assert own.schedules == DEFAULT_SCHEDULES
 
 
 def test_a_grid_needs_a_model():
@@ -267,3 +267,8 @@ def test_lists_in_a_method_flag_keep_their_commas():
     method = MethodSpec.from_text("mstm:scales=[2,4],scale_weight=0.25")
     assert method.params == {"scales": [2, 4], "scale_weight": 0.25}
     assert MethodSpec.from_text(str(method)) == method
+
+
+def test_a_method_without_schedules_runs_at_the_levels_of_the_default_grid():
+    (_, alone), (_, first, *_) = Grid.from_flags(methods=["tome"]).methods, Grid.default().methods
+    assert alone == first

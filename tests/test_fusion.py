@@ -419,6 +419,11 @@ def test_tofu_prunes_where_the_mlp_is_least_linear():
                     parts.append((f((stream[image, i] + stream[image, j]) / 2) - mean).norm() / mean.norm())
             errors.append(float(torch.stack(parts).mean()))
     tokbench.apply(model, "tofu", 5, prune_blocks="auto", images=x)
+    with_flops = tokbench.apply(tokbench.fork(model), "tofu", "flops:0.8", prune_blocks="auto", images=x)
+    shares = {
+        tokbench.count_flops(tokbench.apply(tokbench.fork(model), "tofu", 5, prune_blocks=n)).total for n in (0, 4)
+    }
+    assert len(with_flops.fusion.method.prune_blocks) == 2 and len(shares) == 1
     limit = sorted(errors)[1:3]
     expected = tuple(block for block, error in enumerate(errors) if error > sum(limit) / 2)
     assert model.fusion.method.prune_blocks == expected

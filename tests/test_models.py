@@ -248,6 +248,16 @@ def test_weights_as_their_authors_publish_them_are_converted(tmp_path):
     loaded = load_model(name, tmp_path / "meta.pth", input_size=28)
     assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
 
+    plain = load_model()
+    for resized in (
+        VisionTransformer(img_size=112, patch_size=8, in_chans=1, embed_dim=96, depth=12, num_heads=3, num_classes=10),
+        VisionTransformer(img_size=80, patch_size=4, in_chans=1, embed_dim=96, depth=12, num_heads=3, num_classes=10),
+    ):
+        assert resized.state_dict().keys() == plain.state_dict().keys()
+        torch.save(resized.state_dict() | {"mask_token": torch.zeros(1, 96)}, tmp_path / "resized.pth")
+        with pytest.raises(UserError, match="does not fit"):
+            load_model("bundled", tmp_path / "resized.pth")
+
     published["blocks.0.odd"] = torch.zeros(1)
     torch.save(published, tmp_path / "odd.pth")
     with pytest.raises(UserError, match="does not fit") as error:

@@ -300,7 +300,7 @@ def test_latency_is_of_single_images_in_turns(clock: Clock) -> None:
     assert timings["none"] == pytest.approx([0.02] * 30) and timings["tome"] == pytest.approx([0.01] * 30)
     assert {tuple(sorted(log[-60:][start : start + 2])) for start in range(0, 60, 2)} == {("none", "tome")}
     assert models["tome"].images[-1].shape == (1, *SIZE)  # type: ignore[index,union-attr]
-    assert len(speed.measure_latency(models, input_size=SIZE, rounds=30, seconds=0.1)["none"]) == 20
+    assert len(speed.measure_latency(models, input_size=SIZE, rounds=30, seconds=0.1)["none"]) == speed.FEWEST_ROUNDS
 
 
 def test_the_largest_batch_is_one_that_every_model_has_memory_for() -> None:
@@ -393,3 +393,12 @@ def test_git_state_is_of_the_checkout_that_runs(tmp_path: Path) -> None:
     assert state is not None and len(state["commit"]) == 40 and not state["modified"]
     (tmp_path / "file").write_text("2")
     assert environment.git_state(tmp_path) == {**state, "modified": True}
+
+
+def test_a_machine_that_gets_busy_does_not_keep_one_waiting(clock: Clock) -> None:
+    # Ten times as slow from the first round on as the warm-up promised.
+    models: dict[str, nn.Module] = {
+        name: Ticking(clock, lambda: 0.1 if clock.now < 2 else 1.0, [], name) for name in ("none", "tome")
+    }
+    results = measure_speed(models, batch_size=1, input_size=SIZE, rounds=40, seconds=8)
+    assert speed.FEWEST_ROUNDS <= len(results[0].rounds) == len(results[1].rounds) < 20

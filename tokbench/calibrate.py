@@ -25,6 +25,11 @@ def wants_images(method: Method) -> bool:
     return isinstance(method, ToFu) and method.prune_blocks == AUTO
 
 
+def countable(method: Method) -> Method:
+    """A method with the FLOPs of `method`, whatever images will say: neither merging nor pruning counts any."""
+    return dataclasses.replace(cast(ToFu, method), prune_blocks=None) if wants_images(method) else method
+
+
 def calibrate(model: VisionTransformer, method: Method, schedule: Schedule, images: Tensor | None) -> Method:
     """The method with its measured parameters filled in; the method itself when it has none.
 

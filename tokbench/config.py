@@ -57,7 +57,10 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A method with its parameters and the schedules to run it at (as written by the user)."""
+    """A method with its parameters and the schedules to run it at, as written by the user.
+
+    Without schedules, a grid gives it equal shares of the FLOPs.
+    """
 
     name: str
     schedules: tuple[str, ...] = ()
@@ -69,7 +72,7 @@ class MethodSpec:
             if self.schedules or self.params:
                 raise UserError("method 'none' is the unreduced model: it takes no schedules and no parameters")
             return
-        schedules = tuple(_strings(f"{self.name}: schedules", self.schedules)) or DEFAULT_SCHEDULES
+        schedules = tuple(_strings(f"{self.name}: schedules", self.schedules))
         object.__setattr__(self, "schedules", schedules)
         object.__setattr__(self, "params", dict(sorted(self.params.items())))
         for text in schedules:
@@ -133,11 +136,11 @@ class RunOptions:
     device: str = "auto"
     dtype: str = "fp32"
     batch_size: int | str = "auto"
-    compile: bool = False
     limit: int | None = None
     only: tuple[str, ...] = MEASURES
     workers: int | None = None
     max_bad: float = 1.0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         _require_type("device", self.device, str)
@@ -182,7 +185,10 @@ class Grid:
             if model.label in seen:
                 raise UserError(f"two models are called '{model.label}'; give one a `label` of its own")
             seen.add(model.label)
-        methods = tuple(method for method in self.methods if method.name != "none")
+        shares = BUNDLED_SCHEDULES if self.models == (ModelSpec(),) else DEFAULT_SCHEDULES
+        methods = tuple(
+            replace(method, schedules=method.schedules or shares) for method in self.methods if method.name != "none"
+        )
         for method in methods:
             method.check()
         object.__setattr__(self, "methods", (MethodSpec("none"), *methods))
@@ -190,7 +196,7 @@ class Grid:
     @classmethod
     def default(cls) -> Grid:
         """What `tokbench run` does without arguments: the bundled model on 1,000 of its images."""
-        return cls(methods=_default_methods((ModelSpec(),)), options=RunOptions(limit=DEFAULT_LIMIT))
+        return cls(methods=_every_method(), options=RunOptions(limit=DEFAULT_LIMIT))
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Grid:
@@ -233,7 +239,7 @@ class Grid:
         chosen = tuple(models) or (ModelSpec(),)
         return cls(
             models=chosen,
-            methods=tuple(methods) or _default_methods(chosen),
+            methods=tuple(methods) or _every_method(),
             data=table.get("data", "bundled"),
             options=RunOptions(**options),
         )
@@ -264,7 +270,7 @@ class Grid:
         if models:
             grid = replace(grid, models=tuple(ModelSpec(name, checkpoint) for name in models))
             if base is None:
-                grid = replace(grid, methods=_default_methods(grid.models))
+                grid = replace(grid, methods=_every_method())
         if methods:
             grid = replace(grid, methods=tuple(MethodSpec.from_text(text, schedules) for text in methods))
         elif schedules:
@@ -315,10 +321,8 @@ class Grid:
             ) from error
 
 
-def _default_methods(models: tuple[ModelSpec, ...]) -> tuple[MethodSpec, ...]:
-    """Every method at equal shares of the FLOPs: where the curves bend for the bundled model, three for any other."""
-    schedules = BUNDLED_SCHEDULES if models == (ModelSpec(),) else DEFAULT_SCHEDULES
-    return tuple(MethodSpec(name, schedules) for name in DEFAULT_METHODS)
+def _every_method() -> tuple[MethodSpec, ...]:
+    return tuple(MethodSpec(name) for name in DEFAULT_METHODS)
 
 
 def _read_options(flags: dict[str, Any]) -> dict[str, Any]:
@@ -364,7 +368,7 @@ def _write_value(value: Any) -> str:
 
 
 def _require_type(what: str, value: object, kind: type) -> None:
-    words = {str: "text", int: "a whole number", dict: "a table"}
+    words = {str: "text", int: "a whole number", dict: "a table", bool: "true or false"}
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{what} must be {words[kind]}, not {value!r}")
 

@@ -108,7 +108,7 @@ def load_model(
         model = build(pretrained=True)
     else:
         model = build()
-        state = _with_timms_names(state, model)
+        state = _with_timms_names(state, model, any_size=input_size is not None)
         if input_size is not None:
             _resample_positions(state, model)
         _require_match(state, model, f"checkpoint {str(path)!r} does not fit model {name!r}")
@@ -272,10 +272,12 @@ def _require_vit(model: Any, name: str, input_size: int | None) -> None:
         raise UserError(f"input_size {input_size} is no multiple of the {patch}-pixel patches of {name!r}; try {fits}.")
 
 
-def _with_timms_names(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+def _with_timms_names(state: dict[str, Tensor], model: Any, any_size: bool) -> dict[str, Tensor]:
     """Weights as the model's authors publish them (OpenAI's CLIP, Meta's DINOv2, …) under the names timm has for them.
 
-    The same weights where timm knows no such conversion, or where it does not lead to this model's names.
+    The same weights where timm knows no such conversion, or where it does not lead to this model's names. timm would
+    also resample patches, and positions, of another size: that is a model nobody trained, and only done to positions,
+    and only if the caller asked for a size of image (`any_size`).
     """
     own = model.state_dict().keys()
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
@@ -285,7 +287,17 @@ def _with_timms_names(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]
         converted: dict[str, Tensor] = convert(dict(state), model)
     except (LookupError, RuntimeError, ValueError, TypeError, AttributeError):
         return state  # none of the formats it knows: what does not fit is then named as it stands in the file
-    return converted if converted.keys() == own else state
+    fits = converted.keys() == own and _was_there(state, converted["patch_embed.proj.weight"], 0)
+    if fits and not any_size and "pos_embed" in converted:
+        # Some formats hold the positions of prefix tokens as well.
+        fits = _was_there(state, converted["pos_embed"], model.num_prefix_tokens)
+    return converted if fits else state
+
+
+def _was_there(state: Mapping[str, Tensor], tensor: Tensor, more_rows: int) -> bool:
+    """Whether some weight in the file has as many numbers, or those of up to so many more rows."""
+    sizes = {tensor.numel() + rows * tensor.shape[-1] for rows in range(more_rows + 1)}
+    return any(value.numel() in sizes for value in state.values())
 
 
 def _resample_positions(state: dict[str, Tensor], model: VisionTransformer | Eva) -> None:

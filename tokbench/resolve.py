@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import tokbench.fusion  # noqa: F401  (registers the methods)
-from tokbench.calibrate import calibrate
+from tokbench.calibrate import calibrate, countable
 from tokbench.errors import UserError
 from tokbench.fusion.blocks import Fusion
 from tokbench.fusion.core import METHODS, Method, make_method
@@ -56,7 +56,7 @@ def apply(
             raise UserError(f"method 'none' has no parameter '{next(iter(params))}'")
         return remove(model)
     made = make_method(method, **params)
-    resolved = resolve_schedule(model, made, parsed)
+    resolved = resolve_schedule(model, countable(made), parsed)
     return insert(model, calibrate(model, made, resolved, images), resolved, trace=trace)
 
 

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # A budget for all rounds together; slow cells exceed it, because each makes five rounds at least.
-SPEED_SECONDS_PER_CELL = 2.0
+SPEED_SECONDS_PER_CELL = 1.0
 
 
 def run(

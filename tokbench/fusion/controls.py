@@ -66,9 +66,9 @@ class Free(Method):
     place: Literal["start", "middle", "end"] = "middle"
 
     @staticmethod
-    def check_place(value: object, default: object) -> bool:
-        """Whether a value is a place in the block."""
-        return value in ("start", "middle", "end")
+    def check_place(value: object, default: object) -> str:
+        """What a value must be, "" if it is that."""
+        return "" if value in ("start", "middle", "end") else "start, middle or end"
 
     def plan(self, view: View, r: int) -> Assignment:
         stay = torch.arange(view.prefix + view.patches - r, device=view.x.device)

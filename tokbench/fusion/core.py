@@ -230,17 +230,19 @@ def make_method(name: str, **params: Any) -> Method:
             has = ", ".join(f"{k}={v!r}" for k, v in fields.items()) or "none"
             raise UserError(f"method '{name}' has no parameter '{key}'; it has: {has}.{nearest(key, fields)}")
         check = getattr(METHODS[name], "check_" + key, _same_type)
-        if not check(value, fields[key]):
-            raise UserError(f"method '{name}': {key}={value!r} cannot be; its default is {fields[key]!r}")
+        if expected := check(value, fields[key]):
+            raise UserError(f"method '{name}': {key}={value!r} cannot be; {key} is {expected}")
     return METHODS[name](**params)
 
 
-def _same_type(value: Any, default: Any) -> bool:
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(value, bool) and isinstance(default, bool)
+def _same_type(value: Any, default: Any) -> str:
+    """What a value must be, "" if it is that: of the default's type."""
     if isinstance(default, float):
-        return isinstance(value, (int, float)) and math.isfinite(value)
-    return isinstance(value, type(default))
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return "" if number else "a number"
+    if isinstance(value, type(default)) and isinstance(value, bool) == isinstance(default, bool):
+        return ""
+    return {bool: "true or false", int: "a whole number", str: "a word"}.get(type(default), f"like {default!r}")
 
 
 def reduce_attention(attention: Tensor, plan: Assignment, size: Tensor | None) -> Tensor:

@@ -35,16 +35,18 @@ class MCTF(Method):
     one_step_ahead: str = "approximate"
 
     @staticmethod
-    def check_tau_sim(value: object, default: object) -> bool:
-        """Whether a value is a temperature: a number above 0."""
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+    def check_tau_sim(value: object, default: object) -> str:
+        """What a value must be, "" if it is that."""
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf"):
+            return ""
+        return "a temperature, a number above 0"
 
     check_tau_info = check_tau_size = check_tau_sim
 
     @staticmethod
-    def check_one_step_ahead(value: object, default: object) -> bool:
-        """Whether a value is one of the three modes."""
-        return value in ("approximate", "precise", "off")
+    def check_one_step_ahead(value: object, default: object) -> str:
+        """What a value must be, "" if it is that."""
+        return "" if value in ("approximate", "precise", "off") else "approximate, precise or off"
 
     @property
     def place(self) -> Literal["start", "end"]:  # type: ignore[override]

@@ -30,9 +30,10 @@ class MSTM(Method):
     scale_weight: float = 0.5
 
     @staticmethod
-    def check_scales(value: object, default: object) -> bool:
-        """Whether a value is a tuple of window sides."""
-        return isinstance(value, tuple) and all(isinstance(side, int) and side > 0 for side in value)
+    def check_scales(value: object, default: object) -> str:
+        """What a value must be, "" if it is that."""
+        sides = isinstance(value, tuple) and all(isinstance(side, int) and side > 0 for side in value)
+        return "" if sides else "a list of window sides, such as [2,4]"
 
     def plan(self, view: View, r: int) -> Assignment:
         prefix = view.prefix

@@ -28,14 +28,11 @@ class ToFu(Method):
     prune_blocks: int | tuple[int, ...] | str | None = None
 
     @staticmethod
-    def check_prune_blocks(value: object, default: object) -> bool:
-        """Whether a value is a whole number, a tuple of them, or "auto"."""
+    def check_prune_blocks(value: object, default: object) -> str:
+        """What a value must be, "" if it is that."""
         blocks = value if isinstance(value, tuple) else (value,)
-        return (
-            value is None
-            or value == AUTO
-            or all(isinstance(block, int) and not isinstance(block, bool) for block in blocks)
-        )
+        counts = all(isinstance(block, int) and not isinstance(block, bool) and block >= 0 for block in blocks)
+        return "" if value is None or value == AUTO or counts else f"a number of blocks, a list of blocks, or '{AUTO}'"
 
     def limit(self, patches: int, prefix: int) -> int:
         return patches // 2

@@ -69,8 +69,9 @@ def measure_speed(
     its share of `seconds`, the time for all rounds of all models, and at least one. `rounds` None: a pilot of a few
     rounds, not counted, tells how many make every speed-up's interval ±1 % wide, and as many are made as fit in
     `seconds`. Their number is fixed before the first counts: stopping once the interval looks narrow would make it
-    wrong too often. Models too slow for `seconds` get fewer rounds, at least 5 (or `rounds`). Before, every model
-    makes `warmup` passes, and a few more to estimate its speed. `on_round` is told the rounds done and planned.
+    wrong too often. Models too slow for `seconds` get fewer rounds, at least 5 (or `rounds`), and those that a busy
+    machine slows down later on stop after twice the time. Before, every model makes `warmup` passes, and a few more to
+    estimate its speed. `on_round` is told the rounds done and planned.
     A model that raises in its warm-up is reported to `on_failure` and left out of the results; without
     `on_failure`, or when it is the first, the exception goes through, as it does later on.
     Raises ValueError for models on different devices or of different dtypes, and for no models, images or
@@ -101,11 +102,14 @@ def measure_speed(
             pilot = [turns(order) for order in _orders(running, PILOT_ROUNDS, seed + 1)]
             planned = min(rounds_for(pilot, reference), planned - PILOT_ROUNDS)
         timings: dict[str, list[float]] = {name: [] for name in running}
+        began = time.perf_counter()
         for done, order in enumerate(_orders(running, planned, seed), start=1):
             for name, mean in turns(order).items():
                 timings[name].append(mean)
             if on_round is not None:
                 on_round(done, planned)
+            if done >= min(rounds or FEWEST_ROUNDS, FEWEST_ROUNDS) and time.perf_counter() - began > 2 * seconds:
+                break
     return [
         _result(name, batch_size, seconds_each, iterations[name], timings[reference])
         for name, seconds_each in timings.items()
@@ -143,18 +147,22 @@ def measure_latency(
     """Seconds that each forward pass on a single image took, from the call to the answer; `rounds` figures a model.
 
     Interleaved as in `measure_speed`, on the host's clock, because launching kernels is part of it. Fewer rounds, at
-    least 20 (or `rounds`), where they would take longer than `seconds` in all.
+    least 5 (or `rounds`), where they would take longer than `seconds` in all.
     """
     device, dtype = _common_placement(models)
     size = resolve_input_size(next(iter(models.values())), input_size)
     image = torch.rand(1, *size, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
     timings: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode(), evaluation_mode(models.values()):
-        once = sum(_warm_up(model, image, warmup) for model in models.values())
-        planned = min(rounds, max(20, int(seconds / once)))
-        for order in _orders(models, planned, seed):
+        for model in models.values():
+            for _ in range(warmup):
+                model(image)
+        began = time.perf_counter()
+        for done, order in enumerate(_orders(models, rounds, seed), start=1):
             for name in order:
                 timings[name].append(_host_seconds(models[name], image, 1))
+            if done >= FEWEST_ROUNDS and time.perf_counter() - began > seconds:
+                break
     return timings
 
 
