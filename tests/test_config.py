@@ -272,3 +272,14 @@ def test_lists_in_a_method_flag_keep_their_commas():
 def test_a_method_without_schedules_runs_at_the_levels_of_the_default_grid():
     (_, alone), (_, first, *_) = Grid.from_flags(methods=["tome"]).methods, Grid.default().methods
     assert alone == first
+
+
+def test_random_weights_are_labelled_and_have_no_accuracy():
+    grid = Grid.from_flags(models=["deit_tiny_patch16_224"], random_weights=True, only="flops,speed")
+    assert grid.models[0].label == "deit_tiny_patch16_224@random"
+    with pytest.raises(UserError, match="no accuracy: add --only flops,speed"):
+        Grid.from_flags(models=["deit_tiny_patch16_224"], random_weights=True)
+    with pytest.raises(UserError, match="none is given"):
+        Grid.from_flags(random_weights=True)
+    with pytest.raises(UserError, match="exclude each other"):
+        ModelSpec("deit_tiny_patch16_224", Path("a.pth"), random_weights=True)

@@ -254,7 +254,8 @@ def test_the_page_works_in_a_browser(browser: Any, run: Path, tmp_path: Path) ->
 
 
 def test_a_page_with_nothing_to_draw_is_still_a_page(browser: Any, run: Path, tmp_path: Path) -> None:
-    failure = {"kind": "failure", "cell": "m/none", "model": "m", "method": "none", "message": "out of memory"}
+    cell = {"cell": "m/none", "model": "m", "method": "none", "schedule": ""}
+    failure = {"kind": "failure", **cell, "message": "out of memory"}
     folder = RunFolder.create(tmp_path / "failed", {})
     folder.append(failure)
     open_page(browser, [folder.path], tmp_path / "page.html")

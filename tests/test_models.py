@@ -263,3 +263,16 @@ def test_weights_as_their_authors_publish_them_are_converted(tmp_path):
     with pytest.raises(UserError, match="does not fit") as error:
         load_model(name, tmp_path / "odd.pth", input_size=28)
     assert "mask_token" in str(error.value)  # named as it stands in the file
+
+
+def test_random_weights_need_no_download_and_are_always_the_same(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("asked the hub")
+
+    monkeypatch.setattr(models, "_require_hub", refuse)
+    torch.manual_seed(1)
+    first, state = load_model("deit_tiny_patch16_224", random_weights=True), torch.get_rng_state()
+    again = load_model("deit_tiny_patch16_224", random_weights=True)
+    assert weights_sha256(first) == weights_sha256(again)
+    assert torch.equal(state, torch.get_rng_state())
+    assert weights_sha256(load_model(random_weights=True)) != weights_sha256(load_model())

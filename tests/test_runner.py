@@ -19,6 +19,7 @@ from tokbench.measure.accuracy import Predictions
 from tokbench.measure.environment import Disturbance
 from tokbench.progress import Progress
 from tokbench.report.plots import plot_pareto
+from tokbench.report.tables import render_table
 from tokbench.store import RunFolder
 
 IMAGES, CLASSES = 24, 3
@@ -577,3 +578,18 @@ def test_compiled_models_are_timed_and_eager_ones_judged(source, tmp_path, monke
     assert [record["compiled"] for record in folder.records() if record["kind"] == "speed"] == [True, True]
     with pytest.raises(UserError, match="compile was True and is False"):
         runner.run(small_grid(MethodSpec("tome", ("8",)), MethodSpec("tofu", ("8",))), tmp_path / "run")
+
+
+def test_a_baseline_without_fused_attention_is_said(source, tmp_path, monkeypatch):
+    def unfused(name, checkpoint, input_size):
+        model = tiny_model()
+        model.blocks[1].attn.fused_attn = False
+        return model
+
+    monkeypatch.setattr(runner, "load_model", unfused)
+    listener = Listener()
+    table = runner.run(small_grid(only=("flops", "speed")), tmp_path / "run", progress=listener)
+    assert any("fused attention is off" in text for text in listener.warnings)
+    assert "Fused attention was off" in render_table(table, "md")
+    fused = {"fused_attention": "on"}
+    assert "Fused attention was off" not in render_table(table.assign(**fused), "md")

@@ -82,6 +82,9 @@ def run(
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Weights for the one --model: .safetensors, .pth, .pt or .bin.")
     ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="FLOPs and speed of --model without a download.")
+    ] = False,
     method: Annotated[
         list[str] | None, typer.Option(metavar="METHOD", help="As in tome or tome:prop_attn=false. Repeatable.")
     ] = None,
@@ -140,6 +143,7 @@ def run(
         Grid.from_toml(grid) if grid else None,
         models=model or (),
         checkpoint=checkpoint,
+        random_weights=random_weights,
         methods=method or (),
         schedules=schedule or (),
         data=data,

@@ -32,6 +32,7 @@ class ModelSpec:
     """A model of the grid: a timm name or "bundled".
 
     checkpoint: a file of weights; None for timm's or the bundled ones. input_size: pixels; None for the model's own.
+    random_weights: no weights at all, for FLOPs and speed without a download.
     `label` names it in records and plots; by default the name, checkpoint and size that were asked for.
     """
 
@@ -39,6 +40,7 @@ class ModelSpec:
     checkpoint: Path | None = None
     input_size: int | None = None
     label: str = ""
+    random_weights: bool = False
 
     def __post_init__(self) -> None:
         _require_type("model name", self.name, str)
@@ -49,8 +51,11 @@ class ModelSpec:
             object.__setattr__(self, "checkpoint", Path(self.checkpoint))
         if self.input_size is not None:
             _require_positive("input_size", self.input_size)
+        _require_type("random_weights", self.random_weights, bool)
+        if self.random_weights and self.checkpoint is not None:
+            raise UserError(f"model '{self.name}': random_weights and a checkpoint exclude each other")
         if not self.label:
-            weights = f"@{self.checkpoint.stem}" if self.checkpoint else ""
+            weights = "@random" if self.random_weights else f"@{self.checkpoint.stem}" if self.checkpoint else ""
             size = f"@{self.input_size}" if self.input_size else ""
             object.__setattr__(self, "label", f"{self.name}{weights}{size}")
 
@@ -180,6 +185,9 @@ class Grid:
         _require_type("data", self.data, str)
         if not self.models:
             raise UserError("the grid has no model")
+        drawn = [model.name for model in self.models if model.random_weights]
+        if drawn and "accuracy" in self.options.only:
+            raise UserError(f"model '{drawn[0]}' with random weights has no accuracy: add --only flops,speed")
         seen: set[str] = set()
         for model in self.models:
             if model.label in seen:
@@ -251,6 +259,7 @@ class Grid:
         *,
         models: Sequence[str] = (),
         checkpoint: Path | None = None,
+        random_weights: bool = False,
         methods: Sequence[str] = (),
         schedules: Sequence[str] = (),
         data: str | None = None,
@@ -265,10 +274,16 @@ class Grid:
         grid = base or cls.default()
         if checkpoint is not None and len(models) != 1:
             raise UserError(f"--checkpoint goes with exactly one --model, and {len(models) or 'none'} is given")
+        given = {key: value for key, value in options.items() if value is not None}
+        grid = replace(grid, options=replace(grid.options, **_read_options(given)))
+        if random_weights and not models:
+            raise UserError("--random-weights says how to make the models that --model names, and none is given")
         if base is None and data not in (None, "bundled"):
-            grid = replace(grid, options=replace(grid.options, limit=None))
+            grid = replace(grid, options=replace(grid.options, limit=given.get("limit")))
         if models:
-            grid = replace(grid, models=tuple(ModelSpec(name, checkpoint) for name in models))
+            grid = replace(
+                grid, models=tuple(ModelSpec(name, checkpoint, random_weights=random_weights) for name in models)
+            )
             if base is None:
                 grid = replace(grid, methods=_every_method())
         if methods:
@@ -276,10 +291,7 @@ class Grid:
         elif schedules:
             kept = [method for method in grid.methods if method.name != "none"]
             grid = replace(grid, methods=tuple(replace(method, schedules=tuple(schedules)) for method in kept))
-        given = {key: value for key, value in options.items() if value is not None}
-        return replace(
-            grid, data=grid.data if data is None else data, options=replace(grid.options, **_read_options(given))
-        )
+        return replace(grid, data=grid.data if data is None else data)
 
     def cells(self, model: ModelSpec) -> list[Cell]:
         """The cells of one model in the order they run, without repetitions; the unreduced model first."""

@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import logging
 import re
+import signal
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -193,12 +194,21 @@ def load_batches(
     if not isinstance(source, ImageStream):
         images = Subset(_Forgiving(source), range(start, len(source)))
     end = start
-    for items in DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=list):
+    loader = DataLoader(
+        images, batch_size=batch_size, num_workers=workers, collate_fn=list, worker_init_fn=_leave_signals_alone
+    )
+    for items in loader:
         end += len(items)
         good = [item for item in items if not isinstance(item, Skipped)]
         labels = torch.tensor([label for _, label in good], dtype=torch.long)
         stack = torch.stack([image for image, _ in good]) if good else torch.empty(0)
         yield Batch(stack, labels, [item for item in items if isinstance(item, Skipped)], end)
+
+
+def _leave_signals_alone(worker: int) -> None:
+    """A worker ends with the process that made it, without the handlers it inherited and without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _Forgiving(Dataset[tuple[Tensor, int] | Skipped]):

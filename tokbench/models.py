@@ -75,7 +75,11 @@ _HUB_TIMEOUT_S = 10
 
 
 def load_model(
-    name: str = BUNDLED, checkpoint: str | os.PathLike[str] | None = None, *, input_size: int | None = None
+    name: str = BUNDLED,
+    checkpoint: str | os.PathLike[str] | None = None,
+    *,
+    input_size: int | None = None,
+    random_weights: bool = False,
 ) -> nn.Module:
     """A timm ViT in eval mode, on the CPU, in float32.
 
@@ -86,14 +90,15 @@ def load_model(
         size is not guessed from it.
     input_size: side of the square input in pixels; position embeddings of another size are then resampled.
         Default: the model's own.
+    random_weights: draw the weights, from a fixed seed, instead of downloading them: enough for FLOPs and speed.
 
     `model.pretrained_cfg` describes the input as it now is, so `timm.data.resolve_model_data_config(model)` gives
     the preprocessing. Raises UserError for an unknown model, one that token fusion cannot go into, a hub that does
     not answer, and a checkpoint that cannot be read or does not fit.
     """
     if name != BUNDLED:
-        name = _known_name(name, needs_weights=checkpoint is None)
-    path = BUNDLED_WEIGHTS if name == BUNDLED and checkpoint is None else checkpoint
+        name = _known_name(name, needs_weights=checkpoint is None and not random_weights)
+    path = BUNDLED_WEIGHTS if name == BUNDLED and checkpoint is None and not random_weights else checkpoint
     state = None if path is None else read_checkpoint(Path(path))
     options: dict[str, Any] = {}
     if input_size is not None:
@@ -104,7 +109,11 @@ def load_model(
     build = partial(_build, name, **options)
     with torch.device("meta"):
         _require_vit(build(), name, input_size)
-    if state is None:
+    if random_weights:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = build()
+    elif state is None:
         model = build(pretrained=True)
     else:
         model = build()

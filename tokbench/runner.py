@@ -17,6 +17,7 @@ import traceback
 import warnings
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -142,7 +143,8 @@ class _Subject:
 
 
 def _load(spec: ModelSpec, grid: Grid, options: RunOptions) -> _Subject:
-    model = cast(VisionTransformer, load_model(spec.name, spec.checkpoint, input_size=spec.input_size))
+    load = partial(load_model, random_weights=True) if spec.random_weights else load_model
+    model = cast(VisionTransformer, load(spec.name, spec.checkpoint, input_size=spec.input_size))
     require_supported(model)
     cells = grid.cells(spec)
     for cell in cells:
@@ -182,6 +184,7 @@ def _manifest(
         if Path(sys.argv[0]).stem in ("tokbench", "__main__")
         else None,
         "plugins": dict(LOADED),
+        "seeds": {"subset of the images": 0, "order of timing": 0, "images that are timed": 0},
     }
 
 
@@ -357,6 +360,8 @@ class _Bench:
             "data_fingerprint": subject["data_fingerprint"],
             "dtype": self.options.dtype,
             "device": self.device.type,
+            "weights": "random" if self.subject.spec.random_weights else "trained",
+            "fused_attention": "on" if is_fused(self.subject.model) else "off",
         }
 
     def _measure_accuracy(self) -> None:
@@ -482,6 +487,10 @@ class _Bench:
         lacking = [runnable for runnable in self.running if self._lacks(runnable.cell, "speed")]
         if not lacking:
             return
+        if not is_fused(self.subject.model):
+            self.progress.warn(
+                "fused attention is off (TIMM_FUSED_ATTN?): speed-ups are over a slower model than timm's"
+            )
         self._phase("warming up for speed", None)
         reference, size = self.running[0], self.batch_size
         if self.options.batch_size == "auto" and self.device.type == "cuda":
@@ -589,6 +598,11 @@ class _Bench:
         if self.device.type == "cpu":
             return 0
         return 1 if source.streaming else min(8, os.cpu_count() or 1)
+
+
+def is_fused(model: VisionTransformer) -> bool:
+    """Whether all of a model's attention is PyTorch's fused one, as it is in timm unless one turns it off."""
+    return all(getattr(block.attn, "fused_attn", True) for block in model.blocks)
 
 
 def _speed_limit(model: VisionTransformer, base: VisionTransformer) -> VisionTransformer | None:

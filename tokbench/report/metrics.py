@@ -104,11 +104,12 @@ COLUMNS = (
     "top1", "top1_low", "top1_high", "top1_paired_low", "top1_paired_high", "top5", "top5_low", "top5_high", "drop",
     "drop_low", "drop_high", "mcnemar_p", "agreement", "agreement_low", "agreement_high", "kl", "kl_low", "kl_high",
     "similarity", "similarity_low", "similarity_high", "images", "batch_size", "skipped", "nonfinite", "input_size",
-    "data", "data_fingerprint", "device", "machine", "dtype", "weights_sha256", "cell", "error",
+    "data", "data_fingerprint", "device", "machine", "dtype", "weights_sha256", "fused_attention", "weights",
+    "cell", "error",
 )  # fmt: skip
 _TEXT = frozenset({
     "run", "model", "method", "variant", "params", "schedule", "resolved", "input_size", "data",
-    "data_fingerprint", "device", "machine", "dtype", "weights_sha256", "cell", "error",
+    "data_fingerprint", "device", "machine", "dtype", "weights_sha256", "fused_attention", "weights", "cell", "error",
 })  # fmt: skip
 _INTEGER = frozenset({"tokens_final", "images", "batch_size", "skipped", "nonfinite"})
 

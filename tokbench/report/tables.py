@@ -177,13 +177,17 @@ def _columns(df: pd.DataFrame) -> list[_Column]:
         _number(METRICS["top5"], rank=6),
         _Column("Drop [95 %]", _drop, sort="drop"),
         _number(METRICS["agreement"], rank=2),
+        _number(METRICS["kl"], rank=9),
+        _number(METRICS["similarity"]),
         _Column("Tokens", lambda row: _digits(row, "tokens_final", 0), rank=4, sort="tokens_final"),
         _number(METRICS["gflops"]),
         _number(METRICS["flops_ratio"], rank=5),
         _number(METRICS["throughput"], rank=1),
         _Column("Speed-up", _speedup, sort="speedup"),
         _Column("[95 %]", _speedup_interval, rank=8, sort="speedup_low"),
+        _number(METRICS["efficiency"], rank=2),
         _number(METRICS["latency"], rank=3),
+        _number(METRICS["latency_p95"], rank=9),
         _number(METRICS["memory"], rank=7),
         _Column("Front", _front, left=True),
     ]
@@ -296,6 +300,12 @@ def _notes(df: pd.DataFrame) -> list[str]:
             "Front: the best top-1 for its FLOPs (or images/s): no other cell is as good in both and better in one; "
             "costs within 1 % are equal."
         )
+    if df["efficiency"].notna().any():
+        notes.append("Efficiency: speed relative to the control `free`, which drops as many tokens without choosing.")
+    if (df["fused_attention"] == "off").any():
+        notes.append("Fused attention was off: speed-ups are over a model that is slower than timm's own.")
+    if (df["weights"] == "random").any():
+        notes.append("Random weights: FLOPs and speed only, nothing here is a trained model.")
     for _, row in df[df["nonfinite"].fillna(0) > 0].iterrows():
         what = f"{row['variant']} {row['schedule']}".rstrip()
         notes.append(f"{what}: NaN or infinite logits for {row['nonfinite']:,} images, which count as wrong.")
