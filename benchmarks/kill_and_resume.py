@@ -25,8 +25,9 @@ import numpy as np
 import tokbench.cli
 import tokbench.runner  # noqa: F401  (imported once, here, for all sessions)
 
-# What may differ from run to run, in records.
-TIMINGS = {"seconds", "iterations", "throughput", "speedup", "speedup_low", "speedup_high", "reference_seconds"}
+# What a speed record has that cannot differ from run to run.
+TIMELESS = {"schema", "kind", "cell", "model", "weights_sha256", "method", "params", "schedule", "resolved", "tokens"}
+TIMELESS |= {"input_size", "data", "data_fingerprint", "dtype", "device", "weights", "fused_attention", "batch_size"}
 
 
 def session(words: list[str], log: Path, save_seconds: float) -> multiprocessing.process.BaseProcess:
@@ -63,7 +64,7 @@ def figures(run: Path) -> dict[str, Any]:
 
 
 def strip(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key not in TIMINGS}
+    return {key: value for key, value in record.items() if record["kind"] != "speed" or key in TIMELESS}
 
 
 def kill_and_resume(folder: Path, words: list[str], kills: int, seed: int = 0, save_seconds: float = 0.2) -> list[str]:

@@ -76,6 +76,25 @@ def test_the_documented_example_does_what_it_says():
             assert where[image, token] == 2 + stay.index(owner)
 
 
+def test_a_run_is_not_continued_with_another_version_of_a_plugin(tmp_path, monkeypatch, capsys):
+    own = tmp_path / "mine.py"
+    words = ["run", "--plugin", str(own), "--method", "long-keys", "--only", "flops", "--out", str(tmp_path / "run")]
+
+    def run(*more: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["tokbench", *words, *more])
+        METHODS.pop("long-keys", None)
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return int(exit.value.code), capsys.readouterr().err
+
+    own.write_text(EXAMPLE.read_text())
+    assert run("--schedule", "8") == (0, "")
+    assert run("--schedule", "13") == (0, "")
+    own.write_text(EXAMPLE.read_text().replace("descending=True", "descending=False"))
+    code, err = run("--schedule", "20")
+    assert code == 2 and "the plugin mine.py is another one than before" in err and err.count("\n") == 1
+
+
 def test_wrong_plugins_are_answered_in_one_line(tmp_path):
     cases = {
         "empty.py": ("x = 1\n", "registers no method"),

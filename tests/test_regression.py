@@ -416,8 +416,14 @@ def test_the_command_exits_with_1_when_something_moved_and_2_for_bad_input(tokbe
         assert code == 2 and err.count("\n") == 1 and part in err
 
 
+# Another CPU rounds differently: of 64 images two may flip, which is 3.1 points. A wrong sign costs tens of points.
+NEAR_TIES = ("--max-drop", 3.2, "--max-flips", 3.2)
+
+
 @pytest.mark.skipif(not (REFERENCE / "manifest.json").is_file(), reason="needs results/reference, which is not here")
 def test_this_code_says_what_the_reference_run_says(tokbench_command, tmp_path):
     """Our own check: `tokbench check --baseline results/reference`, on as many images as take well under a minute."""
-    code, out, err = tokbench_command("check", "--baseline", REFERENCE, "--limit", 64, "--out", tmp_path / "run")
+    code, out, err = tokbench_command(
+        "check", "--baseline", REFERENCE, "--limit", 64, *NEAR_TIES, "--out", tmp_path / "run"
+    )
     assert code == 0, out + err

@@ -593,3 +593,16 @@ def test_a_baseline_without_fused_attention_is_said(source, tmp_path, monkeypatc
     assert "Fused attention was off" in render_table(table, "md")
     fused = {"fused_attention": "on"}
     assert "Fused attention was off" not in render_table(table.assign(**fused), "md")
+
+
+def test_a_cell_that_fails_in_latency_alone_is_the_one_that_failed(source, tmp_path, monkeypatch):
+    real = runner.measure_latency
+
+    def fail(models, **kwargs):
+        kwargs["on_failure"]("tiny/tome/8", RuntimeError("out of luck"))
+        return real({name: model for name, model in models.items() if name != "tiny/tome/8"}, **kwargs)
+
+    monkeypatch.setattr(runner, "measure_latency", fail)
+    table = runner.run(small_grid(), tmp_path / "run").set_index("cell")
+    assert table["error"].dropna().to_dict() == {"tiny/tome/8": "RuntimeError: out of luck"}
+    assert table["throughput"].notna().to_dict() == {"tiny/none": True, "tiny/tome/8": False, "tiny/random/8": True}

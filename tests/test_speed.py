@@ -402,3 +402,27 @@ def test_a_machine_that_gets_busy_does_not_keep_one_waiting(clock: Clock) -> Non
     }
     results = measure_speed(models, batch_size=1, input_size=SIZE, rounds=40, seconds=8)
     assert speed.FEWEST_ROUNDS <= len(results[0].rounds) == len(results[1].rounds) < 20
+
+
+@pytest.mark.parametrize("fails_at", [1, 8, 13])  # in the warm-up, the pilot, a round that counts
+def test_a_model_that_fails_at_any_time_is_left_out_and_named(clock: Clock, fails_at: int) -> None:
+    passes = iter(range(1, 1000))
+
+    def cost() -> float:
+        if next(passes) >= fails_at:
+            raise RuntimeError("late")
+        return 1.0
+
+    models: dict[str, nn.Module] = {
+        "none": Ticking(clock, lambda: 1.0, [], "none"),
+        "tome": Ticking(clock, cost, [], "tome"),
+        "mctf": Ticking(clock, lambda: 2.0, [], "mctf"),
+    }
+    told: list[str] = []
+    note = lambda name, error: told.append(f"{name}: {error}")  # noqa: E731
+    results = measure_speed(models, batch_size=1, input_size=SIZE, seconds=100, on_failure=note)
+    assert told == ["tome: late"]
+    assert [(result.name, result.speedup) for result in results] == [("none", 1), ("mctf", 0.5)]
+    assert len(results[0].rounds) == len(results[1].rounds)
+    latency = speed.measure_latency(models, input_size=SIZE, rounds=8, seconds=100, on_failure=note)
+    assert told == ["tome: late"] * 2 and list(latency) == ["none", "mctf"]

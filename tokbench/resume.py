@@ -29,9 +29,9 @@ _ANSWERS = ("predicted", "label_probability", "top5", "divergence", "similarity"
 def agreed_conditions(before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> dict[str, Any]:
     """The conditions to go on under: those of the manifest `before`, and those of models and data new in `now`.
 
-    Conditions are a manifest's `machine`, `packages` and `conditions`: dtype, device, batch_size, and for each model's
-    label its weights_sha256, input_size, data, data_fingerprint and images. `what` names the run. Raises UserError that
-    names every difference between what both have.
+    Conditions are a manifest's `machine`, `packages`, `plugins` and `conditions`: dtype, device, batch_size, compile,
+    and for each model's label its weights_sha256, input_size, data, data_fingerprint and images. `what` names the run.
+    Raises UserError that names every difference between what both have.
     """
     if "conditions" not in before:
         raise UserError(f"{what} was made by an older tokbench, and cannot be continued; --fresh begins a new run.")
@@ -46,6 +46,12 @@ def agreed_conditions(before: Mapping[str, Any], now: Mapping[str, Any], what: s
         differences += [
             f"{name} was {was.get(name)} and is {is_.get(name)}" for name in names if was.get(name) != is_.get(name)
         ]
+    plugins = before.get("plugins", {})
+    differences += [
+        f"the plugin {name} is another one than before"
+        for name, digest in now.get("plugins", {}).items()
+        if plugins.get(name, digest) != digest
+    ]
     models = dict(old["models"])
     for label, model in new["models"].items():
         known = models.get(label, {})

@@ -192,9 +192,11 @@ def _continued(folder: RunFolder, manifest: dict[str, Any]) -> RunFolder:
     """The run with this session added to its manifest. Raises UserError if it was measured under other conditions."""
     before = folder.manifest
     conditions = agreed_conditions(before, manifest, f"the run {str(folder.path)!r}")
-    session = {"started": manifest["started"], "grid": manifest["grid"]}
+    session = {name: manifest[name] for name in ("started", "grid", "command", "git", "plugins")}
     folder.repair()
-    folder.write_manifest({**before, "conditions": conditions, "continued": [*before.get("continued", []), session]})
+    plugins = {**before.get("plugins", {}), **manifest["plugins"]}
+    continued = [*before.get("continued", []), session]
+    folder.write_manifest({**before, "conditions": conditions, "plugins": plugins, "continued": continued})
     return folder
 
 
@@ -504,7 +506,7 @@ class _Bench:
             members = [reference, *(runnable for runnable in self.running[1:] if runnable in lacking)]
             try:
                 timed = self._time(members, size)
-            except RunStopped:
+            except (RunStopped, _BaselineFailed):
                 raise
             except Exception as error:  # the unreduced model's, or nobody's in particular: no speed-up can be told
                 if not is_out_of_memory(error) or size == 1:
@@ -517,7 +519,7 @@ class _Bench:
         # Added to a run, the cells ran beside an unreduced model whose own record is an earlier session's.
         again = {} if reference in lacking else {"reference_seconds": timed.speed[reference.cell.id].rounds}
         for runnable in lacking:
-            if runnable.cell.id in timed.speed:
+            if runnable.cell.id in timed.memory:
                 fields = _speed_fields(runnable, timed, timed.speed[reference.cell.id], self.options.compile)
                 self._record(
                     runnable, "speed", **fields, **again, other_cpu=disturbance.other_cpu, gpu_state=disturbance.gpu
@@ -549,11 +551,16 @@ class _Bench:
             {member.cell.id: member.model for member in remaining},
             input_size=self.subject.input_size,
             seconds=SPEED_SECONDS_PER_CELL / 2 * len(remaining),
+            on_failure=lambda name, error: self._drop(name, "speed", error),
         )
-        memory = {
-            member.cell.id: measure_memory(member.model, batch_size=size, input_size=self.subject.input_size)
-            for member in remaining
-        }
+        memory = {}
+        for member in (member for member in remaining if member.cell.id in latency):
+            try:
+                memory[member.cell.id] = measure_memory(
+                    member.model, batch_size=size, input_size=self.subject.input_size
+                )
+            except Exception as error:
+                self._drop(member.cell.id, "speed", error)
         return _Timed(speed, latency, memory)
 
     def _advance_speed(self, done: int, planned: int) -> None:

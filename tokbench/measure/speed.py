@@ -72,8 +72,8 @@ def measure_speed(
     wrong too often. Models too slow for `seconds` get fewer rounds, at least 5 (or `rounds`), and those that a busy
     machine slows down later on stop after twice the time. Before, every model makes `warmup` passes, and a few more to
     estimate its speed. `on_round` is told the rounds done and planned.
-    A model that raises in its warm-up is reported to `on_failure` and left out of the results; without
-    `on_failure`, or when it is the first, the exception goes through, as it does later on.
+    A model that raises is reported to `on_failure` and left out of the results; without `on_failure`, or when it is
+    the first, the exception goes through.
     Raises ValueError for models on different devices or of different dtypes, and for no models, images or
     rounds.
     """
@@ -96,7 +96,17 @@ def measure_speed(
         running = {name: models[name] for name in estimates}
 
         def turns(order: list[str]) -> dict[str, float]:
-            return {name: _seconds(running[name], images, iterations[name]) for name in order}
+            means = {}
+            for name in order:
+                if name in running:
+                    try:
+                        means[name] = _seconds(running[name], images, iterations[name])
+                    except Exception as error:
+                        if on_failure is None or name == reference:
+                            raise
+                        del running[name]
+                        on_failure(name, error)
+            return means
 
         if rounds is None and planned > FEWEST_ROUNDS + PILOT_ROUNDS:
             pilot = [turns(order) for order in _orders(running, PILOT_ROUNDS, seed + 1)]
@@ -110,10 +120,7 @@ def measure_speed(
                 on_round(done, planned)
             if done >= min(rounds or FEWEST_ROUNDS, FEWEST_ROUNDS) and time.perf_counter() - began > 2 * seconds:
                 break
-    return [
-        _result(name, batch_size, seconds_each, iterations[name], timings[reference])
-        for name, seconds_each in timings.items()
-    ]
+    return [_result(name, batch_size, timings[name], iterations[name], timings[reference]) for name in running]
 
 
 def plan(estimates: Mapping[str, float], rounds: int, seconds: float) -> tuple[int, dict[str, int]]:
@@ -129,7 +136,7 @@ def rounds_for(pilot: Sequence[Mapping[str, float]], reference: str) -> int:
 
     The median of n normal log ratios of deviation σ has a deviation of 1.2533 σ / √n.
     """
-    names = sorted(pilot[0])
+    names = sorted(set.intersection(*(set(seconds) for seconds in pilot)))
     logs = np.log([[seconds[reference] / seconds[name] for name in names] for seconds in pilot])
     deviation = float(logs.std(axis=0, ddof=1).max())
     return max(FEWEST_ROUNDS, int(np.ceil((1.96 * 1.2533 * deviation / TARGET_WIDTH) ** 2)))
@@ -143,24 +150,39 @@ def measure_latency(
     seconds: float = 30.0,
     warmup: int = 3,
     seed: int = 0,
+    on_failure: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds that each forward pass on a single image took, from the call to the answer; `rounds` figures a model.
 
-    Interleaved as in `measure_speed`, on the host's clock, because launching kernels is part of it. Fewer rounds, at
-    least 5 (or `rounds`), where they would take longer than `seconds` in all.
+    Interleaved and with failures told as in `measure_speed`, on the host's clock, because launching kernels is part of
+    it. Fewer rounds, at least 5 (or `rounds`), where they would take longer than `seconds` in all.
     """
     device, dtype = _common_placement(models)
     size = resolve_input_size(next(iter(models.values())), input_size)
     image = torch.rand(1, *size, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
     timings: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode(), evaluation_mode(models.values()):
-        for model in models.values():
+
+        def once(name: str) -> None:
+            if name not in timings:
+                return
+            try:
+                timings[name].append(_host_seconds(models[name], image, 1))
+            except Exception as error:
+                if on_failure is None:
+                    raise
+                del timings[name]
+                on_failure(name, error)
+
+        for name in models:
             for _ in range(warmup):
-                model(image)
+                once(name)
+        for seconds_each in timings.values():
+            seconds_each.clear()
         began = time.perf_counter()
         for done, order in enumerate(_orders(models, rounds, seed), start=1):
             for name in order:
-                timings[name].append(_host_seconds(models[name], image, 1))
+                once(name)
             if done >= FEWEST_ROUNDS and time.perf_counter() - began > seconds:
                 break
     return timings
