@@ -13,6 +13,7 @@ import pytest
 from test_report import make_run
 
 from tokbench.errors import UserError
+from tokbench.report import html
 from tokbench.report.findings import findings
 from tokbench.report.html import plot_data, write_report
 from tokbench.report.metrics import load_table
@@ -251,6 +252,26 @@ def test_the_page_works_in_a_browser(browser: Any, run: Path, tmp_path: Path) ->
 
     assert browser.execute_script("return window.hacked") is None
     assert [entry["message"] for entry in browser.get_log("browser")] == []
+
+
+def test_numbers_in_words_carry_their_own_intervals(browser: Any, run: Path, tmp_path: Path) -> None:
+    open_page(browser, [run], tmp_path / "page.html")
+    cell = load_table([run]).iloc[2]
+    browser.execute_script("document.getElementById('plot').emit('plotly_click', {points: [{customdata: 2}]})")
+    told = browser.find_element("id", "pins").text
+    (top1,) = [line for line in told.splitlines() if line.startswith("Top-1 accuracy")]
+    bounds = [float(number) for number in re.findall(r"[\d.]+", top1.partition("[")[2])]
+    assert bounds == pytest.approx([cell["top1_low"], cell["top1_high"]], abs=0.051)
+    assert cell["top1_low"] != pytest.approx(cell["top1_paired_low"], abs=0.2)
+
+
+def test_the_manifest_is_told_without_braces_and_without_what_is_empty(run: Path) -> None:
+    conditions = {"dtype": "fp32", "models": {"m": {"input_size": [3, 4, 4], "data": None}}}
+    assert html._facts({"conditions": conditions, "git": None, "plugins": {}, "command": "tokbench run"}) == {
+        "conditions · dtype": "fp32",
+        "conditions · models · m · input_size": "3, 4, 4",
+        "command": "tokbench run",
+    }
 
 
 def test_a_page_with_nothing_to_draw_is_still_a_page(browser: Any, run: Path, tmp_path: Path) -> None:

@@ -100,11 +100,22 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 def _manifest(run: str | Path) -> dict[str, Any]:
     folder = RunFolder.open(run)
     manifest = dict(folder.manifest)
-    parts = {part: manifest.pop(part, {}) for part in ("machine", "packages", "grid")}
+    parts = {part: manifest.pop(part, {}) for part in ("machine", "packages", "grid", "conditions", "continued")}
     return {
         "run": folder.path.resolve().name,
-        "facts": {key: str(value) for key, value in manifest.items()},
+        "facts": _facts(manifest | (parts["conditions"] or {})),
         "machine": {key: value for key, value in parts["machine"].items() if value is not None},
         "packages": parts["packages"],
         "grid": json.dumps(parts["grid"], indent=2, ensure_ascii=False),
     }
+
+
+def _facts(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested values by their path, as in "models · bundled · images"; without what is empty."""
+    facts: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            facts |= _facts(value, f"{prefix}{key} · ")
+        elif value not in (None, [], ""):
+            facts[prefix + str(key)] = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return facts
