@@ -39,3 +39,12 @@ def tokbench_command(monkeypatch, capsys):
         return int(caught.value.code or 0), out, err
 
     return call
+
+
+@pytest.fixture
+def one_thread():
+    """One thread for what is too small to share out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

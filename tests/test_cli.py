@@ -7,19 +7,12 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from test_runner import Source, stand_in
 
 import tokbench
 from tokbench import progress
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

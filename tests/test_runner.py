@@ -63,12 +63,7 @@ def tiny_model() -> VisionTransformer:
     return model.eval()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def stand_in(monkeypatch, source: Source) -> Source:
