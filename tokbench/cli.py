@@ -35,6 +35,10 @@ app = typer.Typer(
 
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.", show_default=False)]
 
+Plugins = Annotated[
+    list[Path] | None, typer.Option(metavar="FILE", help="A Python file with methods of your own. Repeatable.")
+]
+
 
 def main() -> NoReturn:
     """Run the command line and exit: 0 fine, 2 bad usage or input, 3 cells failed or the run stopped, 130 Ctrl-C."""
@@ -53,6 +57,13 @@ def main() -> NoReturn:
 
 def _complain(text: str) -> None:
     print("tokbench:", " ".join(text.split()), file=sys.stderr)
+
+
+def _load_plugins(paths: list[Path] | None) -> None:
+    if paths:
+        from tokbench.plugins import load_plugins
+
+        load_plugins(paths)
 
 
 def _print_version(asked: bool) -> None:
@@ -91,9 +102,7 @@ def run(
     schedule: Annotated[
         list[str] | None, typer.Option(metavar="SCHEDULE", help="As in 13 or keep:0.7@3,6,9. Repeatable.")
     ] = None,
-    plugin: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="A Python file with methods of your own. Repeatable.")
-    ] = None,
+    plugin: Plugins = None,
     data: Annotated[
         str | None,
         typer.Option(metavar="SPEC", help="'bundled', a folder of class folders, or hfds/…, wds/…, torch/…."),
@@ -135,10 +144,7 @@ def run(
 
     from tokbench.config import Grid
 
-    if plugin:
-        from tokbench.plugins import load_plugins
-
-        load_plugins(plugin)
+    _load_plugins(plugin)
     chosen = Grid.from_flags(
         Grid.from_toml(grid) if grid else None,
         models=model or (),
@@ -291,9 +297,7 @@ def show(
         ),
     ] = None,
     schedule: Annotated[str, typer.Option(metavar="SCHEDULE", help="As in 13 or keep:0.7@3,6,9.")] = "flops:0.5",
-    plugin: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="A Python file with methods of your own. Repeatable.")
-    ] = None,
+    plugin: Plugins = None,
     blocks: Annotated[
         bool, typer.Option("--blocks", help="The tokens after each block that removes some, not only the last.")
     ] = False,
@@ -303,10 +307,7 @@ def show(
     """Draw what methods make of images: which patches end up in one token, and which are dropped."""
     from tokbench.trace import show as draw
 
-    if plugin:
-        from tokbench.plugins import load_plugins
-
-        load_plugins(plugin)
+    _load_plugins(plugin)
     options: dict[str, Any] = {"methods": method} if method else {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -340,9 +341,7 @@ def check(
         Path | None, typer.Option(metavar="DIR", help="Run folder to make (default: a new one under results/).")
     ] = None,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the verdicts as JUnit XML, too.")] = None,
-    plugin: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="A Python file with methods of your own. Repeatable.")
-    ] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Compare a run with a baseline: accuracy image by image, FLOPs, tokens. Exits with 1 if anything moved.
 
@@ -352,10 +351,7 @@ def check(
 
     from tokbench.report.verdicts import require_writable, tell_github, write_junit
 
-    if plugin:
-        from tokbench.plugins import load_plugins
-
-        load_plugins(plugin)
+    _load_plugins(plugin)
     if junit:
         require_writable(junit)
     with _live_progress(Console(), out, continuable=False) as progress:

@@ -8,7 +8,6 @@ import itertools
 import logging
 import re
 import signal
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 
 from tokbench.bundled.clutter import CLASSES, Layout, compose, draw_layout, read_idx
-from tokbench.errors import UserError, nearest
+from tokbench.errors import UserError, nearest, shortened
 from tokbench.images import ImageError, Skipped, decode
 from tokbench.measure._model import resolve_input_size
 from tokbench.models import HubError
@@ -138,7 +137,7 @@ class ImageSource(Dataset[tuple[Tensor, int]]):
         except ImageError:
             raise
         except Exception as error:  # whatever a data set's own reader stumbles over is about this image only
-            name, reason = f"{self.name}, number {place}", _one_line(error)
+            name, reason = f"{self.name}, number {place}", shortened(error)
             raise ImageError(f"image {name!r} cannot be read: {reason}", name, reason) from error
 
 
@@ -336,7 +335,7 @@ def _open_folder(folder: Path, model: nn.Module, limit: int | None) -> ImageSour
         classes = _subfolders(root)
         found = [_files(root, root / name) for name in classes or ["."]]
     except OSError as error:
-        raise UserError(f"data folder {str(folder)!r} cannot be read: {_one_line(error)}") from error
+        raise UserError(f"data folder {str(folder)!r} cannot be read: {shortened(error)}") from error
     names = [sorted(name for name in own if name.lower().endswith(_EXTENSIONS)) for own in found]
     files = [(name, label if classes else -1) for label, own in enumerate(names) for name in own]
     others = [repr(name) for own in found for name in own if not name.lower().endswith(_EXTENSIONS)]
@@ -486,7 +485,7 @@ def _create(spec: _TimmSpec, mode: str, limit: int | None) -> Any:
     try:
         return create_dataset(f"{spec.kind}/{spec.name}", input_img_mode=mode, **options)
     except _OPENING_ERRORS as error:
-        raise UserError(f"data {str(spec)!r} cannot be opened: {_one_line(error)}") from error
+        raise UserError(f"data {str(spec)!r} cannot be opened: {shortened(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -526,7 +525,7 @@ def _try_first(images: Images, spec: _TimmSpec) -> None:
     except ImageError:
         return  # one image that cannot be decoded says nothing about the others
     except _OPENING_ERRORS as error:
-        raise UserError(f"data {str(spec)!r}: its first image cannot be read ({_one_line(error)}); {hint}.") from error
+        raise UserError(f"data {str(spec)!r}: its first image cannot be read ({shortened(error)}); {hint}.") from error
     if not isinstance(label, int | np.integer):
         raise UserError(f"data {str(spec)!r} has {type(label).__name__} labels, not class numbers; {hint}.")
 
@@ -639,7 +638,3 @@ def _plain(name: str) -> str:
 
 def _some(names: Sequence[str], shown: int = 3) -> str:
     return ", ".join(names[:shown]) + (", …" if len(names) > shown else "")
-
-
-def _one_line(error: BaseException) -> str:
-    return textwrap.shorten(str(error), 200, placeholder=" …") or type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Iterable
 
 
@@ -24,3 +25,8 @@ def one_line(error: BaseException) -> str:
     """A UserError says it all; of other errors the kind and the first line."""
     lines = str(error).strip().splitlines() or [""]
     return lines[0] if isinstance(error, UserError) else f"{type(error).__name__}: {lines[0]}".rstrip(": ")
+
+
+def shortened(error: BaseException) -> str:
+    """What an error says, on one line of at most 200 characters; its kind where it says nothing."""
+    return textwrap.shorten(str(error), 200, placeholder=" …") or type(error).__name__

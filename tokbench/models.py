@@ -8,7 +8,6 @@ import math
 import os
 import pickle
 import sys
-import textwrap
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tokbench.bundled.clutter import CANVAS, CLASSES
-from tokbench.errors import UserError, nearest
+from tokbench.errors import UserError, nearest, shortened
 from tokbench.fusion.patch import UnsupportedModelError, require_supported
 
 BUNDLED = "bundled"
@@ -165,7 +164,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             "(save model.state_dict(), or convert it to .safetensors)."
         ) from error
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"checkpoint {str(path)!r} cannot be read: {_one_line(error)}") from error
+        raise UserError(f"checkpoint {str(path)!r} cannot be read: {shortened(error)}") from error
     return _unwrap(content, path)
 
 
@@ -198,7 +197,7 @@ def _known_name(name: str, needs_weights: bool) -> str:
         if source == "hf-hub":
             hf_hub_url(identity.partition("@")[0], "config.json")  # raises where it can be no repository's name
     except ValueError as error:
-        raise UserError(f"unknown model {name!r}: {_one_line(error)}") from error
+        raise UserError(f"unknown model {name!r}: {shortened(error)}") from error
     if source is not None:
         return name
     name = timm.models.get_deprecated_models().get(name) or name
@@ -231,13 +230,13 @@ def _build(name: str, *, pretrained: bool = False, **options: Any) -> Any:
 
 
 def _cannot_load(name: str, error: Exception) -> UserError:
-    return UserError(f"cannot load model {name!r}: {_one_line(error)}")
+    return UserError(f"cannot load model {name!r}: {shortened(error)}")
 
 
 def _cannot_download(name: str, repo: str, error: Exception) -> UserError:
     page = f"https://huggingface.co/{repo.partition('@')[0]}" if repo else "its home page"
     return UserError(
-        f"cannot download the weights of model {name!r} ({_one_line(error)}). Without network: fetch its weights file "
+        f"cannot download the weights of model {name!r} ({shortened(error)}). Without network: fetch its weights file "
         f"from {page} elsewhere and give it as --checkpoint FILE (.safetensors, .pth, .pt or .bin), or use "
         f"--model {BUNDLED}."
     )
@@ -354,7 +353,3 @@ def _describe_input(model: Any) -> None:
     if len(cfg.get("label_names") or ()) != model.num_classes:
         cfg.pop("label_names", None)
     model.pretrained_cfg = cfg
-
-
-def _one_line(error: Exception) -> str:
-    return textwrap.shorten(str(error), 200, placeholder=" …") or type(error).__name__

@@ -31,7 +31,7 @@ from tokbench.config import Cell, Grid, ModelSpec, RunOptions
 from tokbench.data import ImageSource, ImageStream, load_batches, open_dataset
 from tokbench.errors import RunStopped, UserError, one_line
 from tokbench.fusion.core import METHODS, make_method
-from tokbench.fusion.patch import fork, remove, require_supported, tokens_per_block
+from tokbench.fusion.patch import fork, require_supported, tokens_per_block
 from tokbench.measure._model import is_out_of_memory, release_memory, resolve_input_size
 from tokbench.measure.accuracy import Predictions, evaluate, join
 from tokbench.measure.compiled import compile_model
@@ -615,9 +615,8 @@ def is_fused(model: VisionTransformer) -> bool:
 def _speed_limit(model: VisionTransformer, base: VisionTransformer) -> VisionTransformer | None:
     """The control `free` with the tokens per block of a model that has made a forward pass."""
     fusion = getattr(model, "fusion", None)
-    whole = tokens_per_block(remove(fork(base)))[0]
-    tokens = [whole, *tokens_per_block(model)]
-    if fusion is None or fusion.method.speed_only or tokens[-1] == whole:
+    tokens = [tokens_per_block(base)[0], *tokens_per_block(model)]
+    if fusion is None or fusion.method.speed_only or tokens[-1] == tokens[0]:
         return None
     removals = ",".join(str(before - after) for before, after in itertools.pairwise(tokens))
     return apply(fork(base), "free", f"list:{removals}", place=fusion.method.place)
