@@ -10,7 +10,7 @@ import pytest
 from test_runner import Source, stand_in
 
 import tokbench
-from tokbench import progress
+from tokbench import bench, progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -84,12 +84,10 @@ def test_on_a_terminal_the_table_grows_under_a_bar(tiny, tmp_path, monkeypatch):
 
 
 def test_a_run_with_failed_cells_ends_with_3_and_names_them(tokbench_command, tiny, tmp_path, monkeypatch):
-    from tokbench import runner
-
     def refuse(*args, **kwargs):
         raise RuntimeError("busy")
 
-    monkeypatch.setattr(runner, "apply", refuse)
+    monkeypatch.setattr(bench, "apply", refuse)
     run = tmp_path / "run"
     code, out, err = tokbench_command("run", *QUICK, "--out", run)
     assert (code, err) == (3, "")
@@ -105,7 +103,7 @@ def test_an_interrupted_run_says_what_is_kept(tokbench_command, tiny, tmp_path, 
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "measure_speed", interrupt)
+        patch.setattr(bench, "measure_speed", interrupt)
         code, _, err = tokbench_command("run", *QUICK, "--out", run)
     assert code == 130
     command = f"tokbench run {' '.join(map(str, QUICK))} --out {run}"
@@ -119,13 +117,11 @@ def test_an_interrupted_run_says_what_is_kept(tokbench_command, tiny, tmp_path, 
 
 
 def test_the_command_that_continues_names_the_folder_that_was_made(tokbench_command, tiny, tmp_path, monkeypatch):
-    from tokbench import runner
-
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runner, "count_flops", interrupt)
+    monkeypatch.setattr(bench, "count_flops", interrupt)
     assert tokbench_command("run", *QUICK)[2].rstrip().endswith(f"--out {next(tmp_path.glob('results/*'))}"[-20:])
     for _ in range(2):
         _, _, err = tokbench_command("run", *QUICK, "--fresh", "--out", "a b")

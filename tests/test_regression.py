@@ -17,9 +17,10 @@ from tokbench.config import Grid, MethodSpec, RunOptions
 from tokbench.errors import UserError
 from tokbench.fusion.core import bipartite_match
 from tokbench.measure.accuracy import Predictions
+from tokbench.records import accuracy_fields
 from tokbench.regression import Limits, check
 from tokbench.report.verdicts import Check, require_writable, tell_github, write_junit
-from tokbench.runner import accuracy_fields, run
+from tokbench.runner import run
 from tokbench.store import RunFolder
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -11,12 +11,14 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from tokbench import runner
+from tokbench import bench, records, runner
 from tokbench.config import Cell, Grid, MethodSpec, ModelSpec, RunOptions
 from tokbench.errors import UserError
 from tokbench.fusion.core import METHODS, Method
 from tokbench.measure.accuracy import Predictions
 from tokbench.measure.environment import Disturbance
+from tokbench.measure.flops import FlopCount
+from tokbench.measure.speed import SpeedResult
 from tokbench.progress import Progress
 from tokbench.report.plots import plot_pareto
 from tokbench.report.tables import render_table
@@ -70,10 +72,10 @@ def stand_in(monkeypatch, source: Source) -> Source:
     """Put the tiny model and these images behind every name; speed takes no time."""
     monkeypatch.setattr(runner, "load_model", lambda name, checkpoint, input_size: tiny_model())
     monkeypatch.setattr(runner, "open_dataset", lambda spec, model, limit: source)
-    monkeypatch.setattr(runner, "SPEED_SECONDS_PER_CELL", 0.001)
+    monkeypatch.setattr(bench, "SPEED_SECONDS_PER_CELL", 0.001)
     quiet = Disturbance(0.0, None, ())
-    monkeypatch.setattr(runner, "Watch", lambda device: SimpleNamespace(stop=lambda: quiet))
-    monkeypatch.setattr(runner, "_wide", lambda results: [])
+    monkeypatch.setattr(bench, "Watch", lambda device: SimpleNamespace(stop=lambda: quiet))
+    monkeypatch.setattr(bench, "doubtful_speedups", lambda results: [])
     return source
 
 
@@ -193,8 +195,8 @@ def test_only_what_is_asked_for_is_measured(source, tmp_path, only, kinds, plots
 
 def test_cells_share_one_copy_of_the_weights(source, tmp_path, monkeypatch):
     seen = {}
-    real = runner.evaluate
-    monkeypatch.setattr(runner, "evaluate", lambda models, *a, **k: seen.update(models) or real(models, *a, **k))
+    real = bench.evaluate
+    monkeypatch.setattr(bench, "evaluate", lambda models, *a, **k: seen.update(models) or real(models, *a, **k))
     runner.run(small_grid(only=("accuracy",)), tmp_path / "run")
     storages = [{p.data_ptr() for p in model.parameters()} for model in seen.values()]
     assert len(storages) == 3
@@ -278,7 +280,7 @@ def test_without_the_unreduced_model_nothing_is_compared(source, tmp_path, monke
     def refuse(models, *args, on_failure, **kwargs):
         on_failure("tiny/none", RuntimeError("out of memory"))
 
-    monkeypatch.setattr(runner, "evaluate", refuse)
+    monkeypatch.setattr(bench, "evaluate", refuse)
     listener = Listener()
     table = runner.run(small_grid(), tmp_path / "run", progress=listener)
     assert table.set_index("cell").loc["tiny/none", "error"] == "RuntimeError: out of memory"
@@ -293,14 +295,14 @@ def test_labels_that_do_not_match_are_said_loudly(source, tmp_path, monkeypatch)
 
 
 def test_operators_without_a_count_are_said(source, tmp_path, monkeypatch):
-    count = runner.FlopCount(total=10, by_module={}, by_operator={}, unsupported={"aten::fft": 2})
-    monkeypatch.setattr(runner, "count_flops", lambda model, size: count)
+    count = FlopCount(total=10, by_module={}, by_operator={}, unsupported={"aten::fft": 2})
+    monkeypatch.setattr(bench, "count_flops", lambda model, size: count)
     with pytest.warns(UserWarning, match="too low.*aten::fft"):
         runner.run(small_grid(only=("flops",)), tmp_path / "run")
 
 
 def test_an_interrupted_run_keeps_what_was_measured(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "measure_speed", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(bench, "measure_speed", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         runner.run(small_grid(), tmp_path / "run")
     kinds = [record["kind"] for record in RunFolder.open(tmp_path / "run").records()]
@@ -384,7 +386,7 @@ def predictions(right: int, wrong: int, classes: int = 10) -> Predictions:
 
 
 def test_accuracy_figures_follow_from_the_predictions():
-    fields = runner.accuracy_fields(predictions(60, 40), predictions(80, 20))
+    fields = records.accuracy_fields(predictions(60, 40), predictions(80, 20))
     assert (fields["images"], fields["correct"], fields["correct5"]) == (100, 60, 100)
     assert (fields["top1"], fields["top5"]) == (0.6, 1.0)
     assert fields["drop"] == pytest.approx(20) and fields["drop_low"] < 20 < fields["drop_high"]
@@ -398,22 +400,22 @@ def test_accuracy_figures_follow_from_the_predictions():
     [(0, 1000, True), (100, 900, True), (130, 870, False), (700, 300, False), (4, 4, False), (1, 9, True)],
 )
 def test_chance_level(right, wrong, chance):
-    assert runner.at_chance_level(predictions(right, wrong), 10) is chance
+    assert records.at_chance_level(predictions(right, wrong), 10) is chance
 
 
 def test_chance_level_when_one_class_or_no_label_is_there():
     rest = (np.full(100, 0.5, np.float32), np.ones(100, bool))
     one_class = Predictions(np.zeros(100, int), np.repeat([0, 1], [90, 10]), *rest)
-    assert not runner.at_chance_level(one_class, 10)
+    assert not records.at_chance_level(one_class, 10)
     unlabelled = Predictions(np.full(100, -1), np.zeros(100, int), *rest)
-    assert not runner.at_chance_level(unlabelled, 0)
+    assert not records.at_chance_level(unlabelled, 0)
 
 
 def test_readers_of_images_follow_device_and_source(source, tmp_path):
     def workers(device: str, streaming: bool, asked: int | None) -> int:
-        bench = runner._Bench(None, None, RunOptions(workers=asked), torch.device(device), Progress(), None, 1)
+        measuring = bench.Bench(None, None, RunOptions(workers=asked), torch.device(device), Progress(), None, 1)
         source.streaming = streaming
-        return bench._workers(source)
+        return measuring._workers(source)
 
     assert workers("cpu", False, None) == 0
     assert workers("cuda", True, None) == 1
@@ -464,8 +466,8 @@ def test_flops_are_broken_down(source, tmp_path):
 
 
 def test_speed_warnings_name_what_makes_a_timing_worthless(monkeypatch):
-    result = runner.SpeedResult("tiny/tome/8", 8, [1.0], 1, 8.0, 1.5, 1.4, 1.6)
-    assert runner._wide([result, dataclasses.replace(result, speedup_low=1.49, speedup_high=1.51)]) == [
+    result = SpeedResult("tiny/tome/8", 8, [1.0], 1, 8.0, 1.5, 1.4, 1.6)
+    assert records.doubtful_speedups([result, dataclasses.replace(result, speedup_low=1.49, speedup_high=1.51)]) == [
         "1 of 2 speed-ups are known to no better than ±5 % (as for tiny/tome/8): too few rounds for so noisy a machine"
     ]
 
@@ -495,7 +497,7 @@ def small_memory(monkeypatch):
     """Cells of that method have memory for so many images at a time."""
 
     def limit(method: str, most: int) -> None:
-        make = runner._Bench._make
+        make = bench.Bench._make
 
         def limited(self, cell, base, identity):
             runnable = make(self, cell, base, identity)
@@ -507,7 +509,7 @@ def small_memory(monkeypatch):
             if images > most:
                 raise torch.OutOfMemoryError("out of memory")
 
-        monkeypatch.setattr(runner._Bench, "_make", limited)
+        monkeypatch.setattr(bench.Bench, "_make", limited)
 
     return limit
 
@@ -560,10 +562,10 @@ def test_a_backbone_is_compared_by_its_features(source, tmp_path, monkeypatch):
 
 def test_compiled_models_are_timed_and_eager_ones_judged(source, tmp_path, monkeypatch):
     compiled, judged = [], []
-    real = runner.evaluate
-    monkeypatch.setattr(runner, "compile_model", compiled.append)
+    real = bench.evaluate
+    monkeypatch.setattr(bench, "compile_model", compiled.append)
     monkeypatch.setattr(
-        runner, "evaluate", lambda *args, **kwargs: judged.append(len(compiled)) or real(*args, **kwargs)
+        bench, "evaluate", lambda *args, **kwargs: judged.append(len(compiled)) or real(*args, **kwargs)
     )
     grid = small_grid(MethodSpec("tome", ("8",)))
     grid = dataclasses.replace(grid, options=dataclasses.replace(grid.options, compile=True))
@@ -591,13 +593,13 @@ def test_a_baseline_without_fused_attention_is_said(source, tmp_path, monkeypatc
 
 
 def test_a_cell_that_fails_in_latency_alone_is_the_one_that_failed(source, tmp_path, monkeypatch):
-    real = runner.measure_latency
+    real = bench.measure_latency
 
     def fail(models, **kwargs):
         kwargs["on_failure"]("tiny/tome/8", RuntimeError("out of luck"))
         return real({name: model for name, model in models.items() if name != "tiny/tome/8"}, **kwargs)
 
-    monkeypatch.setattr(runner, "measure_latency", fail)
+    monkeypatch.setattr(bench, "measure_latency", fail)
     table = runner.run(small_grid(), tmp_path / "run").set_index("cell")
     assert table["error"].dropna().to_dict() == {"tiny/tome/8": "RuntimeError: out of luck"}
     assert table["throughput"].notna().to_dict() == {"tiny/none": True, "tiny/tome/8": False, "tiny/random/8": True}

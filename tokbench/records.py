@@ -1,0 +1,118 @@
+"""What the records of a cell say: figures and their intervals, from what was measured."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from tokbench.measure.accuracy import Predictions
+from tokbench.measure.flops import FlopCount
+from tokbench.measure.speed import SpeedResult
+from tokbench.measure.stats import mcnemar_p, mean_interval, median_ratio_interval, paired_drop, wilson
+
+
+def accuracy_fields(predictions: Predictions, baseline: Predictions) -> dict[str, Any]:
+    """The accuracy part of a record: counts, fractions and their intervals, against the unreduced model's.
+
+    Without labels only what compares the two models; without a classifier only their features.
+    """
+    fields: dict[str, Any] = {"images": len(predictions.label), "nonfinite": predictions.nonfinite()}
+    if predictions.labeled and predictions.classifies:
+        right, right_before = predictions.correct, baseline.correct
+        correct5 = int(predictions.top5.sum())
+        fields |= {"correct": int(right.sum()), "correct5": correct5}
+        fields |= dict(zip(("top1_low", "top1_high"), wilson(int(right.sum()), len(right)), strict=True))
+        fields |= dict(zip(("top5_low", "top5_high"), wilson(correct5, len(right)), strict=True))
+        fields |= dict(zip(("drop", "drop_low", "drop_high"), paired_drop(right_before, right), strict=True))
+        fields |= {"top1": predictions.top1(), "top5": predictions.top5_accuracy()}
+        fields["mcnemar_p"] = mcnemar_p(right_before, right)
+    if predictions.classifies:
+        agree = (predictions.predicted == baseline.predicted) & (baseline.predicted >= 0)
+        fields["agreement"] = float(np.mean(agree))
+        fields |= dict(zip(("agreement_low", "agreement_high"), wilson(int(agree.sum()), len(agree)), strict=True))
+    for name, values in (("kl", predictions.divergence), ("similarity", predictions.similarity)):
+        if np.isfinite(values).any():
+            fields |= dict(zip((name, f"{name}_low", f"{name}_high"), mean_interval(values), strict=True))
+    return fields
+
+
+def at_chance_level(baseline: Predictions, num_classes: int) -> bool:
+    """Whether a model knows the labels no better than guessing among the classes that are there would."""
+    if not (baseline.labeled and baseline.classifies):
+        return False
+    present = len(np.unique(baseline.label[baseline.label >= 0]))
+    chance = 1 / (present if present > 1 else max(num_classes, 2))
+    low, _ = wilson(int(baseline.correct.sum()), len(baseline.label))
+    # Few images make a wide interval: a model that is far above chance on them is not accused.
+    return low <= chance and baseline.top1() <= 2 * chance
+
+
+def flops_fields(count: FlopCount, limit: FlopCount, unreduced: int) -> dict[str, Any]:
+    """The FLOPs part of a record. What the model takes without the method's own work is its speed limit's count."""
+    parts = {
+        part: sum(flops for name, flops in limit.by_module.items() if re.fullmatch(rf"blocks\.\d+\.{part}", name))
+        for part in ("attn", "mlp")
+    }
+    return {
+        "flops": count.total,
+        "flops_ratio": count.total / unreduced,
+        "flops_attention": parts["attn"],
+        "flops_mlp": parts["mlp"],
+        "flops_method": count.total - limit.total,
+        "flops_rest": limit.total - sum(parts.values()),
+        "unsupported": count.unsupported,
+    }
+
+
+def speed_fields(
+    result: SpeedResult,
+    latency: list[float],
+    memory: tuple[int, int] | None,
+    *,
+    reference: SpeedResult,
+    limit: SpeedResult | None,
+    compiled: bool,
+) -> dict[str, Any]:
+    """The speed part of a record: every timing, and what follows from them.
+
+    latency: seconds at batch 1. memory: peak bytes, allocated and reserved. reference: the unreduced model in the same
+    rounds. limit: the cell's own `free` in the same rounds.
+    """
+    fields = {
+        "batch_size": result.batch_size,
+        "seconds": result.rounds,
+        "iterations": result.iterations,
+        "compiled": compiled,
+        "throughput": result.throughput,
+        "speedup": result.speedup,
+        "speedup_low": result.speedup_low,
+        "speedup_high": result.speedup_high,
+        "latency_seconds": latency,
+        "latency_ms": 1000 * float(np.median(latency)),
+        "latency_p95_ms": 1000 * float(np.quantile(latency, 0.95)),
+    }
+    if memory:
+        fields |= {"peak_memory_bytes": memory[0], "reserved_memory_bytes": memory[1]}
+    if limit is not None:
+        efficiency, low, high = median_ratio_interval(limit.rounds, result.rounds)
+        fields |= {
+            "free_seconds": limit.rounds,
+            "free_speedup": median_ratio_interval(reference.rounds, limit.rounds)[0],
+            "efficiency": efficiency,
+            "efficiency_low": low,
+            "efficiency_high": high,
+        }
+    return fields
+
+
+def doubtful_speedups(results: list[SpeedResult]) -> list[str]:
+    """A warning where speed-ups are known too badly to choose by."""
+    doubtful = [result.name for result in results if result.speedup_high - result.speedup_low > 0.1 * result.speedup]
+    if not doubtful:
+        return []
+    return [
+        f"{len(doubtful)} of {len(results)} speed-ups are known to no better than ±5 % (as for {doubtful[0]}): "
+        "too few rounds for so noisy a machine"
+    ]
