@@ -12,7 +12,7 @@ from scipy.special import softmax
 from scipy.stats import entropy
 from torch import Tensor, nn
 
-from tokbench.measure.accuracy import Predictions, evaluate, join
+from tokbench.measure.accuracy import ARRAYS, Predictions, evaluate, join
 
 CPU = torch.device("cpu")
 
@@ -168,10 +168,10 @@ def test_save_and_load(tmp_path: Path) -> None:
     answers.save(path)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     again = Predictions.load(path)
-    for name in ("label", "predicted", "label_probability", "top5"):
+    for name in ARRAYS:
         before, after = getattr(answers, name), getattr(again, name)
         assert before.dtype == after.dtype
-        assert np.array_equal(before, after, equal_nan=name == "label_probability")
+        assert np.array_equal(before, after, equal_nan=before.dtype == np.float32)
 
 
 @pytest.mark.gpu
@@ -211,9 +211,24 @@ def test_a_model_without_a_classifier_is_compared_by_its_features() -> None:
     assert not results["tome"].classifies and results["tome"].nonfinite() == 1 and results["none"].nonfinite() == 0
 
 
+@pytest.mark.parametrize("classifier", [True, False])
+def test_answers_that_are_all_nan_are_told_from_those_of_a_model_without_classes(classifier, tmp_path: Path) -> None:
+    tables = {"none": random_logits(6, 4), "lost": torch.full((6, 4), float("nan"))}
+    models = {name: Table(table) for name, table in tables.items()}
+    lost = evaluate(models, numbered([0] * 6), device=CPU, classifier=classifier)["lost"]
+    lost.save(tmp_path / "lost.npz")
+    for answers in (lost, join([lost, lost]), lost.take(np.array([4, 0])), Predictions.load(tmp_path / "lost.npz")):
+        assert answers.classifies is classifier
+        assert answers.nonfinite() == len(answers.label)
+        assert answers.top1() == 0
+
+
 def test_archives_from_before_there_were_divergences_are_read(tmp_path: Path) -> None:
     own = evaluate({"a": Table(random_logits(5, 4))}, numbered([0] * 5), device=CPU)["a"]
     old = ("label", "predicted", "label_probability", "top5")
     np.savez(tmp_path / "old.npz", **{name: getattr(own, name) for name in old})
     read = Predictions.load(tmp_path / "old.npz")
-    assert np.array_equal(read.predicted, own.predicted) and np.isnan(read.divergence).all()
+    assert np.array_equal(read.predicted, own.predicted) and np.isnan(read.divergence).all() and read.classifies
+    features = evaluate({"a": Table(random_logits(5, 4))}, numbered([-1] * 5), device=CPU, classifier=False)["a"]
+    np.savez(tmp_path / "features.npz", **{name: getattr(features, name) for name in ARRAYS})
+    assert not Predictions.load(tmp_path / "features.npz").classifies

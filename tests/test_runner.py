@@ -492,6 +492,22 @@ def test_logits_that_are_not_finite_are_counted_told_and_never_agree(source, tmp
     assert "tome 8: NaN or infinite logits for 3 images, which count as wrong." in render_table(table, "md")
 
 
+def test_a_cell_that_answers_with_nan_only_has_no_image_right(source, tmp_path, monkeypatch):
+    class Lost(Method):
+        name = "lost"
+
+        def plan(self, view, r):
+            view.x.fill_(float("nan"))
+            return METHODS["random"]().plan(view, r)
+
+    monkeypatch.setitem(METHODS, "lost", dataclasses.dataclass(frozen=True)(Lost))
+    listener = Listener()
+    grid = small_grid(MethodSpec("lost", ("8",)), only=("accuracy",))
+    row = runner.run(grid, tmp_path / "run", progress=listener).set_index("cell").loc["tiny/lost/8"]
+    assert row[["top1", "top5", "agreement", "drop", "nonfinite"]].tolist() == [0, 0, 0, 100, IMAGES]
+    assert any("tiny/lost/8 gives NaN or infinite logits for 24 of 24" in text for text in listener.warnings)
+
+
 @pytest.fixture
 def small_memory(monkeypatch):
     """Cells of that method have memory for so many images at a time."""

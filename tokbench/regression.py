@@ -165,7 +165,7 @@ class _Run:
         if subset is None:
             skipped = self.skipped(cell.model)
             return np.delete(np.arange(images + len(skipped)), skipped), found
-        return subset.images, Predictions(**{name: values[subset.places] for name, values in vars(found).items()})
+        return subset.images, found.take(subset.places)
 
     def skipped(self, model: str) -> list[int]:
         """Places, among the images of the run, of those that could not be decoded."""

@@ -16,14 +16,13 @@ from tokbench.config import Cell
 from tokbench.data import ImageSource, ImageStream, load_batches
 from tokbench.errors import RunStopped, UserError, one_line
 from tokbench.images import Skipped
-from tokbench.measure.accuracy import Predictions, join
+from tokbench.measure.accuracy import ARRAYS, Predictions, join
 from tokbench.schedules import parse_schedule
 from tokbench.store import RunFolder
 
 SAVE_SECONDS = 5.0
 # What predictions and speed may depend on, so that one run has one version of each.
 _VERSIONS = ("tokbench", "torch", "torchvision", "timm")
-_ANSWERS = ("predicted", "label_probability", "top5", "divergence", "similarity")
 
 
 def agreed_conditions(before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -165,11 +164,13 @@ class PassFile:
             "batch_sizes": last.batch_sizes,
             "skipped": [asdict(image) for part in self._waiting for image in part.skipped],
         }
-        arrays = {f"{name}_{i}": getattr(own, name) for i, own in enumerate(answers.values()) for name in _ANSWERS}
-        label = next(iter(answers.values())).label
+        first = next(iter(answers.values()))
+        about["classifies"] = first.classifies
+        own_arrays = [name for name in ARRAYS if name != "label"]
+        arrays = {f"{name}_{i}": getattr(own, name) for i, own in enumerate(answers.values()) for name in own_arrays}
         self.folder.replace(
             self.folder.partial_name(self.model, last.end),
-            lambda file: np.savez(file, about=np.array(json.dumps(about)), label=label, **arrays),
+            lambda file: np.savez(file, about=np.array(json.dumps(about)), label=first.label, **arrays),
         )
         self._waiting, self._start, self._saved_at = [], last.end, time.monotonic()
 
@@ -185,13 +186,16 @@ def _read(path: Any) -> tuple[int, HalfPass] | None:
         with np.load(path, allow_pickle=False) as archive:
             about = json.loads(str(archive["about"]))
             answers = {
-                cell: Predictions(archive["label"], *(archive[f"{name}_{i}"] for name in _ANSWERS))
+                cell: Predictions(
+                    **{name: archive[name if name == "label" else f"{name}_{i}"] for name in ARRAYS},
+                    classifies=about["classifies"],
+                )
                 for i, cell in enumerate(about["cells"])
             }
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        skipped = [Skipped(**image) for image in about["skipped"]]
+        return about["start"], HalfPass(about["end"], answers, about["batch_sizes"], skipped)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None
-    skipped = [Skipped(**image) for image in about["skipped"]]
-    return about["start"], HalfPass(about["end"], answers, about["batch_sizes"], skipped)
 
 
 class Reader:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,6 +28,7 @@ class Predictions:
     Σ p log(p / q) over the classes, p the unreduced model's probabilities; NaN where either is not finite.
     `similarity` (n,) float32 is the cosine of the pooled features to the unreduced model's, for models without a
     classifier, of which nothing else is known; NaN for all others, and where either is not finite.
+    `classifies` tells whether there are classes at all: not for a model without a classifier.
     """
 
     label: NDArray[np.int64]
@@ -36,16 +37,12 @@ class Predictions:
     top5: NDArray[np.bool_]
     divergence: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
     similarity: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    classifies: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("divergence", "similarity"):  # which archives of older versions lack
+        for name in _LATER:
             if len(getattr(self, name)) != len(self.label):
                 object.__setattr__(self, name, np.full(len(self.label), np.nan, np.float32))
-
-    @property
-    def classifies(self) -> bool:
-        """Whether there are classes at all: not for a model without a classifier."""
-        return bool((self.predicted >= 0).any())
 
     @property
     def labeled(self) -> bool:
@@ -70,6 +67,10 @@ class Predictions:
         """How many images got logits, or features, that are not all finite."""
         return int((self.predicted < 0).sum() if self.classifies else np.isnan(self.similarity).sum())
 
+    def take(self, places: NDArray[np.int64]) -> Predictions:
+        """The answers to the images at these places, in this order."""
+        return Predictions(**{name: getattr(self, name)[places] for name in ARRAYS}, classifies=self.classifies)
+
     def save(self, file: str | Path | BinaryIO) -> None:
         """Write as a compressed NumPy archive, to an open file or under exactly that name."""
         if isinstance(file, str | Path):
@@ -81,16 +82,22 @@ class Predictions:
     def load(cls, path: str | Path) -> Predictions:
         """Read what `save` wrote. Raises OSError or ValueError for other files, KeyError for other arrays."""
         with np.load(path, allow_pickle=False) as archive:
-            later = {"divergence", "similarity"}.difference(archive)
-            return cls(**{own.name: archive[own.name] for own in fields(cls) if own.name not in later})
+            arrays = {name: archive[name] for name in ARRAYS if name in archive or name not in _LATER}
+            if "classifies" in archive:
+                return cls(**arrays, classifies=bool(archive["classifies"]))
+        # Features of a model without a classifier, in archives of older versions: they were all that was told.
+        return cls(**arrays, classifies=not np.isfinite(arrays.get("similarity", np.nan)).any())
+
+
+ARRAYS = tuple(own.name for own in fields(Predictions) if own.name != "classifies")
+"""The fields of Predictions with one entry per image."""
+_LATER = ("divergence", "similarity")  # which archives of the first version lack
 
 
 def join(parts: Iterable[Predictions]) -> Predictions:
     """Answers to images and to those that came after, as one."""
     parts = list(parts)
-    return Predictions(
-        **{own.name: np.concatenate([getattr(part, own.name) for part in parts]) for own in fields(Predictions)}
-    )
+    return replace(parts[0], **{name: np.concatenate([getattr(part, name) for part in parts]) for name in ARRAYS})
 
 
 def evaluate(
@@ -155,7 +162,9 @@ def _answers(
             on_failure(name, error)
     # Fetched only now, so that an accelerator is waited for once a batch and not once a model.
     return {
-        name: Predictions(labels.numpy(), **{field: values.cpu().numpy() for field, values in answer.items()})
+        name: Predictions(
+            labels.numpy(), **{field: values.cpu().numpy() for field, values in answer.items()}, classifies=classifier
+        )
         for name, answer in answers.items()
     }
 
