@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import BinaryIO
 
@@ -97,7 +97,8 @@ _LATER = ("divergence", "similarity")  # which archives of the first version lac
 def join(parts: Iterable[Predictions]) -> Predictions:
     """Answers to images and to those that came after, as one."""
     parts = list(parts)
-    return replace(parts[0], **{name: np.concatenate([getattr(part, name) for part in parts]) for name in ARRAYS})
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ARRAYS}
+    return Predictions(**arrays, classifies=parts[0].classifies)
 
 
 def evaluate(
