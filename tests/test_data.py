@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
+import os
 import pickle
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +19,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from tokbench import data
 from tokbench.bundled.clutter import CLASSES, compose, draw_layout, read_idx
-from tokbench.data import ImageSource, ImageStream, open_dataset
+from tokbench.data import ImageSource, ImageStream, load_batches, open_dataset
 from tokbench.errors import UserError
+from tokbench.images import ImageError, decode
 
 BUNDLED = Path(data.__file__).parent / "bundled"
 WNIDS = ImageNetInfo().label_names()
@@ -298,8 +303,12 @@ def test_a_stream_of_unknown_length_needs_a_limit(stream):
 def test_a_stream_that_gives_nothing_or_less_than_promised_is_told(stream, caplog):
     with pytest.raises(UserError, match="gives no images"):
         labels(stream(images=0, known=5, limit=None))
-    assert len(labels(stream(images=3, known=5, limit=None))) == 3
+    assert len(labels(stream(images=3, known=0, limit=5))) == 3
     assert "ended after 3 of 5 images" in caplog.text
+    (batch,) = load_batches(stream(images=3, known=5, limit=None), 8)
+    assert [(image.index, image.reason) for image in batch.skipped] == [
+        (place, "the stream ended before it") for place in (3, 4)
+    ]
 
 
 def test_a_stream_refuses_several_workers(stream):
@@ -314,3 +323,92 @@ def test_images_without_class_folders_have_no_labels(tmp_path, caplog):
     assert [source[index][1] for index in range(len(source))] == [-1, -1, -1]
     assert source.classes is None
     assert "without labels" in caplog.text
+
+
+# --- streams as they lie on disk
+
+
+def encoded(color: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 36), (color, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_shard(path: Path, samples: list[dict[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for number, sample in enumerate(samples):
+            for ending, content in sample.items():
+                info = tarfile.TarInfo(f"{number:03d}.{ending}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_what_a_shard_holds_that_cannot_be_decoded_is_named_and_counted(tmp_path):
+    pytest.importorskip("webdataset")
+    good = [{"png": encoded(i), "cls": str(i).encode()} for i in range(4)]
+    samples = [good[0], {"png": b"no image", "cls": b"1"}, good[2], {"png": encoded(3), "cls": b"cat"}, {"cls": b"1"}]
+    write_shard(tmp_path / "val-0.tar", samples)
+    write_shard(tmp_path / "val-1.tar", [good[3]])
+    source = open_dataset(f"wds/{tmp_path}:split=val-{{0..1}}.tar|7", vit())
+    for workers in (0, 1):
+        batches = list(load_batches(source, 4, workers=workers))
+        assert [batch.labels.tolist() for batch in batches] == [[0, 2], [3]]
+        assert batches[-1].end == 7
+        bad = [image for batch in batches for image in batch.skipped]
+        assert [image.index for image in bad] == [1, 3, 4, 6]
+        assert [image.name for image in bad[:3]] == ["val-0.tar/001", "val-0.tar/003", "val-0.tar/004"]
+        for image, words in zip(bad, ["cannot identify", "'cat'", "no jpg or png", "ended before it"], strict=True):
+            assert words in image.reason
+
+
+def test_a_shard_that_cannot_be_read_is_told(tmp_path):
+    pytest.importorskip("webdataset")
+    write_shard(tmp_path / "val-0.tar", [{"png": encoded(0), "cls": b"0"}])
+    (tmp_path / "val-1.tar").write_bytes(b"no archive" * 100)
+    source = open_dataset(f"wds/{tmp_path}:split=val-{{0..1}}.tar|2", vit())
+    with pytest.raises(Exception, match="val-1.tar"):
+        list(load_batches(source, 1))
+
+
+def test_rows_that_hold_no_image_are_named_and_counted(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = {"image": [{"bytes": b, "path": None} for b in (encoded(0), b"no image", encoded(2))], "label": [0, 1, 2]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "validation-00000.parquet")
+    source = open_dataset(f"hfids/{tmp_path}:root={tmp_path / 'cache'}", vit(), limit=3)
+    (batch,) = load_batches(source, 4)
+    assert batch.labels.tolist() == [0, 2]
+    assert [image.index for image in batch.skipped] == [1] and "cannot identify" in batch.skipped[0].reason
+
+
+# --- what else lies in folders
+
+
+def test_a_pipe_neither_hangs_nor_counts_and_hidden_folders_are_left_out(tmp_path, caplog):
+    folder = make_folder(tmp_path, {"a": 2, "a/.ipynb_checkpoints": 1})
+    os.mkfifo(folder / "a" / "pipe.png")
+    assert len(open_dataset(str(folder), vit(1))) == 2
+    assert "1 are no regular files, and are left out ('a/pipe.png')" in caplog.text
+    with pytest.raises(ImageError, match="no regular file"):
+        decode(folder / "a" / "pipe.png", "pipe.png")
+
+
+def test_a_sub_folder_that_cannot_be_read_is_told(tmp_path, caplog, monkeypatch):
+    folder = make_folder(tmp_path, {"a": 1, "a/closed": 1})
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert len(open_dataset(str(folder), vit(1))) == 1
+    assert "1 sub-folders cannot be read, and what is in them is left out ('a/closed')" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "shown"), [(b"a\nb", r"a\nb"), (b"latin-\xe9", r"latin-\udce9")])
+def test_a_data_folders_odd_name_is_a_title_anyone_can_print(tmp_path, name, shown):
+    folder = make_folder(tmp_path / os.fsdecode(name), {"x": 1})
+    assert open_dataset(str(folder), vit(1)).name == shown

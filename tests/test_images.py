@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -241,3 +243,19 @@ def test_a_reader_that_raises_anything_costs_one_image(tmp_path):
     (batch,) = load_batches(source, 2)
     assert len(batch.labels) == 1
     assert (batch.skipped[0].index, batch.skipped[0].name) == (1, "x, number 1")
+
+
+def test_damaged_images_are_decoded_or_reported_and_nothing_else():
+    script = Path(__file__).parents[1] / "benchmarks" / "bad_images.py"
+    command = [sys.executable, script, "--mutations", "280"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "mutants of 14 files" in done.stdout and "'decoded'" in done.stdout and "'bad'" in done.stdout
+
+
+def test_formats_that_start_other_programs_are_no_images(tmp_path):
+    script = f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n({tmp_path}/made) (w) file\n%%EOF\n"
+    (tmp_path / "a.png").write_text(script)
+    with pytest.raises(ImageError, match="cannot identify"):
+        decode(tmp_path / "a.png", "a.png")
+    assert not (tmp_path / "made").exists()

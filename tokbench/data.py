@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
+import io
 import itertools
+import json
 import logging
+import os
 import re
 import signal
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +149,8 @@ class ImageSource(Dataset[tuple[Tensor, int]]):
 class ImageStream(IterableDataset[tuple[Tensor, int]]):
     """The first `length` images of a stream; attributes and items as ImageSource's. streaming: True.
 
+    images: gives, for every place in order, an image and its label, or the ImageError that says why there is none.
+    promised: the data itself says that it has so many images, so that those that do not come are skipped ones.
     One DataLoader worker at most: several would share out the shards, so that the first images would be others.
     """
 
@@ -152,34 +159,51 @@ class ImageStream(IterableDataset[tuple[Tensor, int]]):
     def __init__(
         self,
         name: str,
-        images: Iterable[tuple[Image.Image, int]],
+        images: Iterable[tuple[Image.Image, int] | ImageError],
         length: int,
         prepare: Preparation,
         fingerprint: str,
         classes: list[str] | None,
         num_classes: int,
+        promised: bool = False,
     ):
         self.name, self.fingerprint = name, fingerprint
         self.classes, self.num_classes = classes, num_classes
         self.indices = np.arange(length)
-        self._images, self._length, self._prepare = images, length, prepare
+        self._images, self._length, self._prepare, self._promised = images, length, prepare, promised
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        for item in self.items():
+            if isinstance(item, Skipped):
+                raise ImageError(f"image {item.name!r} cannot be read: {item.reason}", item.name, item.reason)
+            yield item
+
+    def items(self) -> Iterator[tuple[Tensor, int] | Skipped]:
+        """What iterating gives, but for images that cannot be had: these are named and not raised."""
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
             raise ImageError(f"the stream {self.name!r} is read in order by one process: use --workers 0 or 1.")
         count = 0
-        for image, label in itertools.islice(self._images, self._length):
+        for item in itertools.islice(self._images, self._length):
+            yield self._prepared(count, item)
             count += 1
-            yield self._prepare(image, label)
-        # timm logs a shard that it cannot read, and goes on without
         if not count:
             raise ImageError(f"the stream {self.name!r} gives no images: are its folder and split right?")
         if count < self._length:
             _logger.warning("the stream %r ended after %d of %d images", self.name, count, self._length)
+        for place in range(count, self._length if self._promised else count):
+            yield Skipped(place, f"{self.name}, number {place}", "the stream ended before it")
+
+    def _prepared(self, place: int, item: tuple[Image.Image, int] | ImageError) -> tuple[Tensor, int] | Skipped:
+        if isinstance(item, ImageError):
+            return Skipped(place, item.name, item.reason)
+        try:
+            return self._prepare(*item)
+        except Exception as error:  # as in ImageSource
+            return Skipped(place, f"{self.name}, number {place}", shortened(error))
 
 
 def load_batches(
@@ -189,8 +213,10 @@ def load_batches(
 
     An image that cannot be decoded is skipped, and named in its batch.
     """
-    images: Any = source
-    if not isinstance(source, ImageStream):
+    images: Any
+    if isinstance(source, ImageStream):
+        images = _ForgivingStream(source)
+    else:
         images = Subset(_Forgiving(source), range(start, len(source)))
     end = start
     loader = DataLoader(
@@ -221,6 +247,16 @@ class _Forgiving(Dataset[tuple[Tensor, int] | Skipped]):
             return self.source[index]
         except ImageError as error:
             return Skipped(index, error.name, error.reason or str(error))
+
+
+class _ForgivingStream(IterableDataset[tuple[Tensor, int] | Skipped]):
+    """A stream likewise."""
+
+    def __init__(self, source: ImageStream):
+        self.source = source
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int] | Skipped]:
+        return self.source.items()
 
 
 def open_dataset(spec: str, model: nn.Module, *, limit: int | None = None) -> ImageSource | ImageStream:
@@ -333,20 +369,27 @@ def _open_folder(folder: Path, model: nn.Module, limit: int | None) -> ImageSour
     try:
         root = _class_root(folder)
         classes = _subfolders(root)
-        found = [_files(root, root / name) for name in classes or ["."]]
+        unheard: list[str] = []
+        special: list[str] = []
+        found = [_files(root, root / name, unheard, special) for name in classes or ["."]]
     except OSError as error:
         raise UserError(f"data folder {str(folder)!r} cannot be read: {shortened(error)}") from error
     names = [sorted(name for name in own if name.lower().endswith(_EXTENSIONS)) for own in found]
     files = [(name, label if classes else -1) for label, own in enumerate(names) for name in own]
     others = [repr(name) for own in found for name in own if not name.lower().endswith(_EXTENSIONS)]
     empty = [repr(name) for name, own in zip(classes, names, strict=bool(classes)) if not own]
-    for what, some in (("files are no images by their names", others), ("class folders have no images", empty)):
+    for what, some in (
+        ("files are no images by their names", others),
+        ("class folders have no images", empty),
+        ("are no regular files, and are left out", special),
+        ("sub-folders cannot be read, and what is in them is left out", unheard),
+    ):
         if files and some:
             _logger.warning("%r: %d %s (%s)", str(root), len(some), what, _some(some))
     if not files:
         raise UserError(
             f"data folder {str(root)!r} has class folders ({_some(classes)}) but no images in them "
-            f"({', '.join(_EXTENSIONS)})."
+            f"({', '.join(_EXTENSIONS)})." + (f" {_some(unheard)} cannot be read." if unheard else "")
         )
     if not classes:
         _logger.warning("%r has no class folders: its images go without labels, and without top-1", str(root))
@@ -356,7 +399,7 @@ def _open_folder(folder: Path, model: nn.Module, limit: int | None) -> ImageSour
     chosen = _choose(len(files), limit)
     sizes = [f"{files[i][0]} {_size(root / files[i][0])}\n" for i in chosen]
     return ImageSource(
-        f"{root.parent.name}/{root.name}" if root.name in _SPLIT_FOLDERS else root.resolve().name,
+        _printable(f"{root.parent.name}/{root.name}" if root.name in _SPLIT_FOLDERS else root.resolve().name),
         _Files(root, files),
         chosen,
         _preparation(model, labels),
@@ -416,10 +459,39 @@ def _subfolders(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
 
 
-def _files(root: Path, folder: Path) -> list[str]:
-    """Paths of the files in a folder and below, relative to root, without hidden ones."""
-    found = (path for path in folder.rglob("*") if not path.name.startswith(".") and not path.is_dir())
-    return [path.relative_to(root).as_posix() for path in found]
+def _files(root: Path, folder: Path, unheard: list[str], special: list[str]) -> list[str]:
+    """Paths of the files in a folder and below, relative to root, without hidden ones.
+
+    Folders that cannot be read are added to `unheard`, pipes, sockets and devices to `special`, in quotes.
+    """
+    found = []
+
+    def say(error: OSError) -> None:
+        unheard.append(repr(Path(error.filename).relative_to(root).as_posix()))
+
+    for parent, folders, names in os.walk(folder, onerror=say):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(parent, name) for name in names if not name.startswith(".")):
+            name = path.relative_to(root).as_posix()
+            if _is_special(path):
+                special.append(repr(name))
+            else:
+                found.append(name)
+    return found
+
+
+def _is_special(path: Path) -> bool:
+    """Whether reading it could wait for ever. What is not to be had is no such file: it is named when it is decoded."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False
+
+
+def _printable(name: str) -> str:
+    """A file's name as a title: in one line, and as text that any file or terminal can hold."""
+    text = name.encode(errors="backslashreplace").decode()
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 # --- what timm opens
@@ -454,7 +526,11 @@ def _open_timm(kind: str, rest: str, model: nn.Module, limit: int | None) -> Ima
     length = _stream_length(opened, limit)
     if not length:
         raise UserError(f"data {str(spec)!r} does not tell how many images it has: say how many with --limit N.")
-    return ImageStream(str(spec), opened, length, prepare, _fingerprint(*identity, str(length)), classes, num_classes)
+    print_ = _fingerprint(*identity, str(length))
+    images_in_order = _streaming(spec, opened)
+    # For hfids/ timm repeats the limit it was given as the length.
+    promised = spec.kind != "hfids" and _stream_length(opened, None) > 0
+    return ImageStream(str(spec), images_in_order, length, prepare, print_, classes, num_classes, promised)
 
 
 def _parse_timm(kind: str, rest: str) -> _TimmSpec:
@@ -511,6 +587,78 @@ def _decoding(opened: Any, name: str) -> Images:
         opened.loader = _load
     images: Images = opened
     return images
+
+
+def _streaming(spec: _TimmSpec, opened: Any) -> Iterable[tuple[Image.Image, int] | ImageError]:
+    """A stream of timm's with our way to decode files, where they come as files: timm drops what it cannot decode."""
+    reader = getattr(opened, "reader", None)
+    if spec.kind == "wds" and reader is not None:
+        key = reader.target_key or reader.split_info.alt_label
+        shards = tuple(os.path.join(reader.root, name) for name in reader.split_info.filenames)
+        return _Shards(shards, tuple(reader.input_key.split(";")), key or None)
+    if spec.kind == "hfids" and reader is not None:
+        return _Rows(str(spec), reader)
+    timm_images: Iterable[tuple[Image.Image, int]] = opened
+    return timm_images
+
+
+@dataclass(frozen=True)
+class _Shards:
+    """The images of WebDataset shards, in order. A shard that cannot be read raises, after the images before it."""
+
+    shards: tuple[str, ...]
+    image_keys: tuple[str, ...]
+    target_key: str | None
+
+    def __iter__(self) -> Iterator[tuple[Image.Image, int] | ImageError]:
+        webdataset: Any = importlib.import_module("webdataset")
+        for sample in webdataset.DataPipeline(
+            webdataset.SimpleShardList(list(self.shards)), webdataset.tarfile_to_samples()
+        ):
+            name = f"{Path(str(sample['__url__'])).name}/{sample['__key__']}"
+            try:
+                yield self._read(sample, name)
+            except ImageError as error:
+                yield error
+            except Exception as error:  # a label or an image that is missing, or is none
+                reason = shortened(error)
+                yield ImageError(f"image {name!r} cannot be read: {reason}", name, reason)
+
+    def _read(self, sample: dict[str, Any], name: str) -> tuple[Image.Image, int]:
+        key = next((key for key in self.image_keys if key in sample), None)
+        if key is None:
+            raise ValueError(f"no {' or '.join(self.image_keys)} among its files")
+        label = int(json.loads(sample["json"])[self.target_key] if self.target_key else sample["cls"])
+        if label < 0:
+            raise ValueError(f"its label is {label}")
+        return decode(io.BytesIO(sample[key]), name), label
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The images of a Hugging Face data set, in order, without its own decoding: that ends at the first bad image."""
+
+    name: str
+    reader: Any
+
+    def __iter__(self) -> Iterator[tuple[Image.Image, int] | ImageError]:
+        datasets: Any = importlib.import_module("datasets")
+        reader = self.reader
+        if reader.download:
+            rows = reader.builder.as_dataset(split=reader.split).to_iterable_dataset()
+        else:
+            rows = reader.builder.as_streaming_dataset(split=reader.split)
+        for place, row in enumerate(rows.cast_column(reader.input_key, datasets.Image(decode=False))):
+            image, name = row[reader.input_key], f"{self.name}, number {place}"
+            try:
+                file = io.BytesIO(image["bytes"]) if image["bytes"] is not None else Path(image["path"])
+                label = row[reader.target_key]
+                yield decode(file, name), -1 if label is None else int(label)
+            except ImageError as error:
+                yield error
+            except Exception as error:  # no image in this row, or no class number
+                reason = shortened(error)
+                yield ImageError(f"image {name!r} cannot be read: {reason}", name, reason)
 
 
 def _load(path: str) -> Image.Image:
@@ -637,4 +785,4 @@ def _plain(name: str) -> str:
 
 
 def _some(names: Sequence[str], shown: int = 3) -> str:
-    return ", ".join(names[:shown]) + (", …" if len(names) > shown else "")
+    return ", ".join(map(_printable, names[:shown])) + (", …" if len(names) > shown else "")

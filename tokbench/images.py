@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import stat
 import textwrap
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,6 +17,8 @@ from tokbench.errors import UserError
 
 # Models scale the shorter side to their input size: what is a line to the eye would fill the memory.
 LONGEST_TO_SHORTEST = 200
+# Raster formats that Pillow decodes itself: no Ghostscript (EPS), no PDF, nothing that fetches or starts anything else.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "MPO", "JPEG2000", "AVIF", "DIB", "TGA", "ICO", "PCX")
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -51,14 +55,17 @@ def decode(file: Path | BinaryIO, name: str) -> Image.Image:
     """The image in a file, in mode L or RGB: turned as its EXIF says, 16 bits brought to 8, transparency on white, an
     animation's first frame.
 
-    Raises ImageError, naming the image, for what is no image, is damaged, has pixels without an agreed range, would
-    fill the memory (Pillow's bound, 179 million pixels), or is over `LONGEST_TO_SHORTEST` times as long as it is wide.
+    Raises ImageError, naming the image, for what is no image or no regular file, is damaged, has pixels without an
+    agreed range, would fill the memory (Pillow's bound, 179 million pixels), or is over `LONGEST_TO_SHORTEST` times as
+    long as it is wide.
     """
     try:
         # Pillow warns of what is decided here: large images, transparent palettes, damaged EXIF.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(file) as image:
+            if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):  # a pipe would wait for ever
+                raise ValueError("it is no regular file")
+            with Image.open(file, formats=_formats()) as image:
                 if max(image.size) > LONGEST_TO_SHORTEST * min(image.size):
                     raise ValueError(f"{image.width} × {image.height} pixels are too long and narrow to scale")
                 image.load()
@@ -68,6 +75,13 @@ def decode(file: Path | BinaryIO, name: str) -> Image.Image:
     except Exception as error:  # of damaged files, Pillow's decoders raise whatever they stumble over
         reason = textwrap.shorten(str(error), 200, placeholder=" …") or type(error).__name__
         raise ImageError(f"image {name!r} cannot be decoded: {reason}", name, reason) from error
+
+
+@cache
+def _formats() -> list[str]:
+    """Of our formats, those this Pillow knows: it raises KeyError for others."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def _flatten(image: Image.Image) -> Image.Image:
