@@ -259,3 +259,14 @@ def test_formats_that_start_other_programs_are_no_images(tmp_path):
     with pytest.raises(ImageError, match="cannot identify"):
         decode(tmp_path / "a.png", "a.png")
     assert not (tmp_path / "made").exists()
+
+
+def test_a_run_without_one_good_image_stops_with_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "load_model", lambda *args, **kwargs: tiny_model())
+    folder = make_folder(tmp_path / "data", {"a": 3})
+    for image in (folder / "a").iterdir():
+        image.write_bytes(b"x")
+    options = RunOptions(device="cpu", batch_size=2, only=("accuracy",), max_bad=100)
+    grid = replace(small_grid(MethodSpec("tome", ("8",))), data=str(folder))
+    with pytest.raises(RunStopped, match="none of the 3 images of data can be decoded"):
+        runner.run(grid, tmp_path / "run", options=options)

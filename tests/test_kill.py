@@ -44,3 +44,20 @@ def test_a_signal_stops_at_once_and_names_the_command_that_continues(tmp_path, w
     assert re.match(r"tokbench: interrupted; \d of 4 measurements are kept in .*; continue with: tokbench run ", line)
     assert shlex.split(line.partition("continue with: tokbench ")[2])[: len(words)] == words
     assert {path.name for path in run.iterdir()} <= {"manifest.json", "records.jsonl", "partial"}
+
+
+def test_ctrl_c_to_the_whole_process_group_is_one_clean_line(tmp_path):
+    run = tmp_path / "run"
+    words = ["run", "--method", "tome", "--schedule", "13", "--workers", "2", "--limit", "9999", "--out", str(run)]
+    command = [sys.executable, "-m", "tokbench", *words, "--device", "cpu", "--only", "flops,accuracy"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
+    )
+    while process.poll() is None and not (run / "records.jsonl").exists():
+        time.sleep(0.05)
+    time.sleep(4)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    (line,) = err.splitlines()
+    assert line.startswith("tokbench: interrupted; ") and "Traceback" not in out

@@ -211,3 +211,11 @@ def test_store_and_report_do_not_import_torch() -> None:
     modules = "tokbench.store, tokbench.report.metrics, tokbench.report.tables, tokbench.report.plots"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_repair_leaves_the_temporary_files_of_others_alone(run: RunFolder) -> None:
+    ours, foreign = run.path / "manifest.json.tokbench.tmp", run.path / "notes.tmp"
+    ours.touch()
+    foreign.touch()
+    run.repair()
+    assert foreign.exists() and not ours.exists()

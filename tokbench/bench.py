@@ -264,6 +264,8 @@ class Bench:
 
         batches = reader.batches()
         first = next(batches, None)
+        if first is None and not half.answers:
+            raise RunStopped(f"none of the {len(source):,} images of {source.name} can be decoded: nothing to measure.")
         results = dict(half.answers)
         if first is not None:
             try:

@@ -36,7 +36,7 @@ RECORDS = "records.jsonl"
 # Which images no cell saw, and why, by model.
 SKIPPED = "skipped.json"
 _LOCK, _OWNER = ".lock", ".owner.json"
-_TEMPORARY = ".tmp"
+_TEMPORARY = ".tokbench.tmp"  # nobody else names files so: repair removes those that a crash left
 # What readers of records rely on. A field that is not named here may hold anything.
 _IDENTITY = ("kind", "cell", "model", "method", "schedule")
 _TEXTS = frozenset({
