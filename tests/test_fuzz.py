@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import pickle
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -157,3 +159,22 @@ def test_records(rows, tail):
 def _temporary(tmp_path_factory):
     global TEMPORARY
     TEMPORARY = str(tmp_path_factory.mktemp("fuzz"))
+
+
+class _Hostile:
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.marker}'",)
+
+
+def test_a_checkpoint_that_would_start_a_program_is_refused(tmp_path):
+    marker, checkpoint = tmp_path / "made", tmp_path / "hostile.pth"
+    checkpoint.write_bytes(pickle.dumps({"state_dict": _Hostile(marker)}))
+    words = ("--model", "vit_tiny_patch16_224", "--checkpoint", str(checkpoint), "--device", "cpu", "--only", "flops")
+    code, err = call("run", *words, "--method", "tome", "--schedule", "8", "--out", str(tmp_path / "run"))
+    assert code == 2 and err.startswith("tokbench: ") and err.count("\n") == 1, err
+    assert not marker.exists()
+    pickle.loads(checkpoint.read_bytes())
+    assert marker.exists()  # the file does what it threatens where it is let
