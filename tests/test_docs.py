@@ -1,0 +1,76 @@
+"""The documentation: its commands parse, its links lead somewhere, and the site builds without a warning."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from tokbench.cli import app
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(text: str) -> list[str]:
+    """The tokbench command lines of a page, in blocks and in `code` spans; continued lines are joined."""
+    text = text.replace("\\\n", " ")
+    quoted = re.findall(r"`(tokbench [^`\n]+)`", text)
+    lines = re.findall(r"^(?:\s*(?:- run: |srun )|    )?(tokbench [a-z]+ .*)$", text, flags=re.MULTILINE)
+    return [*quoted, *lines]
+
+
+def refusal(command: str) -> str:
+    """Why the command line does not parse, "" if it does. Nothing of it is run."""
+    words = [word for word in shlex.split(command, comments=True)[1:] if word not in ("...", "…")]
+    words = [word.split("|")[0] for word in words]
+    root = get_command(app)
+    if words and words[0].startswith("-"):
+        return "" if words[0] in ("--help", "--version", "-h") else f"no option {words[0]}"
+    if not words or words[0] not in root.commands:  # type: ignore[attr-defined]
+        return f"no command {words[:1]}"
+    try:
+        root.commands[words[0]].make_context(words[0], words[1:], resilient_parsing=False)  # type: ignore[attr-defined]
+    except Exception as error:  # click's or typer's own usage errors
+        return "" if "Missing" in str(error) else str(error)
+    return ""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_parses(page: Path) -> None:
+    wrong = {line: refusal(line) for line in commands(page.read_text(encoding="utf-8"))}
+    assert not {line: why for line, why in wrong.items() if why}
+
+
+def test_a_wrong_command_would_be_seen() -> None:
+    page = "    tokbench run --limt 3\n\nand `tokbench plott results/x`, `tokbench table results/x --format md`"
+    assert [bool(refusal(line)) for line in sorted(commands(page))] == [True, True, False]
+    assert len([line for path in PAGES for line in commands(path.read_text(encoding="utf-8"))]) > 40
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_that_exist(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert not [link for link in links if not (page.parent / link).exists()]
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    for module in ("mkdocs", "material", "mkdocstrings"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"needs {module}: pip install '.[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    api = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
+    assert "tokens_per_block" in api and "Import a public name" not in api
+    loaded = re.findall(r'<(?:link|script|img)[^>]*(?:src|href)="(https?://[^"]+)"', api)
+    assert not loaded, "the page loads something from the network"
