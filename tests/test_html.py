@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from test_report import make_run
 
@@ -17,6 +18,8 @@ from tokbench.report import html
 from tokbench.report.findings import findings
 from tokbench.report.html import plot_data, write_report
 from tokbench.report.metrics import load_table
+from tokbench.report.styles import variant_name
+from tokbench.report.tables import render_table
 from tokbench.store import RunFolder
 
 HOSTILE = "<script>window.hacked = true</script><b>&amp;"
@@ -155,6 +158,30 @@ def test_fronts_of_the_plot_are_those_of_the_tables(run: Path) -> None:
     assert json.loads(json.dumps(data, allow_nan=False)) == data
 
 
+def test_page_table_and_findings_name_the_same_front_of_speed() -> None:
+    df = load_table([Path(__file__).parents[1] / "results" / "reference"])
+    fronts = plot_data(df)["fronts"]
+    table = json.loads(render_table(df, "json"))
+    assert fronts["speedup|top1"] == fronts["throughput|top1"]
+    assert [number for number, row in enumerate(table) if row["front_throughput"]] == fronts["speedup|top1"]
+    told = next(text for text in findings(df)[0].sentences if "front of top-1 against speed" in text)
+    on, _, never = told.partition(";")
+    members = set(df.loc[fronts["speedup|top1"], "variant"]) - {"none"}
+    assert members and all(variant_name(name, name) in on for name in members)
+    others = set(df["variant"]) - members - {"none"}
+    assert others and all(variant_name(name, name) in never for name in others)
+
+
+def test_cells_that_cannot_be_told_apart_in_speed_or_gave_nan_are_named(run: Path) -> None:
+    df = load_table([run])
+    df.loc[1, ["speedup", "speedup_low", "speedup_high"]] = [1.01, 0.98, 1.03]
+    assert "Not to be told from the unreduced model in speed: ToMe at r=8 (1.01×)." in findings(df)[0].sentences
+    df["nonfinite"] = pd.array([0, 3, 0, 0, 0], "Int64")
+    text = " ".join(findings(df)[0].sentences)
+    assert "NaN or infinite logits" in text and "ToMe at r=8 (3 of 1,000 images)." in text
+    assert text.count("ToMe at r=8") == 1
+
+
 def test_what_cannot_be_written_is_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="call it page.html"):
         write_report([run], tmp_path / "page.pdf")
@@ -224,7 +251,8 @@ def test_the_page_works_in_a_browser(browser: Any, run: Path, tmp_path: Path) ->
 
     press(browser, "Drop [95 %]")
     ascending = column(browser, "Drop [95 %]")
-    assert ascending[:4] == ["", "", "n.s. [-0.3, 0.7]", "n.s. [-0.3, 0.7]"] and ascending[-1] == "10.0 [8.0, 12.0]"
+    assert ascending[:4] == ["", "", "0.2 [-0.3, 0.7] n.s.", "0.2 [-0.3, 0.7] n.s."]
+    assert ascending[-1] == "10.0 [8.0, 12.0]"
     press(browser, "Drop [95 %]")
     assert column(browser, "Drop [95 %]")[0] == "10.0 [8.0, 12.0]"
     press(browser, "Schedule")

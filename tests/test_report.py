@@ -143,6 +143,28 @@ def test_costs_within_a_percent_are_equal_on_the_front(df: pd.DataFrame) -> None
     assert pareto_front(pd.concat([df, cheaper], ignore_index=True), "gflops", "top1").to_list()[-1] is True
 
 
+def test_a_front_of_speed_is_judged_by_the_paired_speed_up(df: pd.DataFrame) -> None:
+    twins = pd.concat([df.iloc[[0, 2]], df.iloc[[2]]], ignore_index=True)
+    twins["throughput"], twins["speedup"] = [100.0, 175.0, 170.0], [1.0, 1.70, 1.75]
+    assert pareto_front(twins, "throughput", "top1").to_list() == [True, False, True]
+    twins["speedup"] = np.nan
+    assert pareto_front(twins, "throughput", "top1").to_list() == [True, True, False]
+
+
+def test_a_cell_with_nan_logits_is_on_no_front_and_beats_none(df: pd.DataFrame) -> None:
+    broken = df.assign(nonfinite=pd.array([0, 3, 0, 0, 0], "Int64"))
+    assert pareto_front(broken, "gflops", "top1").to_list() == [True, False, True, False, False]
+
+
+def test_flops_are_told_by_part(df: pd.DataFrame) -> None:
+    flops = {"kind": "flops", "cell": "a", "model": "m", "method": "tome", "schedule": "8", "flops": 4 * 10**9}
+    parts = {"flops_attention": 10**9, "flops_mlp": 2 * 10**9, "flops_method": 10**8, "flops_rest": 9 * 10**8}
+    cell = table_of_records([flops | parts]).iloc[0]
+    assert [cell[f"gflops_{part}"] for part in ("attention", "mlp", "method", "rest")] == [1.0, 2.0, 0.1, 0.9]
+    assert cell["method_share"] == 2.5
+    assert np.isnan(table_of_records([flops]).iloc[0]["method_share"])
+
+
 def test_a_run_named_twice_is_read_once_and_equal_names_are_told_apart(tmp_path: Path, run: Path) -> None:
     assert len(load_table([run, run])) == len(load_table([run]))
     both = load_table([run, make_run(tmp_path / "elsewhere" / "run")])
@@ -183,9 +205,9 @@ def rich_text(df: pd.DataFrame, width: int) -> str:
     return console.file.getvalue()
 
 
-def test_a_drop_that_may_be_none_is_not_printed_as_a_number(df: pd.DataFrame) -> None:
+def test_a_drop_that_may_be_none_is_printed_and_said_to_be(df: pd.DataFrame) -> None:
     markdown = render_table(df, "md")
-    assert "| n.s. [-0.3, 0.7] |" in markdown and "| 2.0 [1.0, 3.0] |" in markdown
+    assert "| 0.2 [-0.3, 0.7] n.s. |" in markdown and "| 2.0 [1.0, 3.0] |" in markdown
     assert "n.s.: cannot be told from no drop." in markdown
 
 
@@ -277,7 +299,7 @@ def test_latex_is_escaped(df: pd.DataFrame) -> None:
 def test_the_terminal_table_fits_and_folds_no_number(df: pd.DataFrame, width: int) -> None:
     text = rich_text(df, width)
     assert max(len(line.rstrip()) for line in text.splitlines()) <= width
-    assert "n.s. [-0.3, 0.7]" in text and "10.0 [8.0, 12.0]" in text and "keep:0.7@3,6,9" in text
+    assert "0.2 [-0.3, 0.7] n.s." in text and "10.0 [8.0, 12.0]" in text and "keep:0.7@3,6,9" in text
     assert ("FLOPs ratio" in text) == (width == 140)
 
 
@@ -351,6 +373,12 @@ def test_nothing_to_plot_is_one_line(df: pd.DataFrame, tmp_path: Path) -> None:
 
 def test_a_run_without_the_unreduced_model_can_be_drawn(df: pd.DataFrame, tmp_path: Path) -> None:
     assert "unreduced:" not in svg(df[~df["is_baseline"]], tmp_path)
+
+
+def test_a_reference_line_needs_only_its_own_metric(df: pd.DataFrame, tmp_path: Path) -> None:
+    untimed = df.assign(throughput=df["throughput"].mask(df["is_baseline"]))
+    drawn = svg(untimed, tmp_path, x="throughput")
+    assert "unreduced: 80.0 %" in drawn and "unreduced: 100 images/s" not in drawn
 
 
 def test_methods_at_equal_cost_stand_side_by_side_on_the_front_they_had(tmp_path: Path, df: pd.DataFrame) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from tokbench.report.metrics import METRICS, comparable, find_metric, pareto_front
+from tokbench.report.metrics import METRICS, comparable, find_metric, nonfinite, pareto_front
 from tokbench.report.styles import short_schedule, variant_name
 from tokbench.report.tables import sensible_digits
 
@@ -70,11 +70,11 @@ def speed_phrase(row: pd.Series) -> str:
 
 def _sentences(group: pd.DataFrame) -> list[str]:
     cells = group[~group["is_baseline"]]
-    measured = cells[cells[["top1", "gflops", "speedup"]].notna().any(axis=1)]
+    measured = cells[cells[["top1", "gflops", "speedup"]].notna().any(axis=1) & ~nonfinite(cells)]
     sentences = [_unreduced(group)]
     if cells.empty:
         return [*sentences, "Nothing but the unreduced model was measured, so there is nothing to compare."]
-    sentences += _missing(group)
+    sentences += _missing(group) + _nonfinite(group)
     if measured["flops_ratio"].notna().any() and measured[["top1", "speedup"]].isna().all(axis=None):
         sentences.append(_savings(measured))
     if measured["drop"].notna().any():
@@ -107,6 +107,15 @@ def _missing(group: pd.DataFrame) -> list[str]:
     if group["throughput"].isna().all():
         texts.append("Speed was not measured: fewer FLOPs need not mean more images per second.")
     return texts
+
+
+def _nonfinite(group: pd.DataFrame) -> list[str]:
+    broken = group[nonfinite(group)]
+    if broken.empty:
+        return []
+    names = _list([f"{cell_name(row)} ({row['nonfinite']:,} of {row['images']:,} images)"
+                   if pd.notna(row["images"]) else cell_name(row) for _, row in broken.iterrows()])  # fmt: skip
+    return [f"NaN or infinite logits, so left out of fronts and of what is said of reduced cells: {names}."]
 
 
 def _savings(cells: pd.DataFrame) -> str:
@@ -179,8 +188,9 @@ def _speed_of_methods(timed: pd.DataFrame) -> list[str]:
         more = f" and {len(slower) - 4} more" if len(slower) > 4 else ""
         sentences.append(f"Slower than the unreduced model: {names}{more}.")
     if len(unclear):
-        cells_ = f"{len(unclear)} {_plural(len(unclear), 'cell')}"
-        sentences.append(f"{cells_} cannot be told from the unreduced model in speed.")
+        names = _list([f"{cell_name(row)} ({row['speedup']:.2f}×)" for _, row in unclear.head(4).iterrows()])
+        more = f" and {len(unclear) - 4} more" if len(unclear) > 4 else ""
+        sentences.append(f"Not to be told from the unreduced model in speed: {names}{more}.")
     counted = timed[(timed["flops_ratio"] < 0.95) & timed["flops_ratio"].notna()]
     if len(counted):
         promise = counted["speedup"] * counted["flops_ratio"]
@@ -192,7 +202,8 @@ def _speed_of_methods(timed: pd.DataFrame) -> list[str]:
 
 def _front(group: pd.DataFrame, x: str) -> list[str]:
     """Which methods are on the front of top-1 against x, and which never are."""
-    there = group[group[find_metric(x).column].notna() & group["top1"].notna() & ~group["is_baseline"]]
+    known = group[find_metric(x).column].notna() & group["top1"].notna()
+    there = group[known & ~group["is_baseline"] & ~nonfinite(group)]
     if there["method"].nunique() < 2:
         return []
     front = there[pareto_front(group, x, "top1")[there.index]]

@@ -71,13 +71,26 @@ METRICS: dict[str, Metric] = {
     ),
     "gflops": Metric("GFLOPs per image", "GFLOPs", "gflops", "lower", 3, tie=_TIE),
     "flops_ratio": Metric("FLOPs relative to the unreduced model", "FLOPs ratio", "flops_ratio", "lower", 2, tie=_TIE),
+    "gflops_attention": Metric(
+        "GFLOPs of attention per image", "Attn GFLOPs", "gflops_attention", "lower", 3, tie=_TIE
+    ),
+    "gflops_mlp": Metric("GFLOPs of the MLPs per image", "MLP GFLOPs", "gflops_mlp", "lower", 3, tie=_TIE),
+    "gflops_method": Metric(
+        "GFLOPs the method itself adds per image", "Method GFLOPs", "gflops_method", "lower", 4, tie=_TIE
+    ),
+    "gflops_rest": Metric("GFLOPs of all else per image", "Other GFLOPs", "gflops_rest", "lower", 4, tie=_TIE),
+    "method_share": Metric(
+        "The method's own share of the FLOPs (%)", "Overhead %", "method_share", "lower", 2, tie=_TIE
+    ),
     "throughput": Metric(
         "Throughput (images/s)", "Images/s", "throughput", "higher", 0, "throughput_low", "throughput_high", _TIE
     ),
     "speedup": Metric(
         "Speed-up over the unreduced model (×)", "Speed-up", "speedup", "higher", 2, "speedup_low", "speedup_high", _TIE
     ),
-    "latency": Metric("Latency at batch 1 (ms)", "Latency ms", "latency_ms", "lower", 2, tie=_TIE),
+    "latency": Metric(
+        "Latency at batch 1 (ms)", "Latency ms", "latency_ms", "lower", 2, "latency_low_ms", "latency_high_ms", _TIE
+    ),
     "latency_p95": Metric("Latency at batch 1, 95th percentile (ms)", "p95 ms", "latency_p95_ms", "lower", 2, tie=_TIE),
     "efficiency": Metric(
         "Speed relative to the same tokens for free",
@@ -99,8 +112,11 @@ PANEL = ("model", "weights_sha256", "input_size", "data", "data_fingerprint")
 
 COLUMNS = (
     "run", "model", "method", "variant", "params", "schedule", "resolved", "is_baseline", "tokens_final", "gflops",
+    "gflops_attention", "gflops_mlp", "gflops_method", "gflops_rest", "method_share",
     "flops_ratio", "throughput", "throughput_low", "throughput_high", "speedup", "speedup_low", "speedup_high",
-    "latency_ms", "latency_p95_ms", "efficiency", "efficiency_low", "efficiency_high", "free_speedup", "memory_mib",
+    "latency_ms",
+    "latency_low_ms", "latency_high_ms", "latency_p95_ms",
+    "efficiency", "efficiency_low", "efficiency_high", "free_speedup", "memory_mib",
     "top1", "top1_low", "top1_high", "top1_paired_low", "top1_paired_high", "top5", "top5_low", "top5_high", "drop",
     "drop_low", "drop_high", "mcnemar_p", "agreement", "agreement_low", "agreement_high", "kl", "kl_low", "kl_high",
     "similarity", "similarity_low", "similarity_high", "images", "batch_size", "skipped", "nonfinite", "input_size",
@@ -238,20 +254,31 @@ def comparable(df: pd.DataFrame) -> list[pd.DataFrame]:
 def pareto_front(df: pd.DataFrame, x: str, y: str) -> pd.Series:
     """True for each row that no comparable row beats: as good in both metrics and better in one.
 
-    x, y: names in `METRICS`; what differs by less than a metric's `tie` counts as equal. Rows where either is missing
-    are False. The index is that of `df`.
+    x, y: names in `METRICS`; what differs by less than a metric's `tie` counts as equal. Throughput is judged by the
+    speed-up where all rows have it: it is paired within timing rounds, so drift cannot decide, and the fronts over both
+    agree. Rows where either is missing, or with NaN or infinite logits, are False. The index is that of `df`.
     """
     front = pd.Series(False, index=df.index)
     for group in comparable(df):
-        measured = group[_measured(group, x, y)]
-        no_worse_x, better_x = _compare(measured, x)
-        no_worse_y, better_y = _compare(measured, y)
+        measured = group[_measured(group, x, y) & ~nonfinite(group)]
+        (no_worse_x, better_x), (no_worse_y, better_y) = (
+            _compare(measured, _judged_by(measured, name)) for name in (x, y)
+        )
         front[measured.index] = ~(no_worse_x & no_worse_y & (better_x | better_y)).any(axis=0)
     return front
 
 
 def _measured(df: pd.DataFrame, x: str, y: str) -> pd.Series:
     return df[find_metric(x).column].notna() & df[find_metric(y).column].notna()
+
+
+def nonfinite(df: pd.DataFrame) -> pd.Series:
+    """True for each row whose logits were NaN or infinite for some image."""
+    return df["nonfinite"].fillna(0).astype(int) > 0
+
+
+def _judged_by(df: pd.DataFrame, name: str) -> str:
+    return "speedup" if name == "throughput" and df["speedup"].notna().all() else name
 
 
 def _compare(df: pd.DataFrame, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -298,6 +325,10 @@ def _final_tokens(known: Record) -> int | None:
     return known["tokens"][-1] if known.get("tokens") else None
 
 
+def _method_share(known: Record) -> float | None:
+    return 100 * known["flops_method"] / known["flops"] if known.get("flops") and "flops_method" in known else None
+
+
 def _around_top1(bound: str) -> Callable[[Record], float | None]:
     """The cell's top-1 moved by the distance between its drop and a bound of its drop."""
 
@@ -333,6 +364,11 @@ def _median_rank(n: int) -> int:
 _VALUES: dict[str, Callable[[Record], float | None]] = {
     "tokens_final": _final_tokens,
     "gflops": _scaled("flops", 1e-9),
+    "gflops_attention": _scaled("flops_attention", 1e-9),
+    "gflops_mlp": _scaled("flops_mlp", 1e-9),
+    "gflops_method": _scaled("flops_method", 1e-9),
+    "gflops_rest": _scaled("flops_rest", 1e-9),
+    "method_share": _method_share,
     "memory_mib": _scaled("peak_memory_bytes", 2**-20),
     "top1": _scaled("top1", 100),
     "top1_low": _scaled("top1_low", 100),

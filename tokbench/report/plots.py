@@ -138,7 +138,8 @@ def plot_pareto(
         raise UserError(f"no size {size!r}; there are {', '.join(SIZES)}.{nearest(size, SIZES)}")
     names = _panels(df, x, y)
     both = [df[find_metric(name).column].notna() & df[find_metric(y).column].notna() for name in names]
-    df = df[np.logical_or.reduce(both)]
+    # A baseline with one of two metrics still gives a reference line.
+    df = df[np.logical_or.reduce([*both, df["is_baseline"] & df["run"].isin(df["run"][np.logical_or.reduce(both)])])]
     groups = [group for _, group in df.groupby(list(PANEL), sort=False, dropna=False)]
     laid_over = {run for group in groups if group["run"].nunique() > 1 for run in group["run"]}
     art = _Art(SIZES[size], find_theme(theme), run_names(df[df["run"].isin(laid_over)]))
@@ -281,8 +282,9 @@ def _panel(panel: Axes, group: pd.DataFrame, x: str, y: str, art: _Art, *, first
         panel.invert_yaxis()
     for cells in comparable(group[group["front"]]):
         _draw_front(panel, cells, x, y, art)
-    for base in _baselines(group, x, y):
-        _reference_lines(panel, *base, art)
+    for axis, value in _references(group, x, y):
+        dashes: dict[str, Any] = {"color": art.theme.muted, "linewidth": 0.9, "linestyle": (0, (4, 3)), "zorder": 1.5}
+        (panel.axvline if axis else panel.axhline)(value, **dashes)
     for series in _series(group, art):
         _draw_series(panel, series, x, y)
     _ring_front(panel, group, x, y, art)
@@ -380,11 +382,15 @@ def _spread_ticks(low: float, high: float, base: float, to_axis: Any) -> list[fl
     return sorted(ticks)
 
 
-def _baselines(group: pd.DataFrame, x: str, y: str) -> list[tuple[float, float]]:
-    """Where the unreduced model lies, once for each run that measured it."""
-    columns = [find_metric(x).column, find_metric(y).column]
-    cells = group[group["is_baseline"]].dropna(subset=columns).drop_duplicates("run")
-    return [(float(cell[columns[0]]), float(cell[columns[1]])) for _, cell in cells.iterrows()]
+def _references(group: pd.DataFrame, x: str, y: str) -> list[tuple[int, float]]:
+    """The unreduced model's values, once for each run: (0, its y) for a horizontal line, (1, its x) for a vertical."""
+    cells = group[group["is_baseline"]].drop_duplicates("run")
+    return [
+        (axis, float(value))
+        for _, cell in cells.iterrows()
+        for axis, name in enumerate((y, x))
+        if pd.notna(value := cell[find_metric(name).column])
+    ]
 
 
 def _draw_front(panel: Axes, cells: pd.DataFrame, x: str, y: str, art: _Art) -> None:
@@ -547,13 +553,9 @@ def _footnote(df: pd.DataFrame, names: list[str], y: str) -> str:
             notes.append(f"{direction} bars: 95 % interval of the difference from the unreduced model, same images.")
         if {"throughput_low", "speedup_low"} & shown:
             notes.append(f"{direction} bars: 95 % interval over timing rounds.")
+        if "latency_low_ms" in shown and df["latency_low_ms"].notna().any():
+            notes.append(f"{direction} bars: 95 % interval of the median latency.")
     return "\n".join(notes)
-
-
-def _reference_lines(panel: Axes, at_x: float, at_y: float, art: _Art) -> None:
-    dashes: dict[str, Any] = {"color": art.theme.muted, "linewidth": 0.9, "linestyle": (0, (4, 3)), "zorder": 1.5}
-    panel.axhline(at_y, **dashes)
-    panel.axvline(at_x, **dashes)
 
 
 @dataclass(frozen=True)
@@ -577,8 +579,7 @@ def _label(panel: Axes, group: pd.DataFrame, x: str, y: str, art: _Art, printed:
     if printed is not None:
         places.append(printed[columns].to_numpy(float))
         labels += _point_labels(panel, printed[printed["method"] != "none"], x, y, art, ", published")
-    lines = [_line_label(panel, base, axis, name, art)
-             for base in _baselines(cells, x, y) for axis, name in enumerate((y, x))]  # fmt: skip
+    lines = [_line_label(panel, axis, value, x if axis else y, art) for axis, value in _references(group, x, y)]
     labels += {label.text: label for label in reversed(lines)}.values()
     points = panel.transData.transform(np.concatenate(places))
     half = (art.size.marker / 2 + 1.5) * _pixels_per_point(panel)
@@ -606,13 +607,14 @@ def _point_labels(panel: Axes, cells: pd.DataFrame, x: str, y: str, art: _Art, a
     return labels
 
 
-def _line_label(panel: Axes, base: tuple[float, float], axis: int, name: str, art: _Art) -> _Label:
+def _line_label(panel: Axes, axis: int, value: float, name: str, art: _Art) -> _Label:
     """The unreduced model's value of metric `name`, for the line along `axis` (0 horizontal, 1 vertical)."""
-    text = f"unreduced: {_value(name, base[1 - axis])}"
-    line = panel.transData.transform(base)[1 - axis]
+    text = f"unreduced: {_value(name, value)}"
+    at = (value, panel.get_ylim()[0]) if axis else (panel.get_xlim()[0], value)
+    line = panel.transData.transform(at)[1 - axis]
     size = _text_size(panel, text, art)
     spots = spots_along(line, axis, size[::-1] if axis else size, _frame(panel), gap=3 * _pixels_per_point(panel))
-    return _Label(text, base, art.theme.muted, spots, rotation=90 * axis)
+    return _Label(text, at, art.theme.muted, spots, rotation=90 * axis)
 
 
 def _write(panel: Axes, label: _Label, spot: Spot, art: _Art) -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tokbench.errors import UserError, nearest
-from tokbench.report.metrics import METRICS, Metric, filter_cells, find_metric, pareto_front
+from tokbench.report.metrics import METRICS, Metric, filter_cells, find_metric, nonfinite, pareto_front
 
 TextFormat = Literal["md", "csv", "tex", "json"]
 Format = Literal["rich", "md", "csv", "tex", "json"]
@@ -80,7 +80,7 @@ def render_table(
     """The cells of `metrics.load_table` as a table.
 
     `rich`, `md` and `tex` are for reading: rounded, columns nobody measured left out, the best for their cost (members
-    of a Pareto front) marked, drops that cannot be told from none written `n.s.`. `csv` and `json` carry every
+    of a Pareto front) marked, drops that cannot be told from none followed by `n.s.`. `csv` and `json` carry every
     column unrounded.
 
     Args:
@@ -182,6 +182,7 @@ def _columns(df: pd.DataFrame) -> list[_Column]:
         _Column("Tokens", lambda row: _digits(row, "tokens_final", 0), rank=4, sort="tokens_final"),
         _number(METRICS["gflops"]),
         _number(METRICS["flops_ratio"], rank=5),
+        _number(METRICS["method_share"], rank=10),
         _number(METRICS["throughput"], rank=1),
         _Column("Speed-up", _speedup, sort="speedup"),
         _Column("[95 %]", _speedup_interval, rank=8, sort="speedup_low"),
@@ -230,13 +231,13 @@ def _digits(row: pd.Series, column: str, digits: int) -> str:
 
 def _drop(row: pd.Series) -> str:
     digits = sensible_digits(METRICS["drop"], row["images"])
-    text = _digits(row, "drop", digits)
     if row["is_baseline"] or pd.isna(row["drop"]):
-        return "" if row["is_baseline"] else text
+        return "" if row["is_baseline"] else _digits(row, "drop", digits)
+    text = _signed(row["drop"], digits)
     if pd.isna(row["drop_low"]):
         return text
     interval = f"[{_signed(row['drop_low'], digits)}, {_signed(row['drop_high'], digits)}]"
-    return f"{'n.s.' if not_significant(row) else text} {interval}"
+    return f"{text} {interval}{' n.s.' if not_significant(row) else ''}"
 
 
 def not_significant(row: pd.Series) -> bool:
@@ -297,7 +298,7 @@ def _notes(df: pd.DataFrame) -> list[str]:
         notes.append("n.s.: cannot be told from no drop.")
     if df[[f"front_{x}" for x in FRONTS.values()]].to_numpy().any():
         notes.append(
-            "Front: the best top-1 for its FLOPs (or images/s): no other cell is as good in both and better in one; "
+            "Front: the best top-1 for its FLOPs (or speed-up): no other cell is as good in both and better in one; "
             "costs within 1 % are equal."
         )
     if df["efficiency"].notna().any():
@@ -306,9 +307,13 @@ def _notes(df: pd.DataFrame) -> list[str]:
         notes.append("Fused attention was off: speed-ups are over a model that is slower than timm's own.")
     if (df["weights"] == "random").any():
         notes.append("Random weights: FLOPs and speed only, nothing here is a trained model.")
-    for _, row in df[df["nonfinite"].fillna(0) > 0].iterrows():
+    if df["method_share"].gt(0).any():
+        notes.append("Overhead: what the method itself computes, as a share of the cell's FLOPs.")
+    for _, row in df[nonfinite(df)].iterrows():
         what = f"{row['variant']} {row['schedule']}".rstrip()
-        notes.append(f"{what}: NaN or infinite logits for {row['nonfinite']:,} images, which count as wrong.")
+        notes.append(
+            f"{what}: NaN or infinite logits for {row['nonfinite']:,} images, which count as wrong; on no front."
+        )
     for _, row in df[df["error"].notna()].iterrows():
         notes.append(f"{row['variant']} {row['schedule']} failed: {row['error']}")
     return notes
