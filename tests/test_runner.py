@@ -445,6 +445,7 @@ def test_each_cell_is_set_against_its_own_speed_limit(source, tmp_path):
     assert records["tiny/tome/8"]["free_seconds"] != records["tiny/mctf/8"]["free_seconds"]
     assert table["efficiency"].notna().to_dict() == {cell: cell.endswith("8") for cell in table.index}
     assert all(record["latency_p95_ms"] >= record["latency_ms"] > 0 for record in records.values())
+    assert all(r["latency_low_ms"] <= r["latency_ms"] <= r["latency_high_ms"] for r in records.values())
     assert records["tiny/none"]["latency_ms"] == pytest.approx(
         1000 * np.median(records["tiny/none"]["latency_seconds"])
     )

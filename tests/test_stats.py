@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import multinomial
 
-from tokbench.measure.stats import holm, mcnemar_p, median_ratio_interval, paired_drop, wilson
+from tokbench.measure.stats import holm, mcnemar_p, median_interval, median_ratio_interval, paired_drop, wilson
 
 Z = 1.959963984540054
 Outcomes = tuple[NDArray[np.bool_], NDArray[np.bool_]]
@@ -169,6 +169,25 @@ def test_median_ratio_interval_covers() -> None:
         _, low, high = median_ratio_interval(1.5 * above, below, resamples=400)
         hits += low <= 1.5 <= high
     assert 0.90 < hits / 300 < 0.99
+
+
+def test_median_interval_covers() -> None:
+    generator = np.random.default_rng(4)
+    for size, at_least in ((6, 0.95), (15, 0.95), (50, 0.95), (5, 0.92)):
+        hits = 0
+        for _ in range(400):
+            values = generator.lognormal(sigma=0.5, size=size).tolist()
+            middle, low, high = median_interval(values)
+            assert min(values) <= low <= middle <= high <= max(values)
+            hits += low <= 1 <= high
+        assert hits / 400 > at_least - 0.03  # three standard errors; its ends are whole values, so that it is wide
+
+
+def test_median_interval_of_known_values() -> None:
+    # By hand: P(X ≤ 5) = 0.0207 for a binomial of 20 fair throws, so the 6th from either end.
+    assert median_interval(list(range(1, 21))) == (10.5, 6, 15)
+    assert median_interval([3.0, 1.0, 2.0]) == (2, 1, 3)
+    assert median_interval([7.0]) == (7, 7, 7)
 
 
 def test_median_ratio_needs_pairs() -> None:

@@ -10,7 +10,9 @@ import numpy as np
 from tokbench.measure.accuracy import Predictions
 from tokbench.measure.flops import FlopCount
 from tokbench.measure.speed import SpeedResult
-from tokbench.measure.stats import mcnemar_p, mean_interval, median_ratio_interval, paired_drop, wilson
+from tokbench.measure.stats import mcnemar_p, mean_interval, median_interval, median_ratio_interval, paired_drop, wilson
+
+_LATENCY = ("latency_ms", "latency_low_ms", "latency_high_ms")
 
 
 def accuracy_fields(predictions: Predictions, baseline: Predictions) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def speed_fields(
         "speedup_low": result.speedup_low,
         "speedup_high": result.speedup_high,
         "latency_seconds": latency,
-        "latency_ms": 1000 * float(np.median(latency)),
+        **{name: 1000 * value for name, value in zip(_LATENCY, median_interval(latency), strict=True)},
         "latency_p95_ms": 1000 * float(np.quantile(latency, 0.95)),
     }
     if memory:

@@ -45,8 +45,8 @@ _TEXTS = frozenset({
 _NUMBERS = frozenset({
     "flops", "flops_ratio", "images", "correct", "correct5", "skipped", "nonfinite", "top1", "top1_low", "top1_high",
     "top5", "drop", "drop_low", "drop_high", "mcnemar_p", "agreement", "batch_size", "iterations", "throughput",
-    "speedup", "speedup_low", "speedup_high", "latency_ms", "latency_p95_ms", "efficiency", "efficiency_low",
-    "efficiency_high", "free_speedup", "peak_memory_bytes",
+    "speedup", "speedup_low", "speedup_high", "latency_ms", "latency_low_ms", "latency_high_ms", "latency_p95_ms",
+    "efficiency", "efficiency_low", "efficiency_high", "free_speedup", "peak_memory_bytes",
 })  # fmt: skip
 _COUNTS = frozenset({"images", "correct", "correct5", "skipped", "nonfinite", "batch_size"})
 _COUNT_LISTS, _TIME_LISTS = frozenset({"input_size", "tokens"}), frozenset({"seconds", "free_seconds"})

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest, norm, quantile_test
 
 CONFIDENCE = 0.95
 
@@ -27,6 +27,20 @@ def mean_interval(values: ArrayLike) -> tuple[float, float, float]:
     mean = float(finite.mean())
     reach = float(norm.ppf((1 + CONFIDENCE) / 2) * finite.std(ddof=1) / sqrt(finite.size)) if finite.size > 1 else 0.0
     return mean, mean - reach, mean + reach
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """(median, low, high) of `values` (n,), n ≥ 1, with a 95 % interval that assumes nothing of their distribution.
+
+    Its ends are order statistics, found by the sign test (scipy's `quantile_test`). Fewer than six values have no
+    such interval: their extremes are given, which hold the median of a population 94 % of the time for five.
+    """
+    interval = quantile_test(values, p=0.5).confidence_interval(CONFIDENCE)
+    low, high = (
+        float(bound if np.isfinite(bound) else extreme)
+        for bound, extreme in zip(interval, (min(values), max(values)), strict=True)
+    )
+    return float(np.median(values)), low, high
 
 
 def paired_drop(baseline_correct: ArrayLike, cell_correct: ArrayLike) -> tuple[float, float, float]:
