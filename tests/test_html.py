@@ -110,6 +110,26 @@ def test_gains_and_slowdowns_are_called_so(run: Path, tmp_path: Path) -> None:
     assert "Slower than the unreduced model: ToMe at r=8 (0.90×)." in text
 
 
+def test_where_one_image_takes_no_less_time_the_findings_say_so(run: Path) -> None:
+    df = load_table([run]).assign(latency_ms=[10.0, 12.0, 10.1, 8.0, 7.0])
+    cells = "One image at a time it is another story: of the 4 cells with more images/s at batch 32, "
+    near = "ToMe at r=13 (10.1 ms)"
+
+    def told(df: pd.DataFrame, **changed: Any) -> str:
+        return "\n".join(findings(df.assign(**changed))[0].sentences)
+
+    both = f"2 take longer than the unreduced model (10 ms): ToMe at r=8 (12 ms) and {near} (by the medians, without"
+    assert cells + both in told(df)
+    known = df.assign(latency_low_ms=df["latency_ms"] - 0.2, latency_high_ms=df["latency_ms"] + 0.2)
+    longer = "1 takes longer than the unreduced model (10 ms): ToMe at r=8 (12 ms); 1 cannot be told from it: "
+    assert f"{cells}{longer}{near} (by the 95 % intervals of the medians)." in told(known)
+    alike = f"{cells}1 cannot be told from the unreduced model (10 ms): {near} (by"
+    assert alike in told(known.drop(index=1)).replace("the 3 cells", "the 4 cells")
+    assert "another story" not in told(known.drop(index=[1, 2]))
+    assert "another story" not in told(known, speedup_low=0.9)  # no faster in batches either
+    assert "another story" not in told(known, batch_size=1)
+
+
 def test_the_speed_limit_is_no_method_to_recommend(run: Path) -> None:
     speed = next(record for record in RunFolder.open(run).records() if record["kind"] == "speed")
     limit = {"cell": "bundled/free/8", "method": "free", "schedule": "8", "speedup": 9.0, "speedup_low": 8.9}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -80,7 +80,7 @@ def _sentences(group: pd.DataFrame) -> list[str]:
     if measured["drop"].notna().any():
         sentences += _accuracy(measured)
     if measured["speedup"].notna().any():
-        sentences += _speed(measured)
+        sentences += _speed(measured) + _latency(group, measured)
     if measured["top1"].notna().any():
         sentences += [text for x in ("throughput", "gflops") for text in _front(group, x)]
     return [*sentences, *_failures(cells)]
@@ -184,13 +184,9 @@ def _speed_of_methods(timed: pd.DataFrame) -> list[str]:
         timed[(timed["speedup_low"] <= 1) & (timed["speedup_high"] >= 1)],
     )
     if len(slower):
-        names = _list([f"{cell_name(row)} ({row['speedup']:.2f}×)" for _, row in slower.head(4).iterrows()])
-        more = f" and {len(slower) - 4} more" if len(slower) > 4 else ""
-        sentences.append(f"Slower than the unreduced model: {names}{more}.")
+        sentences.append(f"Slower than the unreduced model: {_named(slower, _factor)}.")
     if len(unclear):
-        names = _list([f"{cell_name(row)} ({row['speedup']:.2f}×)" for _, row in unclear.head(4).iterrows()])
-        more = f" and {len(unclear) - 4} more" if len(unclear) > 4 else ""
-        sentences.append(f"Not to be told from the unreduced model in speed: {names}{more}.")
+        sentences.append(f"Not to be told from the unreduced model in speed: {_named(unclear, _factor)}.")
     counted = timed[(timed["flops_ratio"] < 0.95) & timed["flops_ratio"].notna()]
     if len(counted):
         promise = counted["speedup"] * counted["flops_ratio"]
@@ -198,6 +194,52 @@ def _speed_of_methods(timed: pd.DataFrame) -> list[str]:
         span = f"{low:.0f} %" if round(low) == round(high) else f"{low:.0f} to {high:.0f} %"
         sentences.append(f"The speed-ups are {span} of what the FLOPs saved would give if time followed FLOPs.")
     return sentences
+
+
+def _latency(group: pd.DataFrame, cells: pd.DataFrame) -> list[str]:
+    """Which cells that are faster in batches are not at batch 1; slower where the medians' intervals are apart."""
+    bases = group[group["is_baseline"] & group["latency_ms"].notna()].drop_duplicates("run").set_index("run")
+    timed = cells[
+        cells["latency_ms"].notna() & cells["run"].isin(bases.index) & (cells["method"] != "free")
+        & (cells["speedup_low"] > 1) & (cells["batch_size"].fillna(0) > 1)
+    ]  # fmt: skip
+    intervals = [METRICS["latency"].low, METRICS["latency"].high]
+    known = bool(timed[intervals].notna().all(axis=None) and bases[intervals].notna().all(axis=None))
+    low, high = intervals if known else ["latency_ms"] * 2
+    base = bases.loc[timed["run"]]
+    longer = timed[low].to_numpy() > base[high].to_numpy()
+    shorter = timed[high].to_numpy() < base[low].to_numpy()
+    if shorter.all():
+        return []
+    slower, unclear = timed[longer], timed[~longer & ~shorter]
+    model = f"the unreduced model ({bases['latency_ms'].iloc[0]:.3g} ms)" if len(bases) == 1 else "the unreduced model"
+    told = []
+    if len(slower):
+        takes = _plural(len(slower), "takes", "take")
+        told.append(f"{len(slower)} {takes} longer than {model}: {_named(slower, _milliseconds)}")
+    if len(unclear):
+        than = "it" if told else model
+        told.append(f"{len(unclear)} cannot be told from {than}: {_named(unclear, _milliseconds)}")
+    which = "the one cell" if len(timed) == 1 else f"the {len(timed)} cells"
+    compared = "by the 95 % intervals of the medians" if known else "by the medians, without intervals"
+    return [
+        f"One image at a time it is another story: of {which} with more images/s at batch "
+        f"{int(timed['batch_size'].max())}, {'; '.join(told)} ({compared})."
+    ]
+
+
+def _factor(row: pd.Series) -> str:
+    return f"{row['speedup']:.2f}×"
+
+
+def _milliseconds(row: pd.Series) -> str:
+    return f"{row['latency_ms']:.3g} ms"
+
+
+def _named(cells: pd.DataFrame, figure: Callable[[pd.Series], str]) -> str:
+    """The first four cells by name, each with a figure, and how many more there are."""
+    names = [f"{cell_name(row)} ({figure(row)})" for _, row in cells.head(4).iterrows()]
+    return _list(names) if len(cells) <= 4 else f"{', '.join(names)} and {len(cells) - 4} more"
 
 
 def _front(group: pd.DataFrame, x: str) -> list[str]:
