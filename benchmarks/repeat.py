@@ -20,7 +20,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from tokbench import load_table
+from tokbench.report.metrics import load_table
 from tokbench.store import RunFolder
 
 EXACT = ("top1", "top5", "drop", "agreement", "kl", "gflops", "tokens_final")
