@@ -187,6 +187,29 @@ def test_a_run_skips_the_same_images_for_every_cell_and_lists_them(animals, tmp_
         runner.run(grid, tmp_path / "strict", options=replace(options, max_bad=5))
 
 
+def test_more_cells_decode_no_more_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "load_model", lambda *args, **kwargs: tiny_model())
+    monkeypatch.setattr(runner, "_draw", lambda table, folder: [])
+    folder = tmp_path / "photos"
+    for name in "abc":
+        (folder / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (40, 30), (number * 80, 0, 0)).save(folder / name / f"{number}.jpg")
+    decoded: list[str] = []
+    monkeypatch.setattr(data, "decode", lambda file, name: decoded.append(name) or decode(file, name))
+    options = RunOptions(device="cpu", batch_size=4, only=("accuracy",))
+    alone, many = (
+        (MethodSpec("tome", ("8",)),),
+        tuple(MethodSpec(name, ("8", "4")) for name in ("tome", "topk", "evit")),
+    )
+    for methods in (alone, many):
+        decoded.clear()
+        grid = replace(small_grid(*(MethodSpec(name, ("8", "4")) for name in names)), data=str(folder))
+        table = runner.run(grid, tmp_path / f"{len(names)}", options=options, progress=Listener())
+        assert len(table) == 1 + 2 * len(names) and table["images"].eq(9).all()
+        assert len(decoded) == len(set(decoded)) == 9
+
+
 def test_images_that_came_or_went_between_two_sessions_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "load_model", lambda *args, **kwargs: tiny_model())
     monkeypatch.setattr(runner, "_draw", lambda table, folder: [])

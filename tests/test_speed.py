@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -284,6 +286,24 @@ def test_a_noisy_pilot_asks_for_more_rounds_and_the_budget_limits_them(clock: Cl
     # An odd number of passes in a turn leaves a part of the noise.
     assert speed.FEWEST_ROUNDS < rounds(0.1, seconds=80) <= speed.MOST_ROUNDS - speed.PILOT_ROUNDS
     assert rounds(0.3, seconds=40) == int(40 / 2.3) - speed.PILOT_ROUNDS  # the slow pass is the estimate
+
+
+def test_the_interval_covers_a_known_ratio_while_the_machine_drifts(clock: Clock) -> None:
+    generator = np.random.default_rng(0)
+    hits, simulations = 0, 300
+    for _ in range(simulations):
+        period, phase = generator.uniform(5, 60), generator.uniform(0, 6.28)
+
+        def cost(seconds: float, period: float = period, phase: float = phase) -> float:
+            # A machine that slows to a half and recovers, over some rounds or many, and never times alike twice.
+            return seconds * (1.5 + 0.5 * np.sin(clock.now / period + phase)) * generator.lognormal(sigma=0.03)
+
+        models = {
+            name: Ticking(clock, partial(cost, seconds), [], name) for name, seconds in (("none", 0.3), ("tome", 0.2))
+        }
+        result = measure_speed(models, batch_size=1, input_size=SIZE, seconds=60)[1]
+        hits += result.speedup_low <= 1.5 <= result.speedup_high
+    assert 0.90 < hits / simulations < 0.99
 
 
 def test_the_rounds_that_a_pilot_asks_for() -> None:

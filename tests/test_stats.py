@@ -118,6 +118,21 @@ def test_mcnemar_is_the_exact_binomial_test() -> None:
     assert mcnemar_p(*outcomes(12, 2, 50)) == mcnemar_p(*outcomes(2, 12, 5000))
 
 
+def test_mcnemar_p_is_uniform_where_nothing_changed() -> None:
+    generator = np.random.default_rng(5)
+    before, after = (np.ones(5000, bool) for _ in range(2))
+    p_values = []
+    for _ in range(1000):
+        # Of 400 images whose answer changed, each is lost or gained by a fair throw.
+        lost = generator.random(400) < 0.5
+        before[:400], after[:400] = lost, ~lost
+        p_values.append(mcnemar_p(before, after))
+    for level in (0.05, 0.1, 0.25, 0.5, 0.75):
+        share = np.mean(np.array(p_values) <= level)
+        # Counts are whole, so that an exact test stays a little below its level; three standard errors above.
+        assert level - 0.08 < share < level + 3 * np.sqrt(level * (1 - level) / 1000)
+
+
 def test_one_sided_mcnemar_sees_losses_only() -> None:
     assert mcnemar_p(*outcomes(5, 0, 10), "greater") == pytest.approx(0.5**5)
     assert mcnemar_p(*outcomes(0, 5, 10), "greater") == 1
