@@ -198,11 +198,7 @@ def test_more_cells_decode_no_more_images(tmp_path, monkeypatch):
     decoded: list[str] = []
     monkeypatch.setattr(data, "decode", lambda file, name: decoded.append(name) or decode(file, name))
     options = RunOptions(device="cpu", batch_size=4, only=("accuracy",))
-    alone, many = (
-        (MethodSpec("tome", ("8",)),),
-        tuple(MethodSpec(name, ("8", "4")) for name in ("tome", "topk", "evit")),
-    )
-    for methods in (alone, many):
+    for names in (("tome",), ("tome", "topk", "evit")):
         decoded.clear()
         grid = replace(small_grid(*(MethodSpec(name, ("8", "4")) for name in names)), data=str(folder))
         table = runner.run(grid, tmp_path / f"{len(names)}", options=options, progress=Listener())
