@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -385,8 +386,9 @@ def test_methods_at_equal_cost_stand_side_by_side_on_the_front_they_had(tmp_path
     level = [df.iloc[[1]].assign(method=name, variant=name, gflops=0.2 + 0.0001 * i, top1=79.8 - i)
              for i, name in enumerate(("tome", "tofu", "mctf", "evit"))]  # fmt: skip
     equal = pd.concat([df.iloc[[0]], *level], ignore_index=True)
-    assert "equal costs side by side" in svg(equal, tmp_path, x="gflops")
-    assert "side by side" not in svg(df, tmp_path)
+    drawn = svg(equal, tmp_path, x="gflops")
+    assert re.search(r"moved aside, up to ±0\.00\d GFLOPs;", drawn) and "ticks: as measured" in drawn
+    assert "aside" not in svg(df, tmp_path)
     group = equal.assign(front=pareto_front(equal, "gflops", "top1"))
     moved = plots._side_by_side(group, "gflops", plots._Art(plots.SIZES["wide"], plots.find_theme("light")))
     assert moved["front"].to_list() == [True, True, False, False, False]
@@ -394,6 +396,18 @@ def test_methods_at_equal_cost_stand_side_by_side_on_the_front_they_had(tmp_path
     assert moved["gflops"].iloc[1:].is_monotonic_increasing and abs(moved["gflops"] - equal["gflops"]).max() < 0.02
     ((low, high),) = moved.attrs["equal"]
     assert low < moved["gflops"].iloc[1:].min() and moved["gflops"].iloc[1:].max() < high
+    shift = float(re.findall(r"up to ±([\d.]+) GFLOPs", drawn)[0])
+    assert shift * 0.8 < abs(moved["gflops"] - equal["gflops"]).max() <= shift
+    assert moved.attrs["measured"].tolist() == equal["gflops"].iloc[1:].to_list()
+
+
+def test_columns_of_equal_cost_never_run_into_each_other(df: pd.DataFrame) -> None:
+    level = [df.iloc[[1]].assign(method=name, variant=name, gflops=cost)
+             for cost in (0.2, 0.205) for name in ("tome", "tofu", "mctf", "evit")]  # fmt: skip
+    equal = pd.concat([df.iloc[[0]], *level], ignore_index=True).assign(front=False)
+    moved = plots._side_by_side(equal, "gflops", plots._Art(plots.SIZES["wide"], plots.find_theme("light")))
+    (_, left), (right, _) = moved.attrs["equal"]
+    assert left < right and moved.attrs["shift"] < 0.0025
 
 
 def test_two_machines_are_laid_over_each_other_and_named(run: Path, tmp_path: Path) -> None:
@@ -403,6 +417,31 @@ def test_two_machines_are_laid_over_each_other_and_named(run: Path, tmp_path: Pa
     assert "A CPU (cpu)" not in text  # in the legend, not among what all cells share
     again = svg(load_table([run, make_run(tmp_path / "again")]), tmp_path)
     assert ">run<" in again and ">again<" in again
+
+
+def test_a_run_is_left_out_of_the_panels_it_lacks_the_metric_of_and_that_is_told(run: Path, tmp_path: Path) -> None:
+    both = load_table([run, make_run(tmp_path / "untimed", images=500, data_fingerprint="ef")])
+    both.loc[both["run"] == "untimed", ["throughput", "speedup"]] = np.nan
+    told: list[str] = []
+    drawn = svg(both, tmp_path, tell=told.append)
+    assert told == ["left out of the plot: throughput of untimed (no cell has that together with top1)."]
+    assert drawn.count("GFLOPs per image") == 2 and drawn.count("Throughput (images/s)") == 1
+    assert svg(both, tmp_path, size="paper").count("Throughput (images/s)") == 1
+    assert "500 images" not in svg(both, tmp_path, x="throughput", tell=told.append) and told[0] == told[1]
+    one, words = both[both["run"] == "run"], len(told)
+    assert "1,000 images" in svg(one, tmp_path, tell=told.append) and len(told) == words
+    with pytest.raises(UserError, match="no cell has both top1 and throughput"):
+        plot_pareto(both[both["run"] == "untimed"], tmp_path / "a.png", x="throughput")
+
+
+def test_a_run_laid_over_another_keeps_its_looks_where_the_other_is_absent(run: Path, tmp_path: Path) -> None:
+    both = load_table([run, make_run(tmp_path / "second")])
+    both.loc[both["run"] == "run", "throughput"] = np.nan
+    told: list[str] = []
+    drawn = svg(both, tmp_path, tell=told.append)
+    assert told == ["left out of the plot: throughput of run (no cell has that together with top1)."]
+    dashed = plots._marks("tome", 0, 1, plots._Art(plots.SIZES["wide"], plots.find_theme("light"), {"a": "", "b": ""}))
+    assert drawn.count(f"stroke: {matplotlib.colors.to_hex(dashed['color'])}") >= 2  # in both panels
 
 
 def test_models_have_panels_of_their_own(run: Path, tmp_path: Path) -> None:

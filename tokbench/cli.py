@@ -234,7 +234,12 @@ def plot(
     from tokbench.report.plots import plot_pareto
 
     target = out or runs[0] / f"pareto.{format}"
-    print(plot_pareto(load_table(runs), target, x=x, y=y, size=size, theme=theme, published=published, linear=linear))
+    print(
+        plot_pareto(
+            load_table(runs), target, x=x, y=y, size=size, theme=theme, published=published, linear=linear,
+            tell=_complain,
+        )
+    )  # fmt: skip
 
 
 @app.command()

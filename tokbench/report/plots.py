@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.markers import TICKUP
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
@@ -102,6 +103,12 @@ class _Art:
         }
 
 
+_UNITS = {
+    **dict.fromkeys(("top1", "top5", "agreement", "method_share"), " %"),
+    **dict.fromkeys((name for name in METRICS if name.startswith("gflops")), " GFLOPs"),
+    **dict.fromkeys(("latency", "latency_p95"), " ms"),
+    "throughput": " images/s", "speedup": "×", "memory": " MiB",
+}  # fmt: skip
 HALOS = True  # a rim of background around labels; in SVG it turns text into shapes
 _FILLS = ("full", "none", "left", "right", "bottom", "top")  # of markers: the method as it is, then with parameters
 _DASHES: tuple[Any, ...] = ("-", (0, (3, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
@@ -117,6 +124,7 @@ def plot_pareto(
     theme: str = "light",
     published: bool = False,
     linear: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> Path:
     """Draw y against each x for the cells of `metrics.load_table`; returns `out`.
 
@@ -128,6 +136,7 @@ def plot_pareto(
         theme: "light" or "dark".
         published: lay over what papers printed for the same model and metrics.
         linear: never stretch the y axis near the unreduced model, which happens where a few cells fall far behind.
+        tell: is told in a line which runs are not in a panel, because none of their cells has both of its metrics.
 
     Raises UserError for an unknown metric, size, theme or suffix, when no cell has both metrics of a panel, and when
     nothing was published that fits.
@@ -137,15 +146,17 @@ def plot_pareto(
     if size not in SIZES:
         raise UserError(f"no size {size!r}; there are {', '.join(SIZES)}.{nearest(size, SIZES)}")
     names = _panels(df, x, y)
-    both = [df[find_metric(name).column].notna() & df[find_metric(y).column].notna() for name in names]
-    # A baseline with one of two metrics still gives a reference line.
-    df = df[np.logical_or.reduce([*both, df["is_baseline"] & df["run"].isin(df["run"][np.logical_or.reduce(both)])])]
+    absent = [f"{' and '.join(lacking)} of {run}" for run, lacking in _absent(df, names, y).items()]
+    if absent and tell:
+        tell(f"left out of the plot: {', '.join(absent)} (no cell has that together with {y}).")
     groups = [group for _, group in df.groupby(list(PANEL), sort=False, dropna=False)]
-    laid_over = {run for group in groups if group["run"].nunique() > 1 for run in group["run"]}
+    rows = [{name: cells for name in names if len(cells := _drawable(group, name, y))} for group in groups]
+    rows = [row for row in rows if row]
+    laid_over = {run for row in rows for cells in row.values() if cells["run"].nunique() > 1 for run in cells["run"]}
     art = _Art(SIZES[size], find_theme(theme), run_names(df[df["run"].isin(laid_over)]))
     printed = _published(df, names, y) if published else {}
     with rc_context(art.rc):
-        figure = _draw(groups, names, y, art, printed, linear)
+        figure = _draw(rows, y, art, printed, linear)
         save(figure, out, dpi=200 if art.size.text else 300)
     return out
 
@@ -167,6 +178,23 @@ def _panels(df: pd.DataFrame, x: str | Sequence[str] | None, y: str) -> list[str
     return asked
 
 
+def _drawable(df: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
+    """The cells of one panel: what has both metrics, and a baseline with one of them for its reference line."""
+    both = df[find_metric(x).column].notna() & df[find_metric(y).column].notna()
+    return df[both | (df["is_baseline"] & df["run"].isin(df["run"][both]))]
+
+
+def _absent(df: pd.DataFrame, names: Sequence[str], y: str) -> dict[str, list[str]]:
+    """By run, or run and model where it has several: the x metrics of the panels it is not in."""
+    absent: dict[str, list[str]] = {}
+    for (run, model), cells in df.groupby(["run", "model"], sort=False):
+        lacking = [name for name in names if _drawable(cells, name, y).empty]
+        if lacking:
+            several = df.loc[df["run"] == run, "model"].nunique() > 1
+            absent[f"{model} of {run}" if several else str(run)] = lacking
+    return absent
+
+
 def _published(df: pd.DataFrame, names: Sequence[str], y: str) -> dict[str, pd.DataFrame]:
     """Printed points by x metric. Raises UserError where there are none for these models and metrics."""
     printed = {
@@ -183,28 +211,36 @@ def _published(df: pd.DataFrame, names: Sequence[str], y: str) -> dict[str, pd.D
 
 
 def _draw(
-    groups: list[pd.DataFrame], names: list[str], y: str, art: _Art, printed: dict[str, pd.DataFrame], linear: bool
+    rows: list[dict[str, pd.DataFrame]], y: str, art: _Art, printed: dict[str, pd.DataFrame], linear: bool
 ) -> Figure:
-    rows, columns = (len(groups) * len(names), 1) if art.size.stacked else (len(groups), len(names))
-    figure = Figure(figsize=art.size.figure(rows, columns), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=False if art.size.stacked else "row")
-    grid = axes.reshape(len(groups), len(names))
-    jobs = [
-        (panel, _side_by_side(group.assign(front=pareto_front(group, name, y)), name, art), name)
-        for row, group in zip(grid, groups, strict=True)
-        for panel, name in zip(row, names, strict=True)
+    """A figure of rows of panels, each given as the cells for each x metric."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    groups = [pd.concat(row.values()).pipe(lambda cells: cells[~cells.index.duplicated()]) for row in rows]
+    lines = [
+        (number, line)
+        for number, row in enumerate(rows)
+        for line in ([{name: cells} for name, cells in row.items()] if art.size.stacked else [row])
     ]
-    for row, group in zip(grid, groups, strict=True):
-        _row_title(row[0], group, groups, columns, art)
-    for panel, group, name in jobs:
-        first = panel.get_subplotspec().is_first_col()
-        _panel(panel, group, name, y, art, first=first)
+    columns = max(len(line) for _, line in lines)
+    figure = Figure(figsize=art.size.figure(len(lines), columns), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(lines), columns, squeeze=False, sharey=False if art.size.stacked else "row")
+    heads: dict[int, Axes] = {}
+    jobs: list[tuple[Axes, pd.DataFrame, str]] = []
+    for panels, (number, line) in zip(axes, lines, strict=True):
+        heads.setdefault(number, panels[0])
+        for panel in panels[len(line) :]:
+            panel.remove()
+        for panel, (name, cells) in zip(panels, line.items(), strict=False):
+            jobs.append((panel, _side_by_side(cells.assign(front=pareto_front(cells, name, y)), name, art), name))
+    for number, head in heads.items():
+        _row_title(head, groups[number], groups, columns, art)
+    for panel, cells, name in jobs:
+        _panel(panel, cells, name, y, art, first=panel in axes[:, 0])
         if name in printed:
-            _draw_published(panel, _of_model(printed[name], group), name, y, art)
-    for panel, group, _ in jobs:
-        if panel.get_subplotspec().is_first_col():
-            _scale_y(panel, group, y, linear)
+            _draw_published(panel, _of_model(printed[name], cells), name, y, art)
+    for panels, (number, _) in zip(axes, lines, strict=True):
+        _scale_y(panels[0], groups[number], y, linear)
     _legend(figure, pd.concat(groups), names, y, art, printed)
     # Labels are placed by their size on the page, so everything else has to be in its place before.
     figure.draw_without_rendering()
@@ -272,7 +308,15 @@ def _panel(panel: Axes, group: pd.DataFrame, x: str, y: str, art: _Art, *, first
     panel.set_axisbelow(True)
     name = _axis_name(x, art, "lower is better ←" if horizontal.better == "lower" else "higher is better →")
     equal = group.attrs.get("equal", [])
-    panel.set_xlabel(name + ("\n(equal costs side by side, on a grey column)" if equal else ""))
+    if equal:
+        shift = f"{_round_up(group.attrs['shift']):g}{_UNITS.get(x, '')}"
+        name += f"\n(equal costs moved aside, up to ±{shift};\nticks: as measured)"
+        measured = group.attrs["measured"]
+        panel.plot(
+            measured, np.zeros(len(measured)), marker=TICKUP, markersize=art.size.marker, markeredgewidth=0.6,
+            linestyle="none", color=art.theme.ink, transform=panel.get_xaxis_transform(),
+        )  # fmt: skip
+    panel.set_xlabel(name)
     for low, high in equal:
         panel.axvspan(low, high, color=art.theme.grid, alpha=0.5, linewidth=0, zorder=0.5)
     if first:
@@ -296,7 +340,8 @@ def _side_by_side(group: pd.DataFrame, x: str, art: _Art) -> pd.DataFrame:
     """The cells with each method moved a little along x, where most share their cost with several others.
 
     Markers and bars of cells at the same FLOPs would cover each other. The whole series moves, so its shape stays;
-    the unreduced model stays where it is. `attrs["equal"]` then holds (low, high) of each cost that cells share.
+    the unreduced model stays where it is. `attrs["equal"]` then holds (low, high) of each cost that cells share,
+    `attrs["measured"]` the values before they were moved, `attrs["shift"]` how far the farthest was.
     """
     metric = find_metric(x)
     cells = group[~group["is_baseline"]]
@@ -309,7 +354,10 @@ def _side_by_side(group: pd.DataFrame, x: str, art: _Art) -> pd.DataFrame:
                   key=lambda key: (order.index(key[0]), key))  # fmt: skip
     every = group[metric.column].dropna()
     points_wide = 72 * (art.size.panel or art.size.width) * 0.85
+    levels = _levels(values, metric.tie)
+    room = np.diff(sorted(level.mean() for level in levels)).min(initial=np.inf)  # between neighboring columns
     gap = min(0.36, 4 / len(keys)) * art.size.marker / points_wide * 1.22 * (every.max() - every.min())
+    gap = min(gap, 0.9 * room / len(keys))
     steps = {key: gap * (place - (len(keys) - 1) / 2) for place, key in enumerate(keys)}
     moves = pd.Series(
         [steps.get(key, 0.0) for key in zip(group["method"], group["variant"], group["run"], strict=True)], group.index
@@ -317,7 +365,9 @@ def _side_by_side(group: pd.DataFrame, x: str, art: _Art) -> pd.DataFrame:
     columns = [column for column in (metric.column, metric.low, metric.high) if column]
     moved = group.assign(**{column: group[column] + moves for column in columns})
     half = gap * len(keys) / 2
-    moved.attrs["equal"] = [(level.min() - half, level.max() + half) for level in _levels(values, metric.tie)]
+    moved.attrs["equal"] = [(level.min() - half, level.max() + half) for level in levels]
+    moved.attrs["measured"] = values
+    moved.attrs["shift"] = max(steps.values())
     return moved
 
 
@@ -421,9 +471,8 @@ class _Series:
 
 def _series(group: pd.DataFrame, art: _Art) -> Iterator[_Series]:
     ranks = _variant_ranks(group)
-    several = group["run"].nunique() > 1
     for (variant, run), cells in group.groupby(["variant", "run"], sort=False):
-        place = list(art.runs).index(run) if several else 0
+        place = list(art.runs).index(run) if run in art.runs else 0
         method = cells["method"].iloc[0]
         zorder = (5 if method == "none" else 4) - 0.1 * place  # the first run on top
         yield _Series(cells, _marks(method, ranks[variant], place, art), method == "none", zorder)
@@ -629,9 +678,15 @@ def _write(panel: Axes, label: _Label, spot: Spot, art: _Art) -> None:
 
 def _value(name: str, value: float) -> str:
     metric = find_metric(name)
-    unit = {"top1": " %", "top5": " %", "agreement": " %", "gflops": " GFLOPs", "throughput": " images/s"}
-    number = f"{value:.3g}" if name == "gflops" else f"{value:,.{1 if unit.get(name) == ' %' else metric.digits}f}"
-    return number + unit.get(name, "")
+    unit = _UNITS.get(name, "")
+    number = f"{value:.3g}" if name == "gflops" else f"{value:,.{1 if unit == ' %' else metric.digits}f}"
+    return number + unit
+
+
+def _round_up(value: float) -> float:
+    """To one digit, upwards."""
+    step = 10.0 ** np.floor(np.log10(value))
+    return float(np.ceil(value / step) * step)
 
 
 def _text_size(panel: Axes, text: str, art: _Art) -> np.ndarray:
