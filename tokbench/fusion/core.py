@@ -300,8 +300,7 @@ def best_proposals(score: Tensor, a: Tensor, b: Tensor, prefix: int, r: int) -> 
     best, partner = score.max(-1)
     ranked = best.argsort(dim=-1, descending=True, stable=True)
     going, staying = ranked[:, :r], ranked[:, r:].sort(dim=-1).values
-    first = torch.arange(prefix, device=a.device)
-    kept = torch.cat([first.expand(batch, -1), a[staying], b.expand(batch, -1)], dim=1)
+    kept = after_prefix(prefix, a[staying], b.expand(batch, -1))
     return kept, a[going], prefix + staying.shape[1] + partner.gather(1, going)
 
 
@@ -315,7 +314,12 @@ def bipartite_match(metric: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor
     return best_proposals(unit[:, a] @ unit[:, b].mT, a, b, prefix, r)
 
 
+def after_prefix(prefix: int, *tokens: Tensor) -> Tensor:
+    """(B, prefix + Σ n) what a plan keeps: the prefix tokens, which always stay, and then `tokens`, each (B, n)."""
+    first = torch.arange(prefix, device=tokens[0].device).expand(len(tokens[0]), -1)
+    return torch.cat([first, *tokens], dim=1)
+
+
 def keep_only(patches: Tensor, prefix: int) -> Assignment:
     """A plan that drops all but the prefix and the patch tokens numbered by `patches` (B, K), counted from 0."""
-    first = torch.arange(prefix, device=patches.device).expand(patches.shape[0], -1)
-    return Assignment(kept=torch.cat([first, patches + prefix], dim=1))
+    return Assignment(kept=after_prefix(prefix, patches + prefix))

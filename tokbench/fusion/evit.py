@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tokbench.fusion.core import Assignment, Method, View, register_method
+from tokbench.fusion.core import Assignment, Method, View, after_prefix, register_method
 
 
 @register_method
@@ -24,11 +24,9 @@ class EViT(Method):
 
     def plan(self, view: View, r: int) -> Assignment:
         attention = view.class_attention()
-        batch = attention.shape[0]
         ranked = attention[:, view.prefix :].argsort(dim=-1, descending=True, stable=True) + view.prefix
         stay = view.patches - r
-        first = torch.arange(view.prefix, device=ranked.device).expand(batch, -1)
-        kept = torch.cat([first, ranked[:, : stay + 1]], dim=1)
+        kept = after_prefix(view.prefix, ranked[:, : stay + 1])
         source = ranked[:, stay + 1 :]
         fused = torch.full_like(source, view.prefix + stay)
         weight = torch.ones_like(attention).scatter(1, ranked[:, stay:], attention.gather(1, ranked[:, stay:]))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokbench.fusion.core import Assignment, Method, View, best_proposals, register_method, two_sets
+from tokbench.fusion.core import Assignment, Method, View, after_prefix, best_proposals, register_method, two_sets
 
 
 @register_method
@@ -101,7 +101,6 @@ def _both_ways(attraction: Tensor, a: Tensor, b: Tensor, prefix: int, r: int) ->
     slot_back = prefix + partner_back.gather(1, going_back)
     own = prefix + staying.shape[1] + torch.arange(staying_back.shape[1], device=b.device).expand(batch, -1)
     slot_of_b = torch.zeros_like(ranked_back).scatter(1, going_back, slot_back).scatter(1, staying_back, own)
-    first = torch.arange(prefix, device=a.device).expand(batch, -1)
-    kept = torch.cat([first, a[staying], b[staying_back]], dim=1)
+    kept = after_prefix(prefix, a[staying], b[staying_back])
     source = torch.cat([a[going], b[going_back]], dim=1)
     return kept, source, torch.cat([slot_of_b.gather(1, partner.gather(1, going)), slot_back], dim=1)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokbench.fusion.core import Assignment, Method, View, pick, register_method, wide
+from tokbench.fusion.core import Assignment, Method, View, after_prefix, pick, register_method, wide
 
 
 @register_method
@@ -42,9 +42,8 @@ class MSTM(Method):
         crucial, rest = (part.sort(dim=-1).values for part in (ranked[:, :-r], ranked[:, -r:]))
         unit = F.normalize(self.features(view)[:, prefix:], dim=-1)
         partner = (pick(unit, rest) @ pick(unit, crucial).mT).argmax(-1)
-        first = torch.arange(prefix, device=ranked.device).expand(ranked.shape[0], -1)
         weight = attention if view.size is None else attention * view.size
-        return Assignment(torch.cat([first, crucial + prefix], dim=1), rest + prefix, partner + prefix, weight)
+        return Assignment(after_prefix(prefix, crucial + prefix), rest + prefix, partner + prefix, weight)
 
     def features(self, view: View) -> Tensor:
         """f: (B, N, d)."""

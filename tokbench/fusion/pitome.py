@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 
-from tokbench.fusion.core import Assignment, Method, View, register_method
+from tokbench.fusion.core import Assignment, Method, View, after_prefix, register_method
 
 
 @register_method
@@ -44,6 +43,5 @@ class PiToMe(Method):
             partner = partner.gather(1, order[:, :r])
         else:
             source, stay = a, ranked[:, 2 * r :]
-        first = torch.arange(view.prefix, device=ranked.device).expand(ranked.shape[0], -1)
-        kept = torch.cat([first, stay + view.prefix, b + view.prefix], dim=1)
+        kept = after_prefix(view.prefix, stay + view.prefix, b + view.prefix)
         return Assignment(kept, source + view.prefix, partner + view.prefix + stay.shape[1])
