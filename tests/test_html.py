@@ -130,6 +130,32 @@ def test_where_one_image_takes_no_less_time_the_findings_say_so(run: Path) -> No
     assert "another story" not in told(known, batch_size=1)
 
 
+def test_without_labels_the_findings_speak_of_agreement(run: Path) -> None:
+    blind = {name: float("nan") for name in ("top1", "drop", "drop_low", "drop_high")}
+    df = load_table([run]).assign(**blind, agreement=[100, 98.5, 91, 90, 70], kl=0.0123)
+    df = df.assign(agreement_low=df["agreement"] - 1, agreement_high=df["agreement"] + 1)
+    text = "\n".join(findings(df)[0].sentences)
+    assert "Without labels top-1 is unknown" in text and "Accuracy was not measured" not in text
+    assert "Of 4 reduced cells the agreement with the unreduced model is 70.0 to 98.5 %;" in text
+    assert "it is the highest with ToMe at r=8: 98.5 % [97.5, 99.5], KL divergence 0.0123 nats." in text
+    assert "unreduced model's speed, with the unreduced model's answer for 90.0 % of the images." in text
+    assert (
+        "On the front of agreement with the unreduced model against speed, by" in text and "top-1 against" not in text
+    )
+
+
+def test_of_a_backbone_the_features_are_compared(run: Path) -> None:
+    blind = {name: float("nan") for name in ("top1", "drop", "drop_low", "drop_high", "agreement")}
+    df = load_table([run]).assign(**blind, similarity=[1, 0.99, 0.95, 0.9, 0.5])
+    text = "\n".join(findings(df)[0].sentences)
+    assert (
+        "The model has no classes" in text and "cosine to the unreduced model's features is 0.5000 to 0.9900;" in text
+    )
+    assert "with a cosine of 0.9000 to its features" in text
+    one = "\n".join(findings(df.drop(index=[2, 3, 4]))[0].sentences)
+    assert "The one reduced cell has its cosine to the unreduced model's features at 0.9900." in one
+
+
 def test_the_speed_limit_is_no_method_to_recommend(run: Path) -> None:
     speed = next(record for record in RunFolder.open(run).records() if record["kind"] == "speed")
     limit = {"cell": "bundled/free/8", "method": "free", "schedule": "8", "speedup": 9.0, "speedup_low": 8.9}

@@ -444,6 +444,12 @@ def test_a_run_laid_over_another_keeps_its_looks_where_the_other_is_absent(run: 
     assert drawn.count(f"stroke: {matplotlib.colors.to_hex(dashed['color'])}") >= 2  # in both panels
 
 
+@pytest.mark.parametrize("size", ["wide", "paper"])
+def test_cells_with_nan_logits_are_crossed_out(df: pd.DataFrame, tmp_path: Path, size: str) -> None:
+    assert "NaN logits" not in svg(df, tmp_path, size=size)
+    assert "NaN logits" in svg(df.assign(nonfinite=pd.array([0, 0, 3, 0, 0], "Int64")), tmp_path, size=size)
+
+
 def test_models_have_panels_of_their_own(run: Path, tmp_path: Path) -> None:
     text = svg(load_table([run, make_run(tmp_path / "other", model="deit")]), tmp_path)
     assert "bundled: token fusion" in text and "deit: token fusion" in text

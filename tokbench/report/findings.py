@@ -11,6 +11,12 @@ from tokbench.report.metrics import METRICS, comparable, find_metric, nonfinite,
 from tokbench.report.styles import short_schedule, variant_name
 from tokbench.report.tables import sensible_digits
 
+# What stands in for top-1 where there are no labels or no classes.
+_LIKENESS = {
+    "agreement": "agreement with the unreduced model",
+    "similarity": "cosine to the unreduced model's features",
+}
+
 
 @dataclass
 class Findings:
@@ -70,7 +76,7 @@ def speed_phrase(row: pd.Series) -> str:
 
 def _sentences(group: pd.DataFrame) -> list[str]:
     cells = group[~group["is_baseline"]]
-    measured = cells[cells[["top1", "gflops", "speedup"]].notna().any(axis=1) & ~nonfinite(cells)]
+    measured = cells[cells[["top1", *_LIKENESS, "gflops", "speedup"]].notna().any(axis=1) & ~nonfinite(cells)]
     sentences = [_unreduced(group)]
     if cells.empty:
         return [*sentences, "Nothing but the unreduced model was measured, so there is nothing to compare."]
@@ -79,10 +85,12 @@ def _sentences(group: pd.DataFrame) -> list[str]:
         sentences.append(_savings(measured))
     if measured["drop"].notna().any():
         sentences += _accuracy(measured)
+    elif group["top1"].isna().all():
+        sentences += [text for name in _LIKENESS for text in _likeness(measured, name)]
     if measured["speedup"].notna().any():
         sentences += _speed(measured) + _latency(group, measured)
-    if measured["top1"].notna().any():
-        sentences += [text for x in ("throughput", "gflops") for text in _front(group, x)]
+    gains = [name for name in ("top1", *_LIKENESS) if measured[name].notna().any()]
+    sentences += [text for y in gains[:1] for x in ("throughput", "gflops") for text in _front(group, x, y)]
     return [*sentences, *_failures(cells)]
 
 
@@ -102,7 +110,13 @@ def _unreduced(group: pd.DataFrame) -> str:
 
 def _missing(group: pd.DataFrame) -> list[str]:
     texts = []
-    if group["top1"].isna().all():
+    if group["top1"].isna().all() and group["agreement"].notna().any():
+        texts.append(
+            "Without labels top-1 is unknown: said below is how often answers stay what they were, right or not."
+        )
+    elif group["top1"].isna().all() and group["similarity"].notna().any():
+        texts.append("The model has no classes, so there is no top-1: its features are compared instead.")
+    elif group["top1"].isna().all():
         texts.append("Accuracy was not measured: what the savings cost is unknown.")
     if group["throughput"].isna().all():
         texts.append("Speed was not measured: fewer FLOPs need not mean more images per second.")
@@ -167,6 +181,25 @@ def _accuracy(cells: pd.DataFrame) -> list[str]:
     return sentences
 
 
+def _likeness(cells: pd.DataFrame, name: str) -> list[str]:
+    """How near cells without a top-1 come to the unreduced model: in its answers, or in its features."""
+    known = cells[cells[name].notna()]
+    if known.empty:
+        return []
+    metric = METRICS[name]
+    digits, unit = sensible_digits(metric, known["images"].max()), " %" if name == "agreement" else ""
+    ends = [f"{value:.{digits}f}" for value in (known[name].min(), known[name].max())]
+    span = ends[0] if ends[0] == ends[1] else " to ".join(ends)
+    best = known.loc[known[name].idxmax()]
+    interval = f" [{best[metric.low]:.{digits}f}, {best[metric.high]:.{digits}f}]" if pd.notna(best[metric.low]) else ""
+    kl = f", KL divergence {best['kl']:.3g} nats" if name == "agreement" and pd.notna(best["kl"]) else ""
+    which = f"Of {len(known)} reduced cells the {_LIKENESS[name]} is {span}{unit}; it is the highest with"
+    if len(known) == 1:
+        which = f"The one reduced cell has its {_LIKENESS[name]} at"
+        return [f"{which} {ends[0]}{unit}{interval}{kl}."]
+    return [f"{which} {cell_name(best)}: {ends[1]}{unit}{interval}{kl}."]
+
+
 def _speed(cells: pd.DataFrame) -> list[str]:
     timed = cells[cells["speedup"].notna()]
     limits, timed = timed[timed["method"] == "free"], timed[timed["method"] != "free"]
@@ -177,7 +210,7 @@ def _speed(cells: pd.DataFrame) -> list[str]:
 
 def _speed_of_methods(timed: pd.DataFrame) -> list[str]:
     best = timed.loc[timed["speedup"].idxmax()]
-    cost = "" if pd.isna(best["drop"]) else f", with {drop_phrase(best)}"
+    cost = f", with {_cost(best)}" if _cost(best) else ""
     sentences = [f"The fastest cell{_on(best)} is {cell_name(best)}: {speed_phrase(best)}{cost}."]
     slower, unclear = (
         timed[timed["speedup_high"] < 1],
@@ -194,6 +227,16 @@ def _speed_of_methods(timed: pd.DataFrame) -> list[str]:
         span = f"{low:.0f} %" if round(low) == round(high) else f"{low:.0f} to {high:.0f} %"
         sentences.append(f"The speed-ups are {span} of what the FLOPs saved would give if time followed FLOPs.")
     return sentences
+
+
+def _cost(row: pd.Series) -> str:
+    """What a cell's speed costs in top-1, or else how near it stays to the unreduced model; "" if neither is known."""
+    if pd.notna(row["drop"]):
+        return drop_phrase(row)
+    digits = sensible_digits(METRICS["agreement"], row["images"])
+    if pd.notna(row["agreement"]):
+        return f"the unreduced model's answer for {row['agreement']:.{digits}f} % of the images"
+    return f"a cosine of {row['similarity']:.4f} to its features" if pd.notna(row["similarity"]) else ""
 
 
 def _latency(group: pd.DataFrame, cells: pd.DataFrame) -> list[str]:
@@ -242,23 +285,23 @@ def _named(cells: pd.DataFrame, figure: Callable[[pd.Series], str]) -> str:
     return _list(names) if len(cells) <= 4 else f"{', '.join(names)} and {len(cells) - 4} more"
 
 
-def _front(group: pd.DataFrame, x: str) -> list[str]:
-    """Which methods are on the front of top-1 against x, and which never are."""
-    known = group[find_metric(x).column].notna() & group["top1"].notna()
+def _front(group: pd.DataFrame, x: str, y: str) -> list[str]:
+    """Which methods are on the front of y against x, and which never are."""
+    known = group[find_metric(x).column].notna() & group[y].notna()
     there = group[known & ~group["is_baseline"] & ~nonfinite(group)]
     if there["method"].nunique() < 2:
         return []
-    front = there[pareto_front(group, x, "top1")[there.index]]
+    front = there[pareto_front(group, x, y)[there.index]]
     names = {variant: variant_name(method, variant) for variant, method in there[["variant", "method"]].to_numpy()}
     on = [variant for variant in names if (front["variant"] == variant).any()]
     never = [names[variant] for variant in names if variant not in on]
-    what = "speed" if x == "throughput" else "FLOPs"
+    what = f"{_LIKENESS.get(y, 'top-1')} against {'speed' if x == 'throughput' else 'FLOPs'}"
     if not on:
-        return [f"No reduced cell is on the front of top-1 against {what}."]
+        return [f"No reduced cell is on the front of {what}."]
     counts = [f"{names[variant]} ({_times(int((front['variant'] == variant).sum()))})" for variant in on]
     verb = "is" if len(never) == 1 else "are"
     rest = f"; {_list(never)} {verb} never on it" if never else ""
-    return [f"On the front of top-1 against {what}, by the measured values: {_list(counts)}{rest}."]
+    return [f"On the front of {what}, by the measured values: {_list(counts)}{rest}."]
 
 
 def _failures(cells: pd.DataFrame) -> list[str]:

@@ -23,7 +23,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from tokbench.errors import UserError, nearest
 from tokbench.report.canvas import RC, require_format, save
 from tokbench.report.labels import Spot, place, sampled, spots_along, spots_around
-from tokbench.report.metrics import METRICS, PANEL, comparable, find_metric, pareto_front, run_names
+from tokbench.report.metrics import METRICS, PANEL, comparable, find_metric, nonfinite, pareto_front, run_names
 from tokbench.report.published import PUBLISHED, published_points
 from tokbench.report.styles import STYLES, Style, Theme, blend, find_theme, method_style, short_schedule, variant_name
 
@@ -332,6 +332,9 @@ def _panel(panel: Axes, group: pd.DataFrame, x: str, y: str, art: _Art, *, first
     for series in _series(group, art):
         _draw_series(panel, series, x, y)
     _ring_front(panel, group, x, y, art)
+    broken = group[nonfinite(group)]
+    if len(broken):
+        panel.plot(broken[horizontal.column], broken[vertical.column], **_broken_marks(art), zorder=5.5)
     panel.margins(0.11, 0.06)
     panel.xaxis.set_major_locator(MaxNLocator(nbins=8 if art.size.text else 6, steps=[1, 2, 5, 10]))
 
@@ -459,6 +462,18 @@ def _ring_front(panel: Axes, group: pd.DataFrame, x: str, y: str, art: _Art) -> 
         panel.plot(cells[find_metric(x).column], cells[find_metric(y).column], **marks, zorder=series.zorder + 0.05)
 
 
+def _broken_marks(art: _Art) -> dict[str, Any]:
+    """A cross over a cell whose logits were NaN or infinite for some images."""
+    color, size = art.theme.ink, art.size.marker
+    return {
+        "linestyle": "none",
+        "marker": "x",
+        "markersize": 1.5 * size,
+        "color": color,
+        "markeredgewidth": 0.22 * size,
+    }
+
+
 @dataclass(frozen=True)
 class _Series:
     """The cells of one method with one set of parameters in one run, and how they are drawn."""
@@ -575,6 +590,10 @@ def _legend(
     ring = Line2D([], [], marker="o", linestyle="none", color=art.theme.ink, markersize=art.size.marker)
     ring.set_markerfacecolor(art.theme.background)
     entries.append(((band, ring), "Pareto front"))
+    if nonfinite(df).any():
+        entries.append(
+            (Line2D([], [], **_broken_marks(art)), "NaN logits,\non no front" if art.size.text else "NaN logits")
+        )
     handles, labels = zip(*entries, strict=True)
     if art.size.text:
         figure.legend(handles, labels, loc="outside right center", frameon=False, handlelength=2.2, labelspacing=0.75)
