@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from test_runner import Source, stand_in
@@ -245,3 +246,19 @@ def test_the_package_runs_as_a_module():
     )
     assert done.returncode == 2
     assert done.stderr == "tokbench: only: unknown word 'foo'; use flops, accuracy, speed. Did you mean 'flops'?\n"
+
+
+@pytest.mark.parametrize("words", [("run", "--out"), ("run", "--fresh", "--out"), ("run", "--plugin"), ("table",)])
+def test_a_name_too_long_for_the_system_is_one_line(tokbench_command, words):
+    code, out, err = tokbench_command(*words, "n" * 300)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "File name too long" in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_output_that_cannot_be_written_is_one_line():
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "tokbench", "list", "schedules"], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 3
+    assert done.stderr == b"tokbench: cannot write the output: No space left on device\n"

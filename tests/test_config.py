@@ -100,6 +100,9 @@ def test_the_grids_we_ship_are_valid(path):
     ("text", "words"),
     [
         ("data = ", ["not valid TOML"]),
+        (f"data = {'9' * 5000}", ["not valid TOML", "4300 digits"]),
+        (f"data = {'[' * 5000}", ["not valid TOML", "recursion"]),
+        (f"data = {'{a=' * 5000}", ["not valid TOML", "recursion"]),
         ("dta = 'x'", ["no field 'dta'", "'data'"]),
         ("data = 3", ["data must be text", "3"]),
         ("models = 'bundled'", ["[[models]]"]),
@@ -196,6 +199,15 @@ def test_a_checkpoint_goes_with_one_model():
 def test_a_parameter_that_cannot_be_read(text):
     with pytest.raises(UserError, match="cannot read"):
         MethodSpec.from_text(text)
+
+
+def test_numbers_too_long_to_read_and_lists_too_deep_are_refused():
+    for value in ("9" * 5000, "[" * 5000 + "]" * 5000):
+        with pytest.raises(UserError, match="prop_attn"):
+            Grid.from_flags(methods=[f"tome:prop_attn={value}"])
+    for flag in ({"batch_size": "9" * 5000}, {"device": "cuda:" + "9" * 5000}):
+        with pytest.raises(UserError, match="must be a whole number|unknown device"):
+            Grid.from_flags(**flag)
 
 
 def test_method_text_can_be_read_back():

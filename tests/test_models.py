@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -276,3 +277,47 @@ def test_random_weights_need_no_download_and_are_always_the_same(monkeypatch):
     assert weights_sha256(first) == weights_sha256(again)
     assert torch.equal(state, torch.get_rng_state())
     assert weights_sha256(load_model(random_weights=True)) != weights_sha256(load_model())
+
+
+HOSTILE = {
+    "keys that are numbers": lambda state: ({**state, 7: torch.zeros(2)}, "7 (2,) is not in the model"),
+    "a number for the head": lambda state: ({**state, "head.weight": torch.tensor(1.0)}, "head.weight is () in the"),
+    "a number for positions": lambda state: ({**state, "pos_embed": torch.tensor(1.0)}, "pos_embed is () in the"),
+    "a billion classes": lambda state: (
+        {**state, "head.weight": torch.zeros(1).expand(10**9, 64)},
+        "head.weight is (1000000000, 64), and the file holds fewer numbers",
+    ),
+    "sparse": lambda state: ({**state, "norm.weight": torch.zeros(64).to_sparse()}, "norm.weight is a sparse"),
+    "no numbers": lambda state: ({**state, "norm.weight": torch.zeros(64, device="meta")}, "or meta tensor"),
+    "whole numbers": lambda state: (
+        {**state, "norm.weight": torch.zeros(64).long()},
+        "norm.weight holds int64 numbers",
+    ),
+    "many rows of nothing": lambda state: ({**state, "head.weight": torch.zeros(10**10, 0)}, "would take"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_checkpoint_is_refused_before_a_model_is_built(kind, tiny, tmp_path, monkeypatch):
+    state, words = HOSTILE[kind](tiny.state_dict())
+    torch.save(state, tmp_path / "hostile.pth")
+    monkeypatch.setattr(VisionTransformer, "load_state_dict", lambda *a, **k: pytest.fail("loaded"))
+    assert words in complaint(TINY, tmp_path / "hostile.pth")
+
+
+def test_a_checkpoint_wrapped_in_itself_is_refused(tmp_path):
+    state: dict = {}
+    state["model"] = state
+    torch.save(state, tmp_path / "cycle.pth")
+    assert "holds no weights but only model" in complaint(TINY, tmp_path / "cycle.pth")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_pickle_of_another_program_is_refused_without_a_warning(tiny, tmp_path):
+    (tmp_path / "raw.pth").write_bytes(pickle.dumps(dict(tiny.state_dict()), protocol=4))
+    assert "no file of torch.save" in complaint(TINY, tmp_path / "raw.pth")
+
+
+def test_an_input_size_that_no_memory_holds_is_refused():
+    assert "at most 65536 pixels" in complaint("bundled", input_size=400_000_000)
+    assert "the weights of model 'bundled' would take" in complaint("bundled", input_size=65_536)

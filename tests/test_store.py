@@ -19,7 +19,15 @@ from tokbench import store
 from tokbench.errors import RunStopped, UserError
 from tokbench.store import RunFolder, new_run_path
 
-RECORD = {"kind": "flops", "cell": "m/tome/8", "model": "m", "method": "tome", "schedule": "8", "flops": 5}
+RECORD = {
+    "kind": "flops",
+    "cell": "m/tome/8",
+    "model": "m",
+    "method": "tome",
+    "schedule": "8",
+    "params": {},
+    "flops": 5,
+}
 
 
 @pytest.fixture
@@ -190,6 +198,40 @@ def test_a_bad_manifest_is_one_line(run: RunFolder, text: str) -> None:
     with pytest.raises(UserError) as error:
         RunFolder.open(run.path)
     assert "manifest.json" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"machine": ["x"]}, "'machine' must be an object, not ['x']"),
+        ({"conditions": []}, "'conditions' must be an object, not []"),
+        ({"conditions": {"models": ["m"]}}, "conditions: 'models' must be an object"),
+        ({"conditions": {"models": {"m": 3}}}, "'model' must be an object, not 3"),
+        ({"conditions": {"models": {"m": {"images": "x"}}}}, "'m': 'images' must be a whole number, not 'x'"),
+        ({"continued": [1]}, "'session' must be an object, not 1"),
+        ({"plugins": "x"}, "'plugins' must be an object"),
+    ],
+)
+def test_a_manifest_of_other_kinds_is_one_line(run: RunFolder, change: dict, words: str) -> None:
+    (run.path / "manifest.json").write_text(json.dumps({**run.manifest, **change}))
+    with pytest.raises(UserError) as caught:
+        RunFolder.open(run.path)
+    assert words in str(caught.value) and str(run.path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '{"m": 3}', '{"m": [3]}', '{"m": [{}]}', '{"m": [{"index": -1}]}', "[" * 9000, "x"]
+)
+def test_odd_lists_of_skipped_images_are_one_line(run: RunFolder, text: str) -> None:
+    (run.path / "skipped.json").write_text(text)
+    with pytest.raises(UserError, match="skipped.json") as caught:
+        run.skipped()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_record_without_parameters_has_none(run: RunFolder) -> None:
+    run.append({key: value for key, value in RECORD.items() if key != "params"})
+    assert run.records()[0]["params"] == {}
 
 
 def test_prediction_paths_are_unique_and_readable(run: RunFolder) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 import shlex
 import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -46,13 +47,31 @@ def main() -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(args=sys.argv[1:] or ["--help"], prog_name="tokbench", standalone_mode=False)
+        sys.stdout.flush()
     except RunStopped as error:
         _complain(str(error))
         code = 3
     except (UserError, TyperException) as error:
         _complain(error.format_message() if isinstance(error, TyperException) else str(error))
         code = 2
+    except BrokenPipeError:
+        _silence_stdout()
+        code = 1
+    except OSError as error:
+        if error.filename is None:  # what could not be written is the output itself
+            _silence_stdout()
+            _complain(f"cannot write the output: {error.strerror or error}")
+            code = 3
+        else:
+            _complain(f"{error.strerror}: {str(error.filename)[:100]!r}")
+            code = 2
     sys.exit(code)
+
+
+def _silence_stdout() -> None:
+    """Python writes what is left when it exits, and would say that this cannot be."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(text: str) -> None:

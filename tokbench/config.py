@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from tokbench.errors import UserError, nearest
+from tokbench.errors import UserError, nearest, shortened
 from tokbench.schedules import GRAMMAR, Schedule, parse_schedule
 
 MEASURES = ("flops", "accuracy", "speed")
@@ -149,7 +149,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         _require_type("device", self.device, str)
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
             raise UserError(
                 f"unknown device '{self.device}': use auto, cpu, cuda, cuda:1 or mps."
                 f"{nearest(self.device, ('auto', 'cpu', 'cuda', 'mps'))}"
@@ -214,8 +214,8 @@ class Grid:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"cannot read the grid {path}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not valid TOML: {error}") from error
+        except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits
+            raise UserError(f"{path} is not valid TOML: {shortened(error)}") from error
         try:
             return cls._from_table(table)
         except UserError as error:
@@ -327,7 +327,7 @@ class Grid:
                 data=plain["data"],
                 options=RunOptions(**plain["options"]),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"the grid of the run's manifest cannot be read ({type(error).__name__}: {error})"
             ) from error
@@ -342,7 +342,7 @@ def _read_options(flags: dict[str, Any]) -> dict[str, Any]:
     read = dict(flags)
     if "only" in flags:
         read["only"] = tuple(word.strip() for word in flags["only"].split(","))
-    if str(flags.get("batch_size", "")).isdecimal():
+    if re.fullmatch(r"\d{1,18}", str(flags.get("batch_size", ""))):
         read["batch_size"] = int(flags["batch_size"])
     return read
 
@@ -371,7 +371,7 @@ def describe_schedules() -> str:
 def _read_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -8,11 +8,13 @@ import math
 import os
 import pickle
 import sys
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import timm
 import timm.models
 import torch
@@ -71,6 +73,9 @@ _UNPICKLING_ERRORS = (pickle.UnpicklingError, EOFError, LookupError, AttributeEr
 # The base error of the HTTP library behind the hub's client, which changed with its versions.
 HubError: type[Exception] = HfHubHTTPError.__bases__[0]
 _HUB_TIMEOUT_S = 10
+_DEEPEST_WRAPPING = 8
+# Above it even one patch in 16 pixels squared asks for more positions than any memory holds.
+_LARGEST_INPUT = 2**16
 
 
 def load_model(
@@ -103,11 +108,18 @@ def load_model(
     if input_size is not None:
         _require_positive(input_size)
         options["img_size"] = input_size
-    if state is not None and "head.weight" in state:
+    if state is not None and "head.weight" in state and state["head.weight"].ndim == 2:
         options["num_classes"] = len(state["head.weight"])
     build = partial(_build, name, **options)
     with torch.device("meta"):
-        _require_vit(build(), name, input_size)
+        skeleton = build()
+    _require_vit(skeleton, name, input_size)
+    _require_memory(skeleton, name)
+    if state is not None:
+        state = _with_timms_names(state, skeleton, any_size=input_size is not None)
+        if input_size is not None:
+            _resample_positions(state, skeleton)
+        _require_match(state, skeleton, f"checkpoint {str(path)!r} does not fit model {name!r}")
     if random_weights:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -116,10 +128,6 @@ def load_model(
         model = build(pretrained=True)
     else:
         model = build()
-        state = _with_timms_names(state, model, any_size=input_size is not None)
-        if input_size is not None:
-            _resample_positions(state, model)
-        _require_match(state, model, f"checkpoint {str(path)!r} does not fit model {name!r}")
         model.load_state_dict(state)
     _describe_input(model)
     vit: nn.Module = model.float().eval()
@@ -170,25 +178,42 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 def _torch_load(path: Path) -> Any:
     # timm's training script stores its arguments beside the weights.
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of pickles that other programs wrote: they are refused, or fine
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
-    while isinstance(content, Mapping):
+    for _ in range(_DEEPEST_WRAPPING):
+        if not isinstance(content, Mapping):
+            break
         inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
             break
         content = inner
     found = f"a {type(content).__name__}"
     if isinstance(content, Mapping):
-        state = timm.models.clean_state_dict(dict(content))
+        state = timm.models.clean_state_dict({str(key): value for key, value in content.items()})
         # torch's AveragedModel counts its updates in a tensor of its own
         state = {k: v for k, v in state.items() if isinstance(v, Tensor) and k != "n_averaged"}
         if state:
+            _require_stored(state, path)
             return state
         found = f"only {', '.join(map(str, list(content)[:5])) or 'an empty dict'}"
     raise UserError(f"checkpoint {str(path)!r} holds no weights but {found}; save model.state_dict().")
+
+
+def _require_stored(state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse shapes that a file claims without holding the numbers: they would fill the memory."""
+    for name, tensor in state.items():
+        if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
+            raise UserError(
+                f"checkpoint {str(path)!r}: {name} is a sparse, quantized or meta tensor; save plain dense ones."
+            )
+        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise UserError(
+                f"checkpoint {str(path)!r}: {name} is {tuple(tensor.shape)}, and the file holds fewer numbers."
+            )
 
 
 def _known_name(name: str, needs_weights: bool) -> str:
@@ -265,6 +290,8 @@ def _require_hub(repo: str, files: list[str]) -> None:
 def _require_positive(input_size: int) -> None:
     if input_size < 1:
         raise UserError(f"input_size must be at least 1 pixel, not {input_size}.")
+    if input_size > _LARGEST_INPUT:
+        raise UserError(f"input_size must be at most {_LARGEST_INPUT} pixels.")
 
 
 def _require_vit(model: Any, name: str, input_size: int | None) -> None:
@@ -278,6 +305,16 @@ def _require_vit(model: Any, name: str, input_size: int | None) -> None:
         below = input_size // patch * patch
         fits = f"{below} or {below + patch}" if below else f"{patch}"
         raise UserError(f"input_size {input_size} is no multiple of the {patch}-pixel patches of {name!r}; try {fits}.")
+
+
+def _require_memory(skeleton: nn.Module, name: str) -> None:
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in skeleton.state_dict().values())
+    there = psutil.virtual_memory().total
+    if needed > there:
+        raise UserError(
+            f"the weights of model {name!r} would take {needed / 2**30:,.0f} GiB, and this machine has "
+            f" {there / 2**30:,.0f} GiB."
+        )
 
 
 def _with_timms_names(state: dict[str, Tensor], model: Any, any_size: bool) -> dict[str, Tensor]:
@@ -330,6 +367,11 @@ def _require_match(state: Mapping[str, Tensor], model: VisionTransformer | Eva, 
         for name in own
         if name in file and file[name] != own[name]
     ]
+    wrong += [
+        f"{name} holds {str(state[name].dtype).removeprefix('torch.')} numbers"
+        for name, tensor in model.state_dict().items()
+        if name in file and tensor.is_floating_point() and not state[name].is_floating_point()
+    ]
     wrong += [f"{name} {own[name]} is not in the file" for name in own if name not in file]
     wrong += [f"{name} {file[name]} is not in the model" for name in file if name not in own]
     if wrong:
@@ -339,6 +381,8 @@ def _require_match(state: Mapping[str, Tensor], model: VisionTransformer | Eva, 
 
 
 def _size_hint(positions: Tensor, model: VisionTransformer | Eva) -> str:
+    if positions.ndim != 3:
+        return ""
     side = math.isqrt(max(0, positions.shape[1] - _embedded_prefix_tokens(model)))
     return f" Its positions look like those of input_size {side * model.patch_embed.feat_ratio()}."
 

@@ -32,7 +32,7 @@ def agreed_conditions(before: Mapping[str, Any], now: Mapping[str, Any], what: s
     and for each model's label its weights_sha256, input_size, data, data_fingerprint and images. `what` names the run.
     Raises UserError that names every difference between what both have.
     """
-    if "conditions" not in before:
+    if not before.get("conditions"):
         raise UserError(f"{what} was made by an older tokbench, and cannot be continued; --fresh begins a new run.")
     old, new = before["conditions"], now["conditions"]
     differences = [
@@ -45,13 +45,13 @@ def agreed_conditions(before: Mapping[str, Any], now: Mapping[str, Any], what: s
         differences += [
             f"{name} was {was.get(name)} and is {is_.get(name)}" for name in names if was.get(name) != is_.get(name)
         ]
-    plugins = before.get("plugins", {})
+    plugins = before.get("plugins") or {}
     differences += [
         f"the plugin {name} is another one than before"
         for name, digest in now.get("plugins", {}).items()
         if plugins.get(name, digest) != digest
     ]
-    models = dict(old["models"])
+    models = dict(old.get("models") or {})
     for label, model in new["models"].items():
         known = models.get(label, {})
         differences += _model_differences(label, known, model)

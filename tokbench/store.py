@@ -15,6 +15,7 @@ folder: the one in `RunFolder.held`.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -49,6 +50,14 @@ _NUMBERS = frozenset({
     "efficiency", "efficiency_low", "efficiency_high", "free_speedup", "peak_memory_bytes",
 })  # fmt: skip
 _COUNTS = frozenset({"images", "correct", "correct5", "skipped", "nonfinite", "batch_size"})
+# The same for the manifest, its conditions, and the conditions of each model.
+_MANIFEST_KINDS: dict[str, type] = {
+    "machine": dict, "packages": dict, "plugins": dict, "grid": dict, "conditions": dict, "continued": list,
+}  # fmt: skip
+_CONDITION_KINDS: dict[str, type] = {"dtype": str, "device": str, "batch_size": int, "models": dict}
+_MODEL_KINDS: dict[str, type] = {
+    "weights_sha256": str, "input_size": list, "data": str, "data_fingerprint": str, "images": int,
+}  # fmt: skip
 _COUNT_LISTS, _TIME_LISTS = frozenset({"input_size", "tokens"}), frozenset({"seconds", "free_seconds"})
 
 
@@ -96,6 +105,7 @@ class RunFolder:
         if not isinstance(manifest, dict):
             raise UserError(f"{path / MANIFEST} is not a tokbench manifest: it holds no JSON object.")
         _check_schema(manifest, path / MANIFEST)
+        _check_manifest(manifest, path / MANIFEST)
         return cls(path, manifest)
 
     @staticmethod
@@ -191,8 +201,13 @@ class RunFolder:
         path = self.path / SKIPPED
         try:
             known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
+        if not (isinstance(known, dict) and all(isinstance(images, list) for images in known.values())):
+            raise UserError(f"{path} holds no lists of images by model.")
+        for image in itertools.chain(*known.values()):
+            if not isinstance(image, dict) or not _is_place(image.get("index")):
+                raise UserError(f"{path}: an image must be an object with an index, not {_shown(image)}.")
         return known
 
     def prediction_name(self, cell_id: str) -> str:
@@ -324,6 +339,36 @@ def _cut_torn_line(file: BinaryIO) -> int:
     return file.seek(end)
 
 
+def _check_manifest(manifest: dict[str, Any], path: Path) -> None:
+    """Raise UserError where what readers rely on is there and of another kind."""
+    _check_kinds(manifest, _MANIFEST_KINDS, path)
+    conditions = manifest.get("conditions") or {}
+    _check_kinds(conditions, _CONDITION_KINDS, f"{path}, conditions")
+    for label, model in (conditions.get("models") or {}).items():
+        _check_kinds({"model": model}, {"model": dict}, f"{path}, conditions")
+        _check_kinds(model, _MODEL_KINDS, f"{path}, conditions of {label!r}")
+    for session in (manifest, *(manifest.get("continued") or [])):
+        _check_kinds({"session": session}, {"session": dict}, f"{path}, continued")
+        grid = session.get("grid") or {}
+        _check_kinds({"grid": grid}, {"grid": dict}, path)
+        _check_kinds(grid, {"models": list, "methods": list, "options": dict}, f"{path}, grid")
+
+
+def _check_kinds(holder: dict[str, Any], kinds: dict[str, type], where: str | Path) -> None:
+    words = {dict: "an object", list: "a list", str: "text", int: "a whole number"}
+    for name, kind in kinds.items():
+        if name in holder and not isinstance(holder[name], kind) and not (holder[name] is None and kind is not dict):
+            raise UserError(f"{where}: {name!r} must be {words[kind]}, not {_shown(holder[name])}.")
+
+
+def _shown(value: Any) -> str:
+    return textwrap.shorten(ascii(value), 60)
+
+
+def _is_place(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
@@ -338,8 +383,8 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     for name, value in record.items():
         wanted = _violated(name, value)
         if wanted:
-            raise UserError(f"{where}: {name!r} must be {wanted}, not {textwrap.shorten(ascii(value), 60)}.")
-    return record
+            raise UserError(f"{where}: {name!r} must be {wanted}, not {_shown(value)}.")
+    return {"params": {}, **record}
 
 
 def _violated(name: str, value: Any) -> str:

@@ -327,7 +327,7 @@ def _literal(value: Any) -> str:
 def _model_spec(folder: RunFolder, label: str) -> Mapping[str, Any]:
     for session in (folder.manifest, *folder.manifest.get("continued", [])):
         for model in (session.get("grid") or {}).get("models", []):
-            if model["label"] == label:
+            if isinstance(model, dict) and model.get("label") == label:
                 found: Mapping[str, Any] = model
                 return found
     return {"name": label}
