@@ -28,7 +28,10 @@ def commands(text: str) -> list[str]:
 
 
 def refusal(command: str) -> str:
-    """Why the command line does not parse, "" if it does. Nothing of it is run."""
+    """Why the command line does not parse, "" if it does. Nothing of it is run.
+
+    A command's bare name, as in a sentence on `tokbench check`, may lack what the command requires.
+    """
     words = [word for word in shlex.split(command, comments=True)[1:] if word not in ("...", "…")]
     words = [word.split("|")[0] for word in words]
     root = get_command(app)
@@ -38,8 +41,9 @@ def refusal(command: str) -> str:
         return f"no command {words[:1]}"
     try:
         root.commands[words[0]].make_context(words[0], words[1:], resilient_parsing=False)  # type: ignore[attr-defined]
-    except Exception as error:  # click's or typer's own usage errors
-        return "" if "Missing" in str(error) else str(error)
+    except Exception as error:  # typer's usage errors, from a click of its own
+        kind = type(error).__name__
+        return "" if kind == "MissingParameter" and len(words) == 1 else f"{kind}: {error}"
     return ""
 
 
@@ -52,6 +56,8 @@ def test_every_command_parses(page: Path) -> None:
 def test_a_wrong_command_would_be_seen() -> None:
     page = "    tokbench run --limt 3\n\nand `tokbench plott results/x`, `tokbench table results/x --format md`"
     assert [bool(refusal(line)) for line in sorted(commands(page))] == [True, True, False]
+    assert "Missing" in refusal("tokbench check --limit 3") and not refusal("tokbench check")
+    assert refusal("tokbench run --limit many") and refusal("tokbench run --limit")
     assert len([line for path in PAGES for line in commands(path.read_text(encoding="utf-8"))]) > 40
 
 

@@ -132,10 +132,15 @@ class Cell:
 class RunOptions:
     """How to run a grid.
 
-    device: "auto", "cpu", "cuda", "cuda:1", "mps". dtype: "fp32", "bf16", "fp16". batch_size: images, or "auto".
-    compile: time models that `torch.compile` compiled; accuracy is measured without.
-    limit: images measured for accuracy, None for all. only: which of MEASURES. workers: processes that read images,
-    None to choose. max_bad: per cent of the images that may be skipped because they cannot be decoded.
+    Attributes:
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        dtype: "fp32", "bf16", "fp16".
+        batch_size: images, or "auto".
+        limit: images measured for accuracy, None for all.
+        only: which of MEASURES.
+        workers: processes that read images, None to choose.
+        max_bad: per cent of the images that may be skipped because they cannot be decoded.
+        compile: time models that `torch.compile` compiled; accuracy is measured without.
     """
 
     device: str = "auto"

@@ -260,10 +260,16 @@ class _ForgivingStream(IterableDataset[tuple[Tensor, int] | Skipped]):
 
 
 def open_dataset(spec: str, model: nn.Module, *, limit: int | None = None) -> ImageSource | ImageStream:
-    """Open `spec` (see SPECS) with the preprocessing of the model's timm configuration.
+    """Open images and labels with the preprocessing of the model's timm configuration.
 
-    limit: so many images at most; a fixed random subset in the data's order (a smaller limit takes a part of a larger
-    one's), or a stream's first. Raises UserError, one line, for anything that cannot be opened or labelled.
+    Args:
+        spec: what `tokbench list data` shows, such as "bundled" or a folder.
+        model: a timm model.
+        limit: so many images at most; a fixed random subset in the data's order (a smaller limit takes a part of a
+            larger one's), or a stream's first.
+
+    Raises:
+        UserError: one line, for anything that cannot be opened or labelled.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1 image, not {limit}.")

@@ -87,18 +87,22 @@ def load_model(
 ) -> nn.Module:
     """A timm ViT in eval mode, on the CPU, in float32.
 
-    name: "bundled", a timm model name with or without tag, or timm's "hf-hub:OWNER/NAME" and "local-dir:FOLDER".
-    checkpoint: a file of weights to load instead of timm's; .safetensors, or what `torch.save` wrote, plain or
-        wrapped as training scripts do (averaged weights are preferred, as in timm), under timm's names or as the
-        model's authors published it, as far as timm can convert that. The number of classes is the file's; the input
-        size is not guessed from it.
-    input_size: side of the square input in pixels; position embeddings of another size are then resampled.
-        Default: the model's own.
-    random_weights: draw the weights, from a fixed seed, instead of downloading them: enough for FLOPs and speed.
-
     `model.pretrained_cfg` describes the input as it now is, so `timm.data.resolve_model_data_config(model)` gives
-    the preprocessing. Raises UserError for an unknown model, one that token fusion cannot go into, a hub that does
-    not answer, and a checkpoint that cannot be read or does not fit.
+    the preprocessing.
+
+    Args:
+        name: "bundled", a timm model name with or without tag, or timm's "hf-hub:OWNER/NAME" and "local-dir:FOLDER".
+        checkpoint: a file of weights to load instead of timm's; .safetensors, or what `torch.save` wrote, plain or
+            wrapped as training scripts do (averaged weights are preferred, as in timm), under timm's names or as the
+            model's authors published it, as far as timm can convert that. The number of classes is the file's; the
+            input size is not guessed from it.
+        input_size: side of the square input in pixels; position embeddings of another size are then resampled.
+            Default: the model's own.
+        random_weights: draw the weights, from a fixed seed, instead of downloading them: enough for FLOPs and speed.
+
+    Raises:
+        UserError: an unknown model, one that token fusion cannot go into, a hub that does not answer, or a checkpoint
+            that cannot be read or does not fit.
     """
     if name != BUNDLED:
         name = _known_name(name, needs_weights=checkpoint is None and not random_weights)

@@ -44,10 +44,18 @@ def apply(
 ) -> VisionTransformer:
     """Put a token-fusion method into a timm ViT, in place; calling it again replaces the method.
 
-    method: a name from `list_methods()`; "none" is `remove`. schedule: METHODS' grammar, such as "constant:13",
-    "keep:0.7@3,6,9" or "flops:0.5". trace: keep the token map. images: (B, C, H, W) calibration images, for methods
-    that measure the model. params: the method's own parameters.
-    Raises UserError (unknown method or parameter), ScheduleError, UnsupportedModelError.
+    Args:
+        model: a timm VisionTransformer, VisionTransformerDistilled or Eva.
+        method: a name from `list_methods()`; "none" is `remove`.
+        schedule: how many tokens go where, as `tokbench list schedules` shows: 13, "keep:0.7@3,6,9", "flops:0.5".
+        trace: keep the token map.
+        images: (B, C, H, W) calibration images, for methods that measure the model.
+        params: the method's own parameters, as `tokbench list methods` shows.
+
+    Raises:
+        UserError: an unknown method or parameter.
+        ScheduleError: a schedule that does not parse, or does not fit the model.
+        UnsupportedModelError: a model of another structure.
     """
     require_supported(model)
     parsed = parse_schedule(schedule)

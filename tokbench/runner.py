@@ -45,12 +45,19 @@ def run(
 ) -> pd.DataFrame:
     """Measure every cell of a grid and draw the Pareto plot; one row per cell comes back (see `load_table`).
 
-    grid: a Grid, the path of a grid file, or None for the default one. out: the run folder, by default a new one
-    under results/; a run that is there already is continued: only what it lacks is measured. options: instead of the
-    grid's own. progress: told what happens; silent by default. fresh: never continue, but begin in `out`-2 and so on.
-    Raises UserError for bad input, before anything is measured, also when the run in `out` had another model, data
-    or dtype, and RunStopped when it cannot go on; what was measured is then kept. A cell that fails is recorded as a
-    failure (column `error`) and the others go on; a later session tries it again.
+    A cell that fails is recorded as a failure (column `error`) and the others go on; a later session tries it again.
+
+    Args:
+        grid: a Grid, the path of a grid file, or None for the default one.
+        out: the run folder, by default a new one under results/; a run that is there already is continued: only what
+            it lacks is measured.
+        options: instead of the grid's own.
+        progress: told what happens; silent by default.
+        fresh: never continue, but begin in `out`-2 and so on.
+
+    Raises:
+        UserError: bad input, before anything is measured, also when the run in `out` had another model, data or dtype.
+        RunStopped: it cannot go on; what was measured is kept.
     """
     from tokbench.report.metrics import load_table
 

@@ -63,19 +63,26 @@ def measure_speed(
 ) -> list[SpeedResult]:
     """Time the models' forward passes in interleaved rounds; speed-ups are over the first model.
 
-    All models run on the same random images, `batch_size` of `input_size` (a side, (C, H, W), or None for
-    what the first model was built for), on their parameters' device and in their dtype, which must be common.
-    In each round every model has one turn, in an order shuffled by `seed`; a turn is as many passes as fit
-    its share of `seconds`, the time for all rounds of all models, and at least one. `rounds` None: a pilot of a few
-    rounds, not counted, tells how many make every speed-up's interval ±1 % wide, and as many are made as fit in
-    `seconds`. Their number is fixed before the first counts: stopping once the interval looks narrow would make it
-    wrong too often. Models too slow for `seconds` get fewer rounds, at least 5 (or `rounds`), and those that a busy
-    machine slows down later on stop after twice the time. Before, every model makes `warmup` passes, and a few more to
-    estimate its speed. `on_round` is told the rounds done and planned.
-    A model that raises is reported to `on_failure` and left out of the results; without `on_failure`, or when it is
-    the first, the exception goes through.
-    Raises ValueError for models on different devices or of different dtypes, and for no models, images or
-    rounds.
+    All models run on the same random images, on their parameters' device and in their dtype, which must be common.
+    In each round every model has one turn. Models too slow for `seconds` get fewer rounds, at least 5 (or `rounds`),
+    and those that a busy machine slows down later on stop after twice the time.
+
+    Args:
+        models: the models by name, the one that speed-ups are over first.
+        batch_size: images in a pass.
+        input_size: a side, (C, H, W), or None for what the first model was built for.
+        rounds: how many, if they fit in `seconds`. None: a pilot of a few rounds, not counted, tells how many make
+            every speed-up's interval ±1 % wide, and as many are made as fit in `seconds`. Their number is fixed before
+            the first counts: stopping once the interval looks narrow would make it wrong too often.
+        seconds: the time for all rounds of all models; a turn is as many passes as fit its share, at least one.
+        warmup: passes of every model before; a few more estimate its speed.
+        seed: of the images and of the order of turns.
+        on_round: told the rounds done and planned.
+        on_failure: told of a model that raises, which is then left out of the results; without `on_failure`, or when
+            it is the first model, the exception goes through.
+
+    Raises:
+        ValueError: models on different devices or of different dtypes, and no models, images or rounds.
     """
     if not models or batch_size < 1 or (rounds is not None and rounds < 1):
         raise ValueError("measure_speed needs at least one model, one image in a batch and one round")
