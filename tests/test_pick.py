@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_report import make_run
 
 import tokbench
-from tokbench.config import Grid, MethodSpec, RunOptions
+from tokbench.config import Grid, MethodSpec, ModelSpec, RunOptions
 from tokbench.errors import UserError
+from tokbench.fusion.core import METHODS
+from tokbench.plugins import LOADED
 from tokbench.report.pick import Pick, pick_cells
 from tokbench.runner import run as run_grid
 from tokbench.store import RunFolder
@@ -35,6 +40,29 @@ def without(path: Path, *kinds: str, cell: str = "") -> Path:
     kept = [line for line in lines if line["kind"] not in kinds or cell not in line["cell"]]
     (path / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     return path
+
+
+def changed(path: Path, kind: str, cell: str = "", gone: tuple[str, ...] = (), **fields: Any) -> Path:
+    """Change fields of the records of a kind: to a value, or by what a function makes of the record."""
+    lines = [json.loads(line) for line in (path / "records.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == kind and cell in line["cell"]:
+            line |= {key: value(line) if callable(value) else value for key, value in fields.items()}
+            for key in gone:
+                del line[key]
+    (path / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+LABELED = ("correct", "top1", "top1_low", "top1_high", "top5", "drop", "drop_low", "drop_high", "mcnemar_p")
+
+
+def unlabeled(path: Path) -> Path:
+    """As a run on images without labels is: the cells agree with the model the less they hold of its top-1."""
+    return changed(
+        changed(path, "accuracy", agreement=lambda line: 1 - line["drop"] / 100,
+                agreement_low=lambda line: 1 - line["drop_high"] / 100,
+                agreement_high=lambda line: min(1, 1 - line["drop_low"] / 100)), "accuracy", gone=LABELED)  # fmt: skip
 
 
 def only(path: Path, **limits: float) -> Pick:
@@ -81,13 +109,13 @@ def test_the_text_says_the_rule_the_numbers_and_why_the_other_lost(made):
         'import tokbench\nmodel = tokbench.load_model("bundled")\ntokbench.apply(model, "tome", "constant:13")'
     )
     text = only(made, max_drop=0.5).text()
-    assert "Nothing meets that.\nNearest: ToMe at r=8" in text and "0.70 points, and the limit is 0.5" in text
-    assert "import" not in text
+    assert "Nothing meets that.\nNearest: ToMe at r=8" in text and "import" not in text
+    assert "up to 0.70 points, 0.2 more than the limit of 0.5." in text
 
 
 def test_an_unsure_win_says_so(made):
     text = only(made, min_speedup=1.68).text()
-    assert "up to a drop of 4.00 points, against up to a drop of 3.00 points; the intervals overlap" in text
+    assert "a drop of up to 4.00 points, against a drop of up to 3.00 points; the intervals overlap" in text
     assert "overlap" not in only(made, max_drop=4.0).text()
 
 
@@ -122,14 +150,89 @@ def test_what_is_not_faster_than_the_unreduced_model_answers_no_accuracy_limit(m
 def test_a_cell_that_failed_is_left_out_and_named(made):
     found = only(without(made, "speed", cell="topk"), max_drop=4.0)
     assert name(found.best) == "tome/constant:13"
-    assert found.notes == ["left out, not measured or failed: top-k at keep 0.7"]
+    assert found.notes == ["left out: top-k at keep 0.7 (no speed measured)"]
+
+
+def test_latency_is_judged_by_the_upper_end_of_its_interval_and_by_the_median_where_there_is_none(made):
+    changed(made, "speed", latency_ms=lambda line: 1000 / line["throughput"])  # 1000/170 = 5.88 ms
+    found = only(made, max_latency_ms=5.9)
+    assert name(found.best) == "tome/constant:13" and "a median latency at batch 1 of at most 5.9 ms" in found.asked
+    assert found.notes == ["the run has no interval of the latency: that limit is held against the median itself"]
+    changed(made, "speed", latency_low_ms=lambda line: 0.98 * line["latency_ms"],
+            latency_high_ms=lambda line: 1.02 * line["latency_ms"])  # fmt: skip
+    found = only(made, max_latency_ms=5.9)
+    assert name(found.best) == "topk/keep:0.7@3,6,9" and not found.notes
+    assert "a median latency of up to 6.00 ms, 0.1 more than the limit of 5.9" in found.why
+    changed(made, "speed", "topk", latency_low_ms=None, latency_high_ms=None)
+    assert "of the latency of top-k at keep 0.7: that limit" in only(made, max_latency_ms=5.9).notes[0]
+
+
+def test_images_without_labels_are_judged_by_agreement(made):
+    unlabeled(made)
+    with pytest.raises(UserError, match="--max-drop: .* had images without labels.* ask for --min-agreement or --min"):
+        pick_cells(made, max_drop=1.0)
+    # The lower ends: 99.3, 97, 96 and 88.
+    found = only(made, min_agreement=97.0)
+    assert (name(found.best), name(found.other)) == ("tome/constant:13", "tome/constant:8")
+    assert "It is the fastest of 3" in found.text() and "agreement 98.0 % [97.0, 99.0]" in found.text()
+    found = only(made, min_agreement=99.5)
+    assert found.best is None and found.misses == {"min_agreement": pytest.approx(0.2)}
+    assert "down to 99.30 % agreement, 0.2 less than the limit of 99.5" in found.why
+    found = only(made, max_gflops=0.25)
+    assert name(found.best) == "tome/constant:13" and "in most agreement with the unreduced model" in found.rule
+    assert "agrees on 99.62 % only" in only(made, min_agreement=99.9).notes[0]
+
+
+def test_a_model_without_classes_is_judged_by_its_features(made):
+    changed(made, "accuracy", similarity=lambda line: 1 - line["drop"] / 100, gone=("agreement",),
+            similarity_low=lambda line: 1 - line["drop_high"] / 100, similarity_high=1.0)  # fmt: skip
+    changed(made, "accuracy", gone=LABELED)
+    for limit in ("max_drop", "min_agreement"):
+        with pytest.raises(UserError, match="no classes; ask for --min-speedup or --max-gflops instead"):
+            pick_cells(made, **{limit: 1.0})
+    found = only(made, max_gflops=0.25)
+    assert name(found.best) == "tome/constant:13" and "cosine of features 0.9800 [0.9700, 1.0000]" in found.text()
+    assert found.why.startswith(
+        "further away in features: a cosine of down to 0.9600, against a cosine of down to 0.97"
+    )
+
+
+def test_what_gave_nan_or_failed_is_never_picked_and_the_reason_is_told(made):
+    changed(made, "accuracy", "tome/constant:13", nonfinite=3)
+    failure = {"kind": "failure", "phase": "speed", "message": "out of memory"}
+    with open(made / "records.jsonl", "a") as file:
+        same = json.loads((made / "records.jsonl").read_text().splitlines()[-1])
+        same = {key: same[key] for key in ("schema", "model", "weights_sha256", "input_size", "params", "schedule")}
+        file.write(json.dumps(same | failure | {"cell": "bundled/random/constant:13", "method": "random"}) + "\n")
+    found = only(made, max_drop=20.0)
+    assert name(found.best) == "topk/keep:0.7@3,6,9" and name(found.other) == "tome/constant:8"
+    assert found.notes == [
+        "left out: ToMe at r=13 (NaN or infinite for 3 of 1,000 images); random:seed=1 at r=13 (failed: out of memory)"
+    ]
+    changed(made, "accuracy", nonfinite=1000)
+    with pytest.raises(UserError, match="has no cell of bundled to pick: ToMe at r=8, .* infinite for 1,000 of 1,000"):
+        pick_cells(made, max_gflops=1.0)
+
+
+def test_a_run_that_has_measured_nothing_yet_is_refused(tmp_path):
+    RunFolder.create(tmp_path / "run", {})
+    with pytest.raises(UserError, match="measured nothing yet"):
+        pick_cells(tmp_path / "run", max_drop=1.0)
+
+
+def test_a_limit_as_precise_as_the_value_is_met(made):
+    changed(made, "flops", "tome/constant:8", flops=353521440)  # 0.35352144000000003 GFLOPs
+    changed(made, "flops", "none", flops=700000000)
+    assert name(only(made, max_gflops=0.35352144).best) == "tome/constant:8"
 
 
 @pytest.mark.parametrize(
     ("limits", "gone", "message"),
     [
-        ({}, (), "--max-drop, --min-speedup, --max-latency-ms, --max-gflops"),
-        ({"max_latency_ms": 5.0}, (), "--max-latency-ms: the run .* has not measured latency"),
+        ({}, (), "--max-drop, --min-agreement, --min-speedup, --max-latency-ms, --max-gflops"),
+        ({"max_latency_ms": 5.0}, (), "--max-latency-ms: .* not measured latency.* --max-drop or --min-speedup or --m"),
+        ({"min_agreement": 90.0}, (), "--min-agreement: the run .* knows no interval of agreement"),
+        ({"min_agreement": 101.0}, (), "--min-agreement is a percentage: at most 100, not 101"),
         ({"min_speedup": 2.0}, ("speed",), "--min-speedup: .* has not measured speed"),
         ({"max_drop": 2.0}, ("accuracy",), "--max-drop: .* has not measured accuracy"),
         ({"max_gflops": 2.0}, ("accuracy",), "the run .* has not measured accuracy"),
@@ -148,6 +251,10 @@ def test_two_models_get_a_decision_each(made):
     with open(made / "records.jsonl", "a") as file:
         file.write((other / "records.jsonl").read_text())
     assert [name(found.best) for found in pick_cells(made, max_drop=3.0)] == ["tome/constant:13"] * 2
+    without(made, "speed", cell="large/")
+    first, second = pick_cells(made, min_speedup=1.5)
+    assert first.best is not None and second.model == "large" and second.best is None
+    assert "No answer: --min-speedup: the run" in second.text() and second.to_dict()["why"] == second.why
 
 
 def test_the_command_exits_with_1_when_nothing_meets_it(tokbench_command, made):
@@ -160,6 +267,7 @@ def test_the_command_exits_with_1_when_nothing_meets_it(tokbench_command, made):
     (found,) = json.loads(out)
     assert code == 1 and not found["met"] and found["pick"] is None and found["runner_up"] is None
     assert found["nearest"]["cell"] == "bundled/tome/constant:8"
+    assert found["misses"] == {"max_drop": pytest.approx(0.2)} and "0.2 more than the limit" in found["why"]
     assert tokbench_command("pick", made, "--max-drop", 0.5)[0] == 1
     code, _, err = tokbench_command("pick", made)
     assert code == 2 and err.count("\n") == 1
@@ -192,3 +300,72 @@ def test_the_python_names_checkpoint_size_device_and_dtype(tmp_path):
         'model = tokbench.load_model("vit_tiny", "it\'s mine.pth", input_size=384).to("cuda").bfloat16()'
     )
     assert lines[2] == 'tokbench.apply(model, "tome", "constant:13", prune_blocks=[0, 1])'
+
+
+def test_the_printed_python_loads_a_checkpoint_a_size_and_a_dtype(tmp_path):
+    weights = tmp_path / 'it\'s "mine".safetensors'
+    save_file(tokbench.load_model().state_dict(), weights)
+    grid = Grid(
+        models=(ModelSpec("bundled", weights, 48),),
+        methods=(MethodSpec("evit", ("keep:0.5@3",)),),
+        options=RunOptions(device="cpu", dtype="bf16", limit=4, only=("flops", "accuracy")),
+    )
+    run_grid(grid, tmp_path / "run")
+    scope: dict[str, Any] = {}
+    exec(only(tmp_path / "run", max_gflops=0.2).code, scope)
+    with torch.inference_mode():
+        scope["model"](torch.rand(1, 1, 48, 48, dtype=torch.bfloat16))
+    assert tokbench.tokens_per_block(scope["model"]) == RunFolder.open(tmp_path / "run").records()[1]["tokens"]
+
+
+def test_the_printed_python_loads_a_plugin(tokbench_command, tmp_path, monkeypatch):
+    plugin = tmp_path / "own methods.py"
+    plugin.write_text((Path(__file__).parents[1] / "docs" / "my_method.py").read_text())
+
+    def forget() -> None:
+        for known, key in ((METHODS, "long-keys"), (LOADED, plugin.name), (sys.modules, "tokbench_plugin_own methods")):
+            monkeypatch.setitem(known, key, None)  # so that it is not there afterwards, either
+            del known[key]
+
+    forget()
+    words = ["--plugin", plugin, "--method", "long-keys:power=0.5", "--schedule", "13", "--limit", 4]
+    code, *told = tokbench_command("run", *words, "--only", "flops,accuracy", "--out", tmp_path / "run")
+    assert code == 0, told
+    forget()
+    found, scope = only(tmp_path / "run", max_gflops=0.3), dict[str, Any]()
+    exec(found.code, scope)
+    assert scope["model"].fusion.method.name == "long-keys" and scope["model"].fusion.method.power == 0.5
+    assert found.code.splitlines()[2] == f'load_plugins(["{plugin}"])' and not found.notes
+    plugin.write_text(plugin.read_text() + "# changed\n")
+    assert only(tmp_path / "run", max_gflops=0.3).notes == [
+        f"the plugin {str(plugin)!r} is no longer the file that the run loaded"
+    ]
+    plugin.unlink()
+    assert "is not found from this folder" in only(tmp_path / "run", max_gflops=0.3).notes[0]
+
+
+def test_a_method_of_nobody_known_has_to_be_registered_first(tmp_path):
+    found = only(make_run(tmp_path / "run", method="mine"), max_gflops=0.25)
+    assert "register it before these lines" in found.text() and "load_plugins" not in found.code
+
+
+def test_nothing_in_a_run_gets_into_the_python_as_code(tmp_path):
+    bad = 'x")\nimport os\nos.abort() #'
+    path = make_run(tmp_path / "run", model=bad, device=bad, params={bad: bad, "class": [True, None], "a": 1e-9})
+    lines = ast.parse(only(path, max_drop=3.0).code).body
+    assert [type(line) for line in lines] == [ast.Import, ast.Assign, ast.Expr]
+    call: Any = lines[2]
+    given = {word.arg: ast.literal_eval(word.value) for word in call.value.keywords}
+    assert given == {"a": 1e-9, None: {bad: bad, "class": [True, None]}}
+    assert bad in {node.value for node in ast.walk(lines[1]) if isinstance(node, ast.Constant)}
+    (path / "manifest.json").write_text(json.dumps({"schema": 1, "grid": {"models": [3, {"label": bad}]}}))
+    assert only(path, max_drop=3.0).best is not None
+    with pytest.raises(UserError, match="made in 'fp8', which"):
+        pick_cells(make_run(tmp_path / "other", dtype="fp8"), max_drop=3.0)
+
+
+def test_speed_of_compiled_models_takes_compiled_models(made):
+    manifest = json.loads((made / "manifest.json").read_text())
+    (made / "manifest.json").write_text(json.dumps(manifest | {"conditions": {"compile": True}}))
+    found = only(made, max_drop=3.0)
+    assert found.code.endswith("\nmodel.compile(dynamic=False, fullgraph=True)") and "compiled" in found.notes[-1]

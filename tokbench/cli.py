@@ -395,25 +395,31 @@ def check(
 def pick(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)],
     max_drop: Annotated[float | None, typer.Option(metavar="POINTS", help="Most points of top-1 to lose.")] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(metavar="PERCENT", help="Least agreement with the unreduced model; needs no labels.")
+    ] = None,
     min_speedup: Annotated[
         float | None, typer.Option(metavar="X", help="Least speed-up over the unreduced model.")
     ] = None,
     max_latency_ms: Annotated[
-        float | None, typer.Option(metavar="MS", help="Most milliseconds for one image, median.")
+        float | None, typer.Option(metavar="MS", help="Most milliseconds at batch 1, median.")
     ] = None,
     max_gflops: Annotated[float | None, typer.Option(metavar="G", help="Most 1e9 multiply-adds an image.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: a list with one decision per model.")] = False,
 ) -> None:
     """Name the best cell within limits, and the Python that applies it. Exits with 1 if nothing meets them.
 
-    Judged by the unfavorable end of 95 % intervals. With --max-drop the fastest wins, else the most accurate.
+    Judged by the unfavorable end of 95 % intervals. With --max-drop or --min-agreement the fastest wins, else the most
+    accurate. Each model of the run gets a decision.
     """
     import json
 
     from tokbench.report.pick import pick_cells
 
-    limits = dict(max_drop=max_drop, min_speedup=min_speedup, max_latency_ms=max_latency_ms, max_gflops=max_gflops)
-    picks = pick_cells(run, **limits)
+    picks = pick_cells(
+        run, max_drop=max_drop, min_agreement=min_agreement, min_speedup=min_speedup, max_latency_ms=max_latency_ms,
+        max_gflops=max_gflops,
+    )  # fmt: skip
     if as_json:
         print(json.dumps([found.to_dict() for found in picks], indent=2, ensure_ascii=False))
     else:
