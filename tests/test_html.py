@@ -301,6 +301,10 @@ def test_the_page_works_in_a_browser(browser: Any, run: Path, tmp_path: Path) ->
     assert ascending[-1] == "10.0 [8.0, 12.0]"
     press(browser, "Drop [95 %]")
     assert column(browser, "Drop [95 %]")[0] == "10.0 [8.0, 12.0]"
+    press(browser, "Top-1 %")  # the best first, whichever way that is
+    assert column(browser, "Top-1 %")[0] == "80.0" and column(browser, "Top-1 %")[-1] == "70.0"
+    press(browser, "Top-1 %")
+    assert column(browser, "Top-1 %")[0] == "70.0"
     press(browser, "Schedule")
     press(browser, "Schedule")
     assert column(browser, "Schedule")[0] == "keep:0.7@3,6,9" and column(browser, "Schedule")[-1] == ""

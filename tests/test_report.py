@@ -304,6 +304,13 @@ def test_the_terminal_table_fits_and_folds_no_number(df: pd.DataFrame, width: in
     assert ("FLOPs ratio" in text) == (width == 140)
 
 
+def test_a_dropped_column_takes_its_footnote_with_it(df: pd.DataFrame) -> None:
+    costly = df.assign(method_share=[0.0, 3.0, 3.0, 3.0, 3.0])
+    for width in (80, 240):
+        text = rich_text(costly, width)
+        assert ("Overhead %" in text) == ("Overhead:" in text) == (width == 240)
+
+
 def test_a_failed_cell_is_shown_with_its_reason(run: Path) -> None:
     failure = {"kind": "failure", "cell": "bundled/tofu/constant:8", "model": "bundled", "method": "tofu"}
     RunFolder.open(run).append({**failure, "schedule": "constant:8", "message": "out of memory"})
@@ -444,6 +451,19 @@ def test_a_run_laid_over_another_keeps_its_looks_where_the_other_is_absent(run: 
     assert drawn.count(f"stroke: {matplotlib.colors.to_hex(dashed['color'])}") >= 2  # in both panels
 
 
+@pytest.mark.parametrize("size", ["wide", "page", "paper"])
+def test_long_names_of_models_shrink_instead_of_being_cut(df: pd.DataFrame, tmp_path: Path, size: str) -> None:
+    name = "vit_base_patch16_224.augreg_in21k_ft_in1k@of_somebody_with_a_long_name"
+    both = pd.concat([df.assign(model=name), df], ignore_index=True)
+    figures: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save", lambda figure, *_, **__: figures.append(figure))
+        plot_pareto(both, tmp_path / "a.png", x="gflops", size=size)
+    (figure,) = figures
+    drawn = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text().startswith("vit_base")]
+    assert drawn and all(text.get_window_extent().x1 <= figure.bbox.x1 for text in drawn)
+
+
 @pytest.mark.parametrize("size", ["wide", "paper"])
 def test_cells_with_nan_logits_are_crossed_out(df: pd.DataFrame, tmp_path: Path, size: str) -> None:
     assert "NaN logits" not in svg(df, tmp_path, size=size)
@@ -513,7 +533,7 @@ def test_a_method_of_other_people_looks_the_same_in_every_figure_and_like_none_o
 @pytest.mark.parametrize(
     "schedule, label",
     [("constant:13", "r=13"), ("13", "r=13"), ("keep:0.7@3,6,9", "keep 0.7"), ("linear:13,-1", "linear 13,-1"),
-     ("list:8,8,0,4", "list"), ("ratio:0.9", "ratio 0.9"), ("flops:0.5", "50 % FLOPs")],
+     ("list:8,8,0,4", "list 2×8 0 4"), ("ratio:0.9", "ratio 0.9"), ("flops:0.5", "50 % FLOPs")],
 )  # fmt: skip
 def test_schedules_are_short_in_labels(schedule: str, label: str) -> None:
     assert short_schedule(schedule) == label

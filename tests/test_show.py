@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tokbench.config import MethodSpec
 from tokbench.data import load_images, to_pictures
 from tokbench.errors import UserError
 from tokbench.fusion.core import METHODS
+from tokbench.report import tokens
 from tokbench.report.tokens import TokenGrid, TokenRow, _borders, draw_tokens, mean_colors
 from tokbench.trace import show, trace_tokens
 
@@ -68,6 +70,22 @@ def test_pictures_are_written_by_suffix(tmp_path: Path, suffix: str, start: byte
     row = TokenRow("made up", np.full((4, 6, 3), 0.5), [GRID])
     out = draw_tokens([row, row], tmp_path / "new" / f"tokens.{suffix}", theme="dark")
     assert out.read_bytes().startswith(start)
+
+
+def test_long_titles_are_broken_before_they_run_into_each_other(tmp_path: Path, monkeypatch: Any) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(tokens, "save", lambda figure, *_, **__: figures.append(figure))
+    grid = TokenGrid("mctf:attn_track=false,bidirectional=false: 4", np.arange(4).reshape(2, 2))
+    row = TokenRow("an_image_with_a_long_name_1.JPEG", np.zeros((8, 8, 3)), [grid, grid])
+    heading = "vit_small_patch16_224.augreg_in21k_ft_in1k, keep 0.7; numbers: patch tokens left of 196, of one image"
+    draw_tokens([row], tmp_path / "a.png", heading=heading)
+    (figure,) = figures
+    figure.draw_without_rendering()
+    titles = [panel.title.get_window_extent() for panel in figure.axes[:3]]
+    assert all(left.x1 < right.x0 for left, right in pairwise(titles))
+    assert figure.get_suptitle().count("\n") == 1
+    (above,) = [text for text in figure.texts if text.get_text().startswith("vit_small")]
+    assert above.get_window_extent().x1 < figure.bbox.x1
 
 
 def test_everything_dropped_can_be_drawn(tmp_path: Path) -> None:

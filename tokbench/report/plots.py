@@ -258,7 +258,8 @@ def _row_title(panel: Axes, group: pd.DataFrame, groups: Sequence[pd.DataFrame],
     model = str(group["model"].iloc[0])
     if not art.size.text:
         if len(groups) > 1:
-            panel.set_title(model, loc="left", fontsize=art.size.font)
+            room = 72 * 0.8 * art.size.width / columns
+            panel.set_title(model, loc="left", fontsize=min(art.size.font, room / (0.62 * len(model))))
         return
     points = 72 * (columns * (art.size.panel or 0) - 0.7)
     details = textwrap.wrap(" · ".join(_conditions(group, groups)), int(points / 5.6))
@@ -269,7 +270,7 @@ def _row_title(panel: Axes, group: pd.DataFrame, groups: Sequence[pd.DataFrame],
     # apart.
     panel.set_title("\n".join(" " * (2 + len(details))), loc="left", fontsize=10)
     lines: list[tuple[str, int, dict[str, Any]]] = [
-        (title, 9 + 14 * len(details), {"fontsize": 12, "weight": "bold"}),
+        (title, 9 + 14 * len(details), {"fontsize": min(12, points / (0.68 * len(title))), "weight": "bold"}),
         ("\n".join(details), 8, {"fontsize": 9.5, "color": art.theme.muted, "linespacing": 1.3}),
     ]
     for text, height, font in lines:

@@ -108,14 +108,15 @@ def render_table(
     columns = _columns(df)
     if format == "rich":
         return _rich(df, _fitting(df, columns, width or rich.get_console().width))
-    title, notes = _title(df), _notes(df)
+    title, notes = _title(df), _notes(df, columns)
     return (_markdown if format == "md" else _latex)(df, columns, title, notes)
 
 
 def readable(df: pd.DataFrame) -> dict[str, Any]:
     """The table for reading, in parts for a page: title, heads, rows of cells with sort values, notes.
 
-    A cell's `value` sorts it: the number behind it, "" where it is missing, else its text.
+    A cell's `value` sorts it: the number behind it, "" where it is missing, else its text. A head's `first` is the
+    order that puts the best first.
     """
     df = df.assign(**{f"front_{x}": pareto_front(df, x, "top1") for x in FRONTS.values()})
     columns = _columns(df)
@@ -128,8 +129,18 @@ def readable(df: pd.DataFrame) -> dict[str, Any]:
         }
         for _, row in df.iterrows()
     ]
-    heads = [{"text": column.head, "left": column.left} for column in columns]
-    return {"title": _title(df), "heads": heads, "rows": rows, "notes": _notes(df)}
+    falling = {
+        column for metric in METRICS.values() if metric.better == "higher" for column in (metric.column, metric.low)
+    }
+    heads = [
+        {
+            "text": column.head,
+            "left": column.left,
+            "first": "descending" if column.sort in falling - {""} else "ascending",
+        }
+        for column in columns
+    ]
+    return {"title": _title(df), "heads": heads, "rows": rows, "notes": _notes(df, columns)}
 
 
 def _sort_value(column: _Column, row: pd.Series) -> str:
@@ -287,8 +298,9 @@ def _title(df: pd.DataFrame) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _notes(df: pd.DataFrame) -> list[str]:
-    """Only what a reader of this table needs."""
+def _notes(df: pd.DataFrame, columns: Sequence[_Column]) -> list[str]:
+    """Only what a reader of this table, with these columns, needs."""
+    heads = {column.head for column in columns}
     notes = []
     if df["gflops"].notna().any():
         notes.append("FLOPs are multiply-adds, per image.")
@@ -301,13 +313,13 @@ def _notes(df: pd.DataFrame) -> list[str]:
             "Front: the best top-1 for its FLOPs (or speed-up): no other cell is as good in both and better in one; "
             "costs within 1 % are equal."
         )
-    if df["efficiency"].notna().any():
+    if METRICS["efficiency"].short in heads:
         notes.append("Efficiency: speed relative to the control `free`, which drops as many tokens without choosing.")
     if (df["fused_attention"] == "off").any():
         notes.append("Fused attention was off: speed-ups are over a model that is slower than timm's own.")
     if (df["weights"] == "random").any():
         notes.append("Random weights: FLOPs and speed only, nothing here is a trained model.")
-    if df["method_share"].gt(0).any():
+    if METRICS["method_share"].short in heads and df["method_share"].gt(0).any():
         notes.append("Overhead: what the method itself computes, as a share of the cell's FLOPs.")
     for _, row in df[nonfinite(df)].iterrows():
         what = f"{row['variant']} {row['schedule']}".rstrip()
@@ -320,7 +332,7 @@ def _notes(df: pd.DataFrame) -> list[str]:
 
 
 def _rich(df: pd.DataFrame, columns: list[_Column]) -> Table:
-    caption = "\n".join(_notes(df))
+    caption = "\n".join(_notes(df, columns))
     table = Table(
         title=_title(df) or None,
         caption=Text(caption, style="dim") if caption else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from tokbench.report.styles import Theme, find_theme
 _CELL_IN = 2.0  # a picture's longer side
 _SMALL_IN = 1.35  # where there are many
 _PER_ROW = 12
+_CHARACTER_PT = 5.6  # of a title, on average
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,13 @@ def _draw(rows: Sequence[TokenRow], heading: str, sizes: bool, theme: Theme) -> 
     columns = 1 + max(len(row.grids) for row in rows)
     strips = 2 if sizes else 1
     side = _CELL_IN if columns <= 8 else _SMALL_IN
+    rows = [_wrapped(row, int(72 * side / _CHARACTER_PT)) for row in rows]
+    heading = textwrap.fill(heading, int(72 * (side * columns) / 5))
     heights = [side * min(1.0, row.image.shape[0] / row.image.shape[1]) for row in rows]
+    titles = sum(1 + max(text.count("\n") for text in (row.label, *(grid.title for grid in row.grids))) for row in rows)
+    around = 0.13 * len(rows) + 0.14 * titles + 0.14 * heading.count("\n") + 0.25 + (0.6 if sizes else 0.0)
     figure = Figure(
-        figsize=(side * columns + 0.1, sum(heights) * strips + 0.27 * len(rows) + (0.6 if sizes else 0.0) + 0.25),
+        figsize=(side * columns + 0.1, sum(heights) * strips + around),
         layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01),
     )
     FigureCanvasAgg(figure)
@@ -127,6 +133,12 @@ def _folded(row: TokenRow) -> Iterator[TokenRow]:
     """A row with more grids than fit the page's width as several."""
     for start in range(0, max(len(row.grids), 1), _PER_ROW):
         yield TokenRow(row.label, row.image, row.grids[start : start + _PER_ROW])
+
+
+def _wrapped(row: TokenRow, width: int) -> TokenRow:
+    """A row whose titles are broken into lines of at most so many characters, so that none runs into the next."""
+    grids = [TokenGrid(textwrap.fill(grid.title, width), grid.token) for grid in row.grids]
+    return TokenRow(textwrap.fill(row.label, width), row.image, grids)
 
 
 def mean_colors(image: np.ndarray, token: np.ndarray) -> np.ndarray:
