@@ -37,7 +37,7 @@ class Schedule:
     def removals(self, block: int, depth: int, patches: int) -> int:
         """Tokens to remove in `block` (from 0) of `depth`, where `patches` patch tokens arrive.
 
-        The formulas are METHODS.md's, in Python floats: their rounding decides.
+        The formulas are those of docs/methods.md, in Python floats: their rounding decides.
         """
         first = self.values[0]
         match self.kind:

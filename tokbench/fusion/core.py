@@ -155,7 +155,7 @@ class View:
     def class_attention(self) -> Tensor:
         """Attention that each token gets from the class token, mean over heads: (B, N).
 
-        Without a class token: the attention it receives, mean over heads and queries (METHODS.md).
+        Without a class token: the attention it receives, mean over heads and queries.
         """
         # Prefix tokens are not rotated.
         rows = self._rows(self.queries[:, :, :1]) if self.has_class_token else self.attention()
