@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from scipy.special import softmax
 from scipy.stats import entropy
 from torch import Tensor, nn
 
+from tokbench.measure._model import is_out_of_memory
 from tokbench.measure.accuracy import ARRAYS, Predictions, evaluate, join
 
 CPU = torch.device("cpu")
@@ -143,6 +145,66 @@ def test_a_model_that_fails_is_left_out() -> None:
     assert failures == [("bad", "out of memory")]
     assert list(results) == ["good"]
     assert len(results["good"].label) == 12
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (torch.OutOfMemoryError(""), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+def test_a_batch_too_large_to_be_moved_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = {"a": Table(random_logits(10, 3)), "b": Table(random_logits(10, 3, seed=1))}
+    plain = evaluate(models, numbered([0] * 10), device=CPU)
+    move = Tensor.to
+
+    def cramped(self: Tensor, *where: object, non_blocking: bool = False, **named: object) -> Tensor:
+        if non_blocking and len(self) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return move(self, *where, non_blocking=non_blocking, **named)
+
+    sizes: dict[str, int] = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "to", cramped)
+        halved = evaluate(models, numbered([0] * 10), device=CPU, classifier=False, batch_sizes=sizes)
+    features = evaluate(models, numbered([0] * 10), device=CPU, classifier=False)
+    assert sizes == {"a": 1, "b": 1}
+    assert len(plain["a"].label) == len(halved["a"].label)
+    assert np.array_equal(halved["b"].similarity, features["b"].similarity)
+
+
+def test_memory_does_not_grow_with_the_images() -> None:
+    """What lives while batches come are the batch at hand and a few numbers for each image."""
+
+    def peak(images: int) -> int:
+        alive: list[int] = []
+
+        class Spy(Table):
+            def forward(self, batch: Tensor) -> Tensor:
+                tensors = [one for one in gc.get_objects() if type(one) is Tensor]
+                alive.append(sum(one.numel() * one.element_size() for one in tensors))
+                return super().forward(batch % 8)
+
+        gc.collect()
+        spies = {name: Spy(random_logits(8, 1000)) for name in "ab"}
+        batches = ((torch.full((4, 3, 64, 64), float(start)), torch.zeros(4).long()) for start in range(0, images, 4))
+        evaluate(spies, batches, device=CPU)
+        assert len(alive) == images // 2
+        return max(alive)
+
+    few, many = peak(32), peak(128)
+    assert 4 * 3 * 64 * 64 * 4 < many < few + 96 * 200
 
 
 def test_without_a_handler_failures_go_through() -> None:

@@ -620,3 +620,56 @@ def test_a_cell_that_fails_in_latency_alone_is_the_one_that_failed(source, tmp_p
     table = runner.run(small_grid(), tmp_path / "run").set_index("cell")
     assert table["error"].dropna().to_dict() == {"tiny/tome/8": "RuntimeError: out of luck"}
     assert table["throughput"].notna().to_dict() == {"tiny/none": True, "tiny/tome/8": False, "tiny/random/8": True}
+
+
+def fail_once(monkeypatch, owner, name: str, error: Exception) -> None:
+    """The first call raises."""
+    real, calls = getattr(owner, name), []
+
+    def flaky(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise error
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, flaky)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "phase"),
+    [(VisionTransformer, "to", "setup"), (bench, "evaluate", "accuracy"), (bench, "Watch", "speed")],
+)
+def test_a_model_that_fails_as_a_whole_leaves_the_others(source, tmp_path, monkeypatch, owner, name, phase):
+    fail_once(monkeypatch, owner, name, RuntimeError("lost the device"))
+    models = (ModelSpec("tiny"), ModelSpec("tiny", label="again"))
+    listener = Listener()
+    grid = small_grid(MethodSpec("tome", ("8",)), models=models)
+    table = runner.run(grid, tmp_path / "run", progress=listener).set_index("cell")
+    failures = [r for r in RunFolder.open(tmp_path / "run").records() if r["kind"] == "failure"]
+    assert [(r["cell"], r["phase"], r["message"]) for r in failures] == [
+        ("tiny/none", phase, "RuntimeError: lost the device")
+    ]
+    assert "lost the device" in failures[0]["traceback"]
+    assert any("tiny: the unreduced model failed" in text for text in listener.warnings)
+    assert table.loc[["again/none", "again/tome/8"], ["top1", "throughput"]].notna().all(axis=None)
+    again = runner.run(grid, tmp_path / "run").set_index("cell")
+    assert again["error"].isna().all() and again["throughput"].notna().all()
+
+
+def test_a_cell_that_cannot_be_compiled_fails_alone(source, tmp_path, monkeypatch):
+    def refuse(model):
+        if getattr(model, "fusion", None) and model.fusion.method.name == "tome":
+            raise RuntimeError("no compiler")
+        return model
+
+    monkeypatch.setattr(bench, "compile_model", refuse)
+    table = runner.run(small_grid(only=("flops", "speed"), compile=True), tmp_path / "run").set_index("cell")
+    assert table["error"].dropna().to_dict() == {"tiny/tome/8": "RuntimeError: no compiler"}
+    assert table["throughput"].notna().to_dict() == {"tiny/none": True, "tiny/tome/8": False, "tiny/random/8": True}
+
+
+@pytest.mark.parametrize("name", ["measure_memory", "measure_latency"])
+def test_out_of_memory_after_throughput_halves_the_batch_as_well(source, tmp_path, monkeypatch, name):
+    fail_once(monkeypatch, bench, name, torch.OutOfMemoryError("full"))
+    table = runner.run(small_grid(only=("speed",)), tmp_path / "run")
+    assert table["error"].isna().all() and set(table["batch_size"]) == {5}

@@ -11,6 +11,8 @@ import json
 import os
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -21,7 +23,7 @@ from torch import nn
 from tokbench.calibrate import CALIBRATION_IMAGES, wants_images
 from tokbench.config import Cell, ModelSpec, RunOptions
 from tokbench.data import ImageSource, ImageStream, load_batches
-from tokbench.errors import RunStopped, one_line
+from tokbench.errors import RunStopped, UserError, one_line
 from tokbench.fusion.core import METHODS, make_method
 from tokbench.fusion.patch import fork, tokens_per_block
 from tokbench.measure._model import is_out_of_memory, release_memory
@@ -39,6 +41,7 @@ from tokbench.store import SKIPPED, RunFolder
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # A budget for all rounds together; slow cells exceed it, because each makes five rounds at least.
 SPEED_SECONDS_PER_CELL = 1.0
+LARGEST_BATCH = 1024
 
 
 @dataclass
@@ -117,14 +120,19 @@ class Bench:
         waiting = [cell for cell in self.subject.cells if any(self._lacks(cell, kind) for kind in self.options.only)]
         if not waiting:
             return
-        dtype = DTYPES[self.options.dtype]
-        base = self.subject.model.to(self.device, dtype)
+        phase = "setup"
         try:
-            self._prepare(base, waiting)
-            if "accuracy" in self.options.only:
-                self._measure_accuracy()
-            if "speed" in self.options.only:
-                self._measure_speed()
+            try:
+                self._prepare(self.subject.model.to(self.device, DTYPES[self.options.dtype]), waiting)
+                if (phase := "accuracy") in self.options.only:
+                    self._measure_accuracy()
+                if (phase := "speed") in self.options.only:
+                    self._measure_speed()
+            except (UserError, _BaselineFailed):
+                raise
+            except Exception as error:  # of no cell in particular: another model may fare better
+                baseline = self.subject.cells[0]
+                self._record_failure(baseline, self._identity(baseline), phase, error)
         except _BaselineFailed:
             self.progress.warn(
                 f"{self.subject.spec.label}: the unreduced model failed, and there is nothing to compare its cells with"
@@ -354,10 +362,16 @@ class Bench:
         self._phase("warming up for speed", None)
         reference, size = self.running[0], self.batch_size
         if self.options.batch_size == "auto" and self.device.type == "cuda":
-            size = largest_batch([runnable.model for runnable in self.running], input_size=self.subject.input_size)
+            size = LARGEST_BATCH
+            for member in list(self.running):
+                with self._dropping(member):
+                    size = largest_batch([member.model], input_size=self.subject.input_size, most=size)
         if self.options.compile:
-            for model in (model for member in self.running for model in (member.model, member.limit) if model):
-                compile_model(model)
+            for member in list(self.running):
+                with self._dropping(member):
+                    for model in (model for model in (member.model, member.limit) if model):
+                        compile_model(model)
+        lacking = [runnable for runnable in lacking if runnable in self.running]
         timed: _Timed | None = None
         watch = Watch(self.device)
         while timed is None:
@@ -417,7 +431,7 @@ class Bench:
             {member.cell.id: member.model for member in remaining},
             input_size=self.subject.input_size,
             seconds=SPEED_SECONDS_PER_CELL / 2 * len(remaining),
-            on_failure=lambda name, error: self._drop(name, "speed", error),
+            on_failure=fail,
         )
         memory = {}
         for member in (member for member in remaining if member.cell.id in latency):
@@ -426,13 +440,21 @@ class Bench:
                     member.model, batch_size=size, input_size=self.subject.input_size
                 )
             except Exception as error:
-                self._drop(member.cell.id, "speed", error)
+                fail(member.cell.id, error)
         return _Timed(speed, latency, memory)
 
     def _advance_speed(self, done: int, planned: int) -> None:
         if done == 1:
             self._phase("speed", planned)
         self.progress.advance(done)
+
+    @contextmanager
+    def _dropping(self, member: _Runnable) -> Iterator[None]:
+        """Take a cell out of the running ones if it fails inside the block, before it is timed."""
+        try:
+            yield
+        except Exception as error:
+            self._drop(member.cell.id, "speed", error)
 
     def _drop(self, cell_id: str, phase: str, error: Exception) -> None:
         """Take a cell that failed out of the running ones."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -58,9 +59,14 @@ def evaluation_mode(models: Iterable[nn.Module]) -> Iterator[None]:
             module.training = training
 
 
+_OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory|CU(BLAS|DNN|SOLVER|FFT)_(STATUS_)?ALLOC_FAILED")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether less work at a time may help: torch has a class for it on accelerators, and a sentence on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """Whether less work at a time may help: torch has a class for it, and sentences on CPU, MPS and in libraries."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def release_memory(device: torch.device) -> None:

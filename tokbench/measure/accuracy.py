@@ -126,10 +126,24 @@ def evaluate(
     running, reference = dict(models), next(iter(models), "")
     batch_sizes = {} if batch_sizes is None else batch_sizes
     parts: list[dict[str, Predictions]] = []
+
+    def show(images: Tensor, labels: Tensor) -> dict[str, Predictions]:
+        try:
+            moved = images.to(device, dtype, non_blocking=True)
+        except Exception as error:
+            if not is_out_of_memory(error) or len(images) == 1:
+                raise
+        else:
+            return _answers(running, reference, moved, labels, classifier, batch_sizes, on_failure)
+        release_memory(torch.device(device))
+        half = (len(images) + 1) // 2
+        batch_sizes.update({name: min(batch_sizes.get(name, half), half) for name in running})
+        first, second = show(images[:half], labels[:half]), show(images[half:], labels[half:])
+        return {name: join([first[name], own]) for name, own in second.items()}
+
     with torch.inference_mode(), evaluation_mode(models.values()):
         for images, labels in batches:
-            images = images.to(device, dtype, non_blocking=True)
-            parts.append(_answers(running, reference, images, labels.long().cpu(), classifier, batch_sizes, on_failure))
+            parts.append(show(images, labels.long().cpu()))
             if on_batch is not None:
                 on_batch(parts[-1])
     if not parts:
