@@ -490,7 +490,7 @@ def test_logits_that_are_not_finite_are_counted_told_and_never_agree(source, tmp
     assert records[1]["agreement"] == (IMAGES - 3) / IMAGES
     assert sum("NaN or infinite logits for 3 of 24 images" in text for text in listener.warnings) == 3
     assert list(table["nonfinite"]) == [3, 3, 3]
-    assert "tome 8: NaN or infinite logits for 3 images, which count as wrong." in render_table(table, "md")
+    assert "tome 8: NaN or infinite logits for 3 images, which count as wrong" in render_table(table, "md")
 
 
 def test_a_cell_that_answers_with_nan_only_has_no_image_right(source, tmp_path, monkeypatch):
