@@ -158,7 +158,7 @@ def test_dry_run_names_the_cells_and_loads_nothing(tokbench_command, monkeypatch
         (["run", "--batch-size", "0"], ["batch_size", "at least 1"]),
         (["run", "--batch-size", "many"], ["batch_size", "'many'"]),
         (["run", "--limit", "0"], ["limit", "at least 1"]),
-        (["run", "--limit", "ten"], ["--limit", "integer"]),
+        (["run", "--limit", "ten"], ["--limit", "whole number"]),
         (["run", "--workers", "-1"], ["workers"]),
         (["run", "--dtype", "fp8"], ["dtype", "'fp8'"]),
         (["run", "--device", "gpu"], ["'gpu'"]),
@@ -174,7 +174,10 @@ def test_dry_run_names_the_cells_and_loads_nothing(tokbench_command, monkeypatch
         (["show", "bundled:1", "--out", "a.gif"], ["png, svg, pdf"]),
         (["report", "nowhere", "--out", "page.pdf"], ["page.html"]),
         (["list"], ["WHAT"]),
-        (["list", "method"], ["'method'", "'methods'"]),
+        (["list", "method"], ["'method'", "Did you mean 'methods'"]),
+        (["list", "methods", "tome"], ["'tome'", "only models"]),
+        (["pick", "run", "--max-drop", "abc"], ["--max-drop must be a number, not 'abc'"]),
+        (["run", "--limit", "1.5"], ["--limit must be a whole number, not '1.5'"]),
     ],
 )
 def test_wrong_input_is_one_line_and_2(tokbench_command, monkeypatch, tmp_path, words, parts):
@@ -225,19 +228,37 @@ def test_version_and_help(tokbench_command):
     assert code == 0 and "--checkpoint" in out and "(default: auto)" in out
 
 
-def test_help_imports_nothing_heavy():
-    code = """
+REFERENCE = Path(__file__).parents[1] / "results" / "reference"
+HEAVY = {"torch", "timm", "pandas", "numpy", "matplotlib", "scipy"}
+
+
+@pytest.mark.parametrize(
+    ("words", "heavy"),
+    [
+        (["--help"], HEAVY),
+        (["list", "methods"], HEAVY),
+        (["list", "schedules"], HEAVY),
+        (["list", "data"], HEAVY),
+        (["table", str(REFERENCE)], {"torch", "timm"}),
+        (["plot", str(REFERENCE), "--out", "a.png"], {"torch", "timm"}),
+        (["pick", str(REFERENCE), "--max-drop", "5"], {"torch", "timm"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_only_reads_imports_nothing_heavy(tmp_path, words, heavy):
+    code = f"""
 import sys
-sys.argv = ["tokbench", "--help"]
+sys.argv = ["tokbench", *{words!r}]
 from tokbench.cli import main
 try:
     main()
 finally:
-    heavy = {"torch", "timm", "pandas", "numpy", "matplotlib", "scipy"} & set(sys.modules)
-    assert not heavy, heavy
+    found = {heavy!r} & set(sys.modules)
+    assert not found, found
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stdout
 
 
 def test_the_package_runs_as_a_module():

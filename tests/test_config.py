@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tokbench import list_methods
+from tokbench.catalogue import built_in
 from tokbench.config import (
     DEFAULT_LIMIT,
     DEFAULT_METHODS,
@@ -247,6 +248,18 @@ def test_methods_are_described_with_parameters_and_paper():
     lines = {line.split()[0]: line for line in describe_methods().splitlines()}
     assert "prop_attn=true" in lines["tome"] and "2210.09461" in lines["tome"]
     assert set(lines) >= {"none", "tome", "topk", "random"}
+
+
+def test_the_catalogue_read_from_source_is_the_registry():
+    import tokbench.fusion  # noqa: F401  (registers the methods)
+    from tokbench.fusion.core import METHODS
+
+    own = {name: method for name, method in METHODS.items() if method.__module__.startswith("tokbench.fusion.")}
+    found = {entry.name: entry for entry in built_in()}
+    assert list(found) == list(own)
+    for name, method in own.items():
+        assert (found[name].paper, found[name].parameters) == (method.paper, method().parameters())
+        assert found[name].summary == (method.__doc__ or "").strip().splitlines()[0]
 
 
 def test_the_default_grid_has_every_method_but_the_speed_control():

@@ -11,13 +11,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.exceptions import TyperException
 
 from tokbench import __version__
-from tokbench.errors import RunStopped, UserError
+from tokbench.errors import RunStopped, UserError, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,7 +52,7 @@ def main() -> NoReturn:
         _complain(str(error))
         code = 3
     except (UserError, TyperException) as error:
-        _complain(error.format_message() if isinstance(error, TyperException) else str(error))
+        _complain(_usage(error) if isinstance(error, TyperException) else str(error))
         code = 2
     except BrokenPipeError:
         _silence_stdout()
@@ -72,6 +72,16 @@ def _silence_stdout() -> None:
     """Python writes what is left when it exits, and would say that this cannot be."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _usage(error: TyperException) -> str:
+    """What is wrong with the words of the command line: for an option's value what it must be, and what it is."""
+    found: list[Any] = getattr(error.__cause__ or error.__context__, "errors", list)()
+    kinds = {"float_parsing": "a number", "int_parsing": "a whole number", "int_from_float": "a whole number"}
+    param = getattr(error, "param", None)
+    if param is None or not found or found[0]["type"] not in kinds:
+        return error.format_message()
+    return f"{param.opts[0]} must be {kinds[found[0]['type']]}, not {found[0]['input']!r}"
 
 
 def _complain(text: str) -> None:
@@ -429,10 +439,17 @@ def pick(
 
 @app.command("list")
 def list_(
-    what: Annotated[Literal["models", "methods", "schedules", "data"], typer.Argument(metavar="WHAT")],
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="models, methods, schedules or data.")],
     pattern: Annotated[str, typer.Argument(help="For models: part of the name, or '*small*'.")] = "",
+    plugin: Plugins = None,
 ) -> None:
     """List the models, methods, schedules or kinds of data there are."""
+    kinds = ("models", "methods", "schedules", "data")
+    if what not in kinds:
+        raise UserError(f"there is no list of '{what}'; there are {', '.join(kinds)}.{nearest(what, kinds)}")
+    if pattern and what != "models":
+        raise UserError(f"'{pattern}': only models are listed by a pattern, not {what}")
+    _load_plugins(plugin)
     match what:
         case "models":
             from tokbench.models import model_names
@@ -447,6 +464,6 @@ def list_(
 
             print(describe_schedules())
         case "data":
-            from tokbench.data import SPECS
+            from tokbench.config import SPECS
 
             print(SPECS)

@@ -26,6 +26,18 @@ DEFAULT_METHODS = ("tome", "tofu", "mctf", "mstm", "evit", "pitome", "topk", "ra
 BUNDLED_SCHEDULES = ("flops:0.5", "flops:0.35")
 DEFAULT_SCHEDULES = ("flops:0.75", "flops:0.6", "flops:0.45")
 
+# The kinds of data that tokbench.data opens; here because torch is needed to open them, not to list them.
+SPECS = """\
+bundled                 10,000 composites of Fashion-MNIST items in clutter, for the bundled model
+FOLDER                  a folder of class folders; wnid names (n01440764) are put into ImageNet order; one of images
+                        without class folders has no labels, which leaves agreement and KL divergence
+hfds/OWNER/NAME         a Hugging Face data set (package datasets); hfids/OWNER/NAME streams it
+wds/FOLDER              WebDataset shards (package webdataset), streamed
+tfds/NAME               a TensorFlow data set (package tensorflow-datasets), streamed
+torch/NAME:root=FOLDER  a torchvision data set
+Options follow a colon: split (validation), root, input_key, target_key, download; hfds/cifar10:split=test,input_key=img
+A stream is read in order, in one process, and --limit takes its first images; elsewhere a fixed random subset."""
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -354,15 +366,14 @@ def _read_options(flags: dict[str, Any]) -> dict[str, Any]:
 
 def describe_methods() -> str:
     """All methods, one a line: name, parameters with their defaults, paper."""
-    import tokbench.fusion  # noqa: F401  (registers the methods)
-    from tokbench.fusion.core import METHODS
+    from tokbench.catalogue import catalogue
 
     rows = [("none", "", "the unreduced model, always measured first")]
-    for name, method in METHODS.items():
+    for entry in catalogue():
         params = ",".join(
-            key if value is None else f"{key}={_write_value(value)}" for key, value in method().parameters().items()
+            key if value is None else f"{key}={_write_value(value)}" for key, value in entry.parameters.items()
         )
-        rows.append((name, params, method.paper))
+        rows.append((entry.name, params, entry.paper))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"{name:{widths[0]}}  {params:{widths[1]}}  {paper}" for name, params, paper in rows)
 

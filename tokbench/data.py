@@ -36,17 +36,6 @@ from tokbench.images import ImageError, Skipped, decode
 from tokbench.measure._model import resolve_input_size
 from tokbench.models import HubError
 
-SPECS = """\
-bundled                 10,000 composites of Fashion-MNIST items in clutter, for the bundled model
-FOLDER                  a folder of class folders; wnid names (n01440764) are put into ImageNet order; one of images
-                        without class folders has no labels, which leaves agreement and KL divergence
-hfds/OWNER/NAME         a Hugging Face data set (package datasets); hfids/OWNER/NAME streams it
-wds/FOLDER              WebDataset shards (package webdataset), streamed
-tfds/NAME               a TensorFlow data set (package tensorflow-datasets), streamed
-torch/NAME:root=FOLDER  a torchvision data set
-Options follow a colon: split (validation), root, input_key, target_key, download; hfds/cifar10:split=test,input_key=img
-A stream is read in order, in one process, and --limit takes its first images; elsewhere a fixed random subset."""
-
 # What timm needs to open each kind of data, and the options that make sense there.
 _PACKAGES = {
     "hfds": ("datasets", ("split", "root", "input_key", "target_key")),

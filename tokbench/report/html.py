@@ -29,7 +29,7 @@ _SYMBOLS = {
 def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     """Write the report of one or several run folders to `out`, a .html file; returns it.
 
-    Needs jinja2 and plotly (the extra `report`). Raises UserError without them, for a folder that is no run, for a
+    Raises UserError without jinja2 and plotly, for a folder that is no run, for a
     run without records and where the file cannot be written.
     """
     out = Path(out)

@@ -62,7 +62,7 @@ class Check:
         good = sum(verdict.passed for verdict in verdicts)
         told = f"{good} of {len(verdicts)} cells {self.limits[gate]}"
         nearest = next((verdict for verdict in verdicts if verdict.passed), None)
-        if nearest is None or not nearest.text:
+        if nearest is None or not nearest.text or not nearest.size:
             return told
         return f"{told}; {'worst' if good == len(verdicts) else 'worst of these'} {nearest.cell}: {nearest.text}"
 

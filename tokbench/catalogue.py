@@ -1,0 +1,68 @@
+"""What methods there are, without importing torch: read from their source and, where loaded, from the registry."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_FUSION = Path(__file__).parent / "fusion"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method: its name, its paper, the first line of its docstring, and its parameters with their defaults."""
+
+    name: str
+    paper: str
+    summary: str
+    parameters: dict[str, Any]
+
+
+def catalogue() -> list[Entry]:
+    """Every method in the order of registration.
+
+    Built-in ones are read from the source, where a class under `@register_method` gives name, paper and defaults as
+    literals. Once the registry is loaded, as it is by plugins, it is asked instead.
+    """
+    core = sys.modules.get("tokbench.fusion.core")
+    if core is not None and "tokbench.fusion.tome" in sys.modules:
+        return [
+            Entry(method.name, method.paper, _first_line(method.__doc__), method().parameters())
+            for method in core.METHODS.values()
+        ]
+    return built_in()
+
+
+def built_in() -> list[Entry]:
+    """The methods of tokbench itself, read from the source of the modules that tokbench.fusion imports."""
+    imports = ast.parse((_FUSION / "__init__.py").read_text(encoding="utf-8")).body
+    modules = [alias.name for node in imports if isinstance(node, ast.ImportFrom) for alias in node.names]
+    return [entry for module in modules for entry in _read(_FUSION / f"{module}.py")]
+
+
+def _read(path: Path) -> list[Entry]:
+    classes = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
+    return [_entry(node) for node in classes if any(_is_register(mark) for mark in node.decorator_list)]
+
+
+def _is_register(mark: ast.expr) -> bool:
+    return isinstance(mark, ast.Name) and mark.id == "register_method"
+
+
+def _entry(node: ast.ClassDef) -> Entry:
+    said: dict[str, Any] = {}
+    parameters: dict[str, Any] = {}
+    for line in node.body:
+        if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
+            if line.targets[0].id in ("name", "paper"):
+                said[line.targets[0].id] = ast.literal_eval(line.value)
+        elif isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value is not None:
+            parameters[line.target.id] = ast.literal_eval(line.value)
+    return Entry(said["name"], said["paper"], _first_line(ast.get_docstring(node)), parameters)
+
+
+def _first_line(doc: str | None) -> str:
+    return (doc or "").strip().partition("\n")[0]
