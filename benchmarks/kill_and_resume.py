@@ -91,7 +91,7 @@ def kill_and_resume(folder: Path, words: list[str], kills: int, seed: int = 0, s
         run = folder / f"run{number}"
         while True:
             process = session(["run", *words, "--out", str(run)], log, save_seconds)
-            process.join(dice.uniform(0.5 * startup, startup + 0.4 * work) if killed < kills else None)
+            process.join(dice.uniform(0.5 * startup, startup + work) if killed < kills else None)
             if not process.is_alive():
                 break
             os.kill(process.pid or 0, signal.SIGKILL)

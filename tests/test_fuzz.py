@@ -1,31 +1,125 @@
 """Whatever is typed or lies in a file: an answer, or exit code 2 and one line. Never a traceback.
 
-`pytest tests/test_fuzz.py --hypothesis-profile long` tries a thousand inputs of each kind instead of some dozens.
+Exit code 1 is where a command's answer may be "no" (check, pick), 3 where a run began and could not go on.
+`python benchmarks/fuzz.py` tries thousands of inputs of each kind instead of some dozens.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
 import pickle
+import shutil
 import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
+from test_runner import Source, stand_in
 
-from tokbench import cli
+import tokbench.models
+import tokbench.trace  # before the ground stands in for the models of runs
+from tokbench import cli, resume, runner
 from tokbench.errors import UserError
+from tokbench.fusion.core import METHODS
+from tokbench.models import load_model
 from tokbench.report.metrics import load_table
 from tokbench.report.tables import render_table
 from tokbench.schedules import GRAMMAR, parse_schedule
+from tokbench.store import MANIFEST, RECORDS, SKIPPED
 
 if settings.get_current_profile_name() == "default":
     settings.load_profile("short")
+
+# Exit codes so far, by command: what benchmarks/fuzz.py prints.
+OUTCOMES: Counter[tuple[str, int]] = Counter()
+CODES = {"run": (0, 2, 3), "check": (0, 1, 2), "pick": (0, 1, 2)}
+
+
+def few(examples: int) -> settings:
+    """So many examples in the short version, of what takes longer; as many as of the others in the long one."""
+    short = settings.get_current_profile_name() == "short"
+    return settings(max_examples=examples) if short else settings()
+
+
+def call(*words: str) -> tuple[int, str]:
+    """Exit code and standard error of a command line, in this process; warnings go there as they would in another."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
+    with (
+        patch.object(sys, "argv", ["tokbench", *words]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(),
+        pytest.raises(SystemExit) as caught,
+    ):
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        cli.main()
+    out.flush()
+    err.flush()
+    code = int(caught.value.code or 0)
+    OUTCOMES[words[0], code] += 1
+    return code, err.buffer.getvalue().decode()  # type: ignore[attr-defined]
+
+
+def assert_answer_or_one_line(*words: str) -> None:
+    code, err = call(*words)
+    assert code in CODES.get(words[0], (0, 2)), (words, code, err)
+    assert "Traceback" not in err, (words, err)
+    if code == 2:
+        assert err.startswith("tokbench: ") and err.count("\n") == 1 and err.endswith("\n"), (words, err)
+
+
+@contextlib.contextmanager
+def ground(folder: Path) -> Iterator[None]:
+    """Work in a folder that holds `whole`, a run of a tiny model, and `half`, one that was stopped in its pass."""
+    with pytest.MonkeyPatch.context() as patches, contextlib.chdir(folder):
+        source = stand_in(patches, Source())
+        patches.setattr(Source, "indices", np.arange(len(source)), raising=False)
+        patches.setattr(tokbench.models, "load_model", runner.load_model)
+        patches.setattr(tokbench.data, "open_dataset", runner.open_dataset)
+        patches.setattr(resume, "SAVE_SECONDS", 0)
+        patches.setattr(runner, "_draw", lambda table, folder: [])
+        assert call(*GO_ON, "whole")[0] == 0
+        read = Source.__getitem__
+
+        def interrupted(self: Source, index: int) -> Any:
+            if index == len(source) - 1:
+                raise KeyboardInterrupt
+            return read(self, index)
+
+        with patch.object(Source, "__getitem__", interrupted):
+            assert call(*GO_ON, "half")[0] == 130
+        OUTCOMES.clear()
+        yield
+
+
+GO_ON = (
+    "run", "--model=tiny", "--device=cpu", "--workers=0", "--batch-size=8", "--method=tome", "--method=topk",
+    "--schedule=8", "--out",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _ground(tmp_path_factory):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with ground(tmp_path_factory.mktemp("fuzz")):
+        yield
+    torch.set_num_threads(threads)
+
 
 numbers = st.one_of(
     st.integers().map(str),
@@ -46,26 +140,14 @@ plain = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )
-
-
-def call(*words: str) -> tuple[int, str]:
-    """Exit code and standard error of a command line, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        patch.object(sys, "argv", ["tokbench", *words]),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        pytest.raises(SystemExit) as caught,
-    ):
-        cli.main()
-    return int(caught.value.code or 0), err.getvalue()
-
-
-def assert_answer_or_one_line(*words: str) -> None:
-    code, err = call(*words)
-    assert code in (0, 2), (words, code, err)
-    if code == 2:
-        assert err.startswith("tokbench: ") and err.count("\n") == 1 and err.endswith("\n"), (words, err)
+odd = plain | st.sampled_from(
+    [[], {}, "", "../../x", "/", "<script>", "\x1b[31m", -1, 10**400, 1e308, 2**63, [{}], 0.5]
+)
+# What a shell can hand over: no zero, and bytes that are no UTF-8 as lone surrogates. No "/": files are written.
+arguments = st.text(
+    st.one_of(st.characters(exclude_characters="\0/", exclude_categories=["Cs"]), st.sampled_from("\udc80\udcff")),
+    max_size=10,
+)
 
 
 @given(schedules)
@@ -93,7 +175,7 @@ words = st.one_of(
     st.sampled_from(FLAGS),
     st.sampled_from(["tome", "tome:prop_attn=", "tome:=", "mctf:tau_sim=[1,", "none", "13", "bf16", "auto", "speed,"]),
     numbers,
-    st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=10),
+    arguments,
 )
 
 
@@ -103,9 +185,68 @@ def test_command_lines(rest):
     assert_answer_or_one_line("run", "--dry-run", *rest)
 
 
-@given(st.sampled_from(["table", "plot", "list", "tabel"]), st.lists(words, max_size=3))
-def test_other_commands(command, rest):
-    assert_answer_or_one_line(command, "no such run", *rest)
+# The other commands, what they are about, and their flags with values that make sense somewhere.
+RUN_FOLDERS = ("whole", "half", "no such run", "", ".", "..", "whole/manifest.json", "whole/", "w\udcff", "x" * 300)
+IMAGES = ("bundled:3", "bundled:-1", "bundled:99999", "bundled:x", "bundled:", "whole/records.jsonl", "whole", "no.png")
+THEMES, LIMITS = ("light", "dark", "ligt"), ("0", "1", "5", "-5", "1e6")
+COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
+    "pick": (
+        RUN_FOLDERS,
+        {"--max-drop": LIMITS, "--min-speedup": LIMITS, "--max-latency-ms": LIMITS, "--max-gflops": LIMITS,
+         "--json": ()},
+    ),
+    "check": (
+        RUN_FOLDERS,
+        {"--baseline": RUN_FOLDERS, "--max-drop": LIMITS, "--max-flips": LIMITS, "--max-slowdown": LIMITS,
+         "--limit": LIMITS, "--junit": ("junit.xml", "whole", "whole/records.jsonl/x", "x" * 300),
+         "--plugin": ("no.py",)},
+    ),
+    "report": (RUN_FOLDERS, {"--out": ("a.html", "a.png", "whole", "whole/records.jsonl/a.html", "x" * 300 + ".html")}),
+    "table": (
+        RUN_FOLDERS,
+        {"--format": ("md", "csv", "json", "tex", "rich", "xml"), "--sort": ("top1", "tpo1", "method", "schedule"),
+         "--filter": ("method=tome", "drop<1", "drop<x", "=", "schedule=[*", "model<3", "images>=2"), "--pareto": ()},
+    ),
+    "plot": (
+        RUN_FOLDERS,
+        {"--x": ("gflops", "top1", "gflop"), "--y": ("drop", "top1", "kl"), "--format": ("svg", "bmp", "png"),
+         "--out": ("a.png", "a.svg", "a", "whole", "whole/records.jsonl/a.png", "x" * 300 + ".png"),
+         "--size": ("page", "paper", "wide", "huge"), "--theme": THEMES, "--published": (), "--linear": ()},
+    ),
+    "show": (
+        IMAGES,
+        {"--model": ("bundled", "bundle", "vit_tiny"), "--checkpoint": ("no.pth", "whole", "whole/records.jsonl"),
+         "--input-size": ("0", "-1", "56", "9" * 12), "--method": ("tome", "none", "tmoe", "mctf:tau_sim=-1"),
+         "--schedule": ("8", "keep:0.5@3", "keep:2", "keep:0.5@99", ""), "--blocks": (), "--theme": THEMES,
+         "--out": ("a.png", "a.gif", "a", "whole", "whole/records.jsonl/a.png")},
+    ),
+    "list": (("models", "methods", "schedules", "data", "modles"), {"--help": ()}),
+    "tabel": (RUN_FOLDERS, {}),
+}  # fmt: skip
+
+
+@st.composite
+def command_lines(draw: st.DrawFn, command: str) -> list[str]:
+    """A command line that is right in most places."""
+    about, flags = COMMANDS[command]
+    asked = draw(st.lists(st.sampled_from(about[:2]) | st.sampled_from(about) | arguments, min_size=1, max_size=2))
+    if command == "check":
+        asked = [f"--baseline={asked[0]}", asked[-1]]  # without a run it would make one
+    for flag in draw(st.lists(st.sampled_from(sorted(flags)), max_size=3)) if flags else ():
+        value = draw(st.sampled_from(flags[flag]) | numbers | arguments) if flags[flag] else ""
+        asked.append(f"{flag}={value}" if flags[flag] else flag)
+    return [command, *asked, *draw(st.lists(arguments, max_size=1) if draw(st.integers(0, 9)) == 0 else st.just([]))]
+
+
+@given(st.sampled_from(["pick", "check", "table", "list", "tabel"]).flatmap(command_lines))
+def test_other_commands(line):
+    assert_answer_or_one_line(*line)
+
+
+@few(12)
+@given(st.sampled_from(["report", "plot", "show"]).flatmap(command_lines))
+def test_commands_that_draw(line):
+    assert_answer_or_one_line(*line)
 
 
 keys = st.one_of(
@@ -123,9 +264,192 @@ lines = st.one_of(
 
 @given(st.one_of(st.lists(lines, max_size=8).map("\n".join).map(str.encode), st.binary(max_size=40)))
 def test_grids(content):
-    path = Path(TEMPORARY) / "grid.toml"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode(errors="surrogatepass"))
-    assert_answer_or_one_line("run", "--dry-run", str(path))
+    Path("grid.toml").write_bytes(content)
+    assert_answer_or_one_line("run", "--dry-run", "grid.toml")
+
+
+method_bodies = st.lists(
+    st.sampled_from([
+        "    name = 'mine'", "    name = 'tome'", "    name = 3", "    name = 'A\\nB'", "    paper = None",
+        "    x: int = 'a'",
+        "    x: list = []", "    y: float = 0.5", "    def check_x(*_): return 1 / 0",
+        "    def check_x(value, default): return 3",
+        "    def plan(self): pass", "    def __post_init__(self): raise ValueError('no\\nno')", "    z: object",
+    ]),
+    max_size=4,
+).map("\n".join)  # fmt: skip
+plugins = st.one_of(
+    st.binary(max_size=30),
+    st.text(max_size=30).map(str.encode),
+    st.sampled_from([
+        b"", b"\0", b"# coding: nonsense\n", b"def f(:", b"x = '\xff'", b"raise SystemExit(0)",
+        b"import sys; sys.exit('bye')",
+        b"1/0", b"raise BaseException('a\\nb')", b"import no_such_module", b"def f(): f()\nf()",
+        b"raise Exception", b"(" * 300,
+        b"raise GeneratorExit", b"import tokbench\ntokbench.register_method(3)", b"raise KeyError",
+    ]),
+    st.builds(
+        lambda decorators, base, body: (
+            f"import dataclasses, tokbench\n{decorators}\nclass Mine{base}:\n{body or '    pass'}\n".encode()
+        ),
+        st.sampled_from([
+            "@tokbench.register_method", "@tokbench.register_method\n@dataclasses.dataclass(frozen=True)",
+            "@dataclasses.dataclass\n@tokbench.register_method", "@tokbench.register_method()", "",
+        ]),
+        st.sampled_from(["(tokbench.Method)", "", "(tokbench.Methd)", "(int)"]),
+        method_bodies,
+    ),
+)  # fmt: skip
+
+
+@given(plugins, st.sampled_from(["mine", "mine:x=1", "mine:y=2", "tome", "tome:x=1"]))
+def test_plugins(content, method):
+    Path("plugin.py").write_bytes(content)
+    registered = dict(METHODS)
+    try:
+        assert_answer_or_one_line("run", "--dry-run", "--plugin=plugin.py", f"--method={method}", "--schedule=8")
+    finally:
+        METHODS.clear()
+        METHODS.update(registered)
+
+
+tensors = st.lists(st.integers(0, 5), max_size=4).map(torch.zeros)
+weights = st.recursive(
+    st.one_of(plain, tensors, st.binary(max_size=4)),
+    lambda inner: st.dictionaries(
+        st.sampled_from(["model", "state_dict", "pos_embed", "head.weight", "module.x",
+        "blocks.0.attn.qkv.weight", "cls_token"])
+        | st.integers() | st.none() | st.text(max_size=3),
+        inner,
+        max_size=3,
+    ),
+    max_leaves=6,
+)  # fmt: skip
+
+
+def _saved(content: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+SAFETENSORS = save({"head.weight": torch.zeros(2, 3), "pos_embed": torch.zeros(1, 5)})
+checkpoints = st.one_of(
+    st.tuples(st.sampled_from(["a.pth", "a.bin"]),
+    st.binary(max_size=40) | weights.map(_saved) | plain.map(pickle.dumps)),
+    st.tuples(
+        st.just("a.safetensors"),
+        st.binary(max_size=40)
+        | st.builds(lambda at, new: SAFETENSORS[:at] + new + SAFETENSORS[at + len(new) :], st.integers(0, 160),
+        st.binary(max_size=8)),
+    ),
+)  # fmt: skip
+
+
+@given(checkpoints, st.sampled_from([None, 56, 112]))
+def test_checkpoints(file, input_size):
+    name, content = file
+    Path(name).write_bytes(content)
+    try:
+        load_model("bundled", name, input_size=input_size)
+    except UserError as error:
+        assert str(error)
+
+
+def damaged(value: Any) -> st.SearchStrategy[Any]:
+    """A JSON value with one to three of its parts replaced, or gone."""
+
+    @st.composite
+    def build(draw: st.DrawFn) -> Any:
+        holder = [copy.deepcopy(value)]
+        for _ in range(draw(st.integers(1, 3))):
+            node: Any = holder
+            key: Any = 0
+            while isinstance(node[key], dict | list) and node[key] and draw(st.integers(0, 5)):
+                node = node[key]
+                key = draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+            if isinstance(node, dict) and draw(st.booleans()):
+                del node[key]
+            else:
+                node[key] = draw(odd)
+        return holder[0]
+
+    return build()
+
+
+@st.composite
+def tampered_runs(draw: st.DrawFn) -> str:
+    """The folder `whole` or `half` with one or two of its files damaged, as `tampered`."""
+    original = Path(draw(st.sampled_from(["whole", "half"])))
+    files: dict[Path, bytes | None] = {}
+    names = sorted(path.relative_to(original) for path in original.rglob("*") if path.is_file())
+    for name in draw(
+        st.lists(st.sampled_from([MANIFEST, MANIFEST, RECORDS, RECORDS, SKIPPED, "an array"]), min_size=1, max_size=2)
+    ):
+        if name == "an array":
+            path = draw(st.sampled_from([path for path in names if path.suffix == ".npz"]))
+            content = (original / path).read_bytes()
+            at = draw(st.integers(0, len(content)))
+            files[path] = content[:at] + draw(st.binary(max_size=9)) + content[at + draw(st.integers(0, 9)) :]
+        elif name == MANIFEST:
+            value = draw(damaged(json.loads((original / name).read_text())))
+            files[Path(name)] = json.dumps(value).encode(errors="surrogatepass")
+        elif name == SKIPPED:
+            value = draw(damaged({"tiny": [{"index": 1, "name": "a.png", "reason": "empty"}]}))
+            files[Path(name)] = json.dumps(value).encode(errors="surrogatepass")
+        else:
+            rows = draw(damaged([json.loads(line) for line in (original / name).read_text().splitlines()]))
+            rows = rows if isinstance(rows, list) else [rows]
+            text = "".join(json.dumps(row) + "\n" for row in rows).encode(errors="surrogatepass")
+            files[Path(name)] = text + draw(st.binary(max_size=5))
+        if draw(st.integers(0, 19)) == 0:
+            files[Path(names[-1] if name == "an array" else name)] = draw(st.none() | st.binary(max_size=20))
+    shutil.rmtree("tampered", ignore_errors=True)
+    shutil.copytree(original, "tampered")
+    for path, damage in files.items():
+        target = "tampered" / path
+        if damage is None:
+            target.unlink(missing_ok=True)
+            target.mkdir()
+        elif not target.is_dir():
+            target.write_bytes(damage)
+    return "\n".join(f"{path}: {damage!r}" for path, damage in files.items())
+
+
+READERS = (
+    ("table", "--format=md"), ("table", "--format=rich", "--pareto"), ("table", "--format=json", "--filter=drop<1"),
+    ("table", "whole", "--format=csv"), ("pick", "--max-drop=5"), ("pick", "--min-speedup=1", "--json"),
+    ("pick", "--max-gflops=1", "--max-latency-ms=1"), ("check", "--baseline=whole", "--max-slowdown=5"),
+    ("check", "whole", "--baseline"), ("check", "--baseline=whole", "--limit=4"), ("check", "whole", "--limit=4",
+    "--baseline"),
+)  # fmt: skip
+
+
+@given(tampered_runs(), st.sampled_from(READERS))
+def test_tampered_runs_are_read(_, command):
+    assert_answer_or_one_line(*command, "tampered")
+
+
+@few(6)
+@given(
+    tampered_runs(),
+    st.sampled_from([("report", "--out=a.html"), ("plot", "--out=a.png"), ("plot", "--out=a.svg", "whole")]),
+)
+def test_tampered_runs_are_drawn(_, command):
+    assert_answer_or_one_line(*command, "tampered")
+
+
+@given(tampered_runs())
+def test_tampered_runs_are_measured_again(_):
+    """The baseline's own grid, as far as the measuring itself."""
+    with patch.object(runner, "run", side_effect=UserError("measured")):
+        assert_answer_or_one_line("check", "--out=again", "--baseline", "tampered")
+
+
+@few(8)
+@given(tampered_runs())
+def test_tampered_runs_are_continued(_):
+    assert_answer_or_one_line(*GO_ON, "tampered")
 
 
 RECORD = {
@@ -142,7 +466,7 @@ records = st.builds(
 
 @given(st.lists(st.one_of(records.map(json.dumps), st.text(max_size=20)), max_size=4), st.binary(max_size=5))
 def test_records(rows, tail):
-    run = Path(TEMPORARY) / "run"
+    run = Path("records")
     run.mkdir(exist_ok=True)
     (run / "manifest.json").write_text('{"schema": 1}')
     text = "".join(f"{row}\n" for row in rows).encode(errors="surrogatepass")
@@ -155,12 +479,6 @@ def test_records(rows, tail):
         assert str(run) in str(error) and "\n" not in str(error)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _temporary(tmp_path_factory):
-    global TEMPORARY
-    TEMPORARY = str(tmp_path_factory.mktemp("fuzz"))
-
-
 class _Hostile:
     def __init__(self, marker: Path):
         self.marker = marker
@@ -169,7 +487,8 @@ class _Hostile:
         return os.system, (f"touch '{self.marker}'",)
 
 
-def test_a_checkpoint_that_would_start_a_program_is_refused(tmp_path):
+def test_a_checkpoint_that_would_start_a_program_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "load_model", load_model)
     marker, checkpoint = tmp_path / "made", tmp_path / "hostile.pth"
     checkpoint.write_bytes(pickle.dumps({"state_dict": _Hostile(marker)}))
     words = ("--model", "vit_tiny_patch16_224", "--checkpoint", str(checkpoint), "--device", "cpu", "--only", "flops")

@@ -36,7 +36,9 @@ def _load(path: Path) -> list[str]:
     sys.modules[name] = module  # dataclasses and pickle look modules up by name
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also one that exits: a plugin must not end a command as if all were well
         del sys.modules[name]
         raise UserError(f"plugin '{path}'{_line_of(error, path)}: {type(error).__name__}: {error}") from error
     registered = [method for method, kind in METHODS.items() if kind.__module__ == name]
@@ -46,7 +48,7 @@ def _load(path: Path) -> list[str]:
     return registered
 
 
-def _line_of(error: Exception, path: Path) -> str:
+def _line_of(error: BaseException, path: Path) -> str:
     """Where in the plugin it went wrong, as ", line 12"; "" when it was elsewhere only."""
     if isinstance(error, SyntaxError):
         return f", line {error.lineno}"
