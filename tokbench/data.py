@@ -269,7 +269,7 @@ def open_dataset(spec: str, model: nn.Module, *, limit: int | None = None) -> Im
     kind, slash, rest = spec.partition("/")
     if slash and kind.lower() in _PACKAGES:
         return _open_timm(kind.lower(), rest, model, limit)
-    return _open_folder(Path(spec).expanduser(), model, limit)
+    return _open_folder(Path(os.path.expanduser(spec)), model, limit)
 
 
 def load_images(names: Sequence[str], model: nn.Module) -> Tensor:
@@ -297,7 +297,7 @@ def _single_image(name: str) -> Image.Image:
         if not (number.isdecimal() and 1 <= int(number) <= len(composites)):
             raise UserError(f"image {name!r}: bundled images are bundled:1 to bundled:{len(composites)}.")
         return composites[int(number) - 1][0]
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         raise UserError(f"image {name!r} is a folder; give single images, such as those in it.")
     if not path.exists():

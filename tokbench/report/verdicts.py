@@ -102,10 +102,11 @@ def require_writable(path: Path) -> None:
     """Make the file's folder. Raises UserError where it cannot be, so that nothing is measured in vain."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"cannot write {path}: {'it is a folder' if path.is_dir() else 'permission denied'}")
+        is_folder, there = path.is_dir(), path if path.exists() else path.parent
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', error)}") from error
+    if is_folder or not os.access(there, os.W_OK):
+        raise UserError(f"cannot write {path}: {'it is a folder' if is_folder else 'permission denied'}")
 
 
 def write_junit(check: Check, path: Path) -> None:
