@@ -34,6 +34,11 @@ SIGNIFICANCE = 0.05
 Record = dict[str, Any]
 Places = NDArray[np.intp]
 _IDENTITY = ("model", "method", "params", "schedule")
+_NEEDED = {
+    "flops": ("weights_sha256", "flops"),
+    "accuracy": ("weights_sha256", "images", "data", "data_fingerprint"),
+    "speed": ("weights_sha256", "speedup", "speedup_low", "speedup_high"),
+}
 _MEASURES = {"flops": "FLOPs", "accuracy": "accuracy", "speed": "speed"}
 
 
@@ -129,6 +134,9 @@ class _Run:
         self.path = self.folder.path
         self.cells: dict[tuple[str, ...], _Cell] = {}
         for record in self.folder.records():
+            lacks = [name for name in _NEEDED.get(record["kind"], ()) if record.get(name) is None]
+            if lacks:
+                raise UserError(f"{self.path}: the {record['kind']} record of {record['cell']} has no {lacks[0]!r}")
             key = cell_key(*(record[name] for name in _IDENTITY))
             cell = self.cells.setdefault(key, _Cell(record["cell"], record["model"], {}))
             cell.kinds[record["kind"]] = record

@@ -207,9 +207,12 @@ M = TypeVar("M", bound=type[Method])
 def register_method(method: M) -> M:
     """Class decorator: make a method known under its `name`, to `apply`, the grid and the command line.
 
-    Raises UserError for a name that another module's method has, or that is no plain word.
+    Raises UserError for what is no subclass of Method, a name that another module's method has, or one that is no
+    plain word.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_-]*", getattr(method, "name", "")):
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise UserError(f"{getattr(method, '__name__', method)!r} is no method: it must inherit from Method")
+    if not re.fullmatch(r"[a-z][a-z0-9_-]*", str(getattr(method, "name", ""))):
         raise UserError(f"{method.__name__}.name must be a plain word such as 'my_method': lower case, digits, - and _")
     taken = METHODS.get(method.name)
     if method.name == "none" or (taken is not None and taken.__module__ != method.__module__):
