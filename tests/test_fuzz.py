@@ -446,12 +446,6 @@ def test_tampered_runs_are_measured_again(_):
         assert_answer_or_one_line("check", "--out=again", "--baseline", "tampered")
 
 
-@few(4)
-@given(tampered_runs())
-def test_tampered_runs_are_continued(_):
-    assert_answer_or_one_line(*GO_ON, "tampered")
-
-
 RECORD = {
     "schema": 1, "kind": "accuracy", "cell": "m/tome/8", "model": "m", "method": "tome", "params": {}, "schedule": "8",
     "weights_sha256": "a", "input_size": [3, 32, 32], "device": "cpu", "dtype": "fp32", "top1": 0.5, "drop": 1.0,

@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 import pickle
+import struct
 import sys
 import warnings
 from collections.abc import Mapping
@@ -69,7 +70,7 @@ _WRAPPERS = (
     "model",
 )
 # What the pickle module says unpickling may raise; torch's restricted unpickler does, on files of another kind.
-_UNPICKLING_ERRORS = (pickle.UnpicklingError, EOFError, LookupError, AttributeError, ImportError)
+_UNPICKLING_ERRORS = (pickle.UnpicklingError, struct.error, EOFError, LookupError, AttributeError, ImportError)
 # The base error of the HTTP library behind the hub's client, which changed with its versions.
 HubError: type[Exception] = HfHubHTTPError.__bases__[0]
 _HUB_TIMEOUT_S = 10

@@ -26,7 +26,7 @@ from tokbench.measure.stats import holm, mcnemar_p, paired_drop
 from tokbench.progress import Progress
 from tokbench.report.verdicts import Check, Verdict
 from tokbench.resume import cell_key
-from tokbench.store import RunFolder, is_run, new_run_path, require_free
+from tokbench.store import SKIPPED, RunFolder, is_run, new_run_path, require_free
 
 FLOPS_TOLERANCE_PCT = 0.1
 SIGNIFICANCE = 0.05
@@ -177,7 +177,11 @@ class _Run:
 
     def skipped(self, model: str) -> list[int]:
         """Places, among the images of the run, of those that could not be decoded."""
-        return [image["index"] for image in self.folder.skipped().get(model, [])]
+        places = [image["index"] for image in self.folder.skipped().get(model, [])]
+        images = (self.one(model, "images") or 0) + len(places)
+        if len(set(places)) < len(places) or any(not 0 <= place < images for place in places):
+            raise UserError(f"{self.path / SKIPPED} names images of {model} that are not among its {images:,}")
+        return places
 
 
 @dataclass(frozen=True)
@@ -217,7 +221,10 @@ def _subset(run: _Run, limit: int | None) -> dict[tuple[Path, str], _Subset]:
             wanted = source if limit is None else open_dataset(grid.data, model, limit=limit)
             if len(wanted) < (limit or 0) or not np.isin(wanted.indices, source.indices).all():
                 raise UserError(f"--limit {limit}: the run {run.path} has only {len(source):,} images")
-            answered = np.delete(source.indices, run.skipped(spec.label))
+            skipped = run.skipped(spec.label)
+            if any(place >= len(source) for place in skipped):
+                raise UserError(f"{run.path / SKIPPED} names images that are not among the {len(source):,} of the run")
+            answered = np.delete(source.indices, skipped)
             images = np.intersect1d(wanted.indices, answered)
             chosen[run.path, spec.label] = _Subset(images, np.searchsorted(answered, images), wanted.fingerprint)
     return chosen
