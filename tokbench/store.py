@@ -44,8 +44,10 @@ _TEXTS = frozenset({
     *_IDENTITY, "resolved", "weights_sha256", "data", "data_fingerprint", "dtype", "device", "phase", "message",
 })  # fmt: skip
 _NUMBERS = frozenset({
-    "flops", "flops_ratio", "images", "correct", "correct5", "skipped", "nonfinite", "top1", "top1_low", "top1_high",
-    "top5", "drop", "drop_low", "drop_high", "mcnemar_p", "agreement", "batch_size", "iterations", "throughput",
+    "flops", "flops_ratio", "flops_attention", "flops_mlp", "flops_method", "flops_rest", "images", "correct",
+    "correct5", "skipped", "nonfinite", "top1", "top1_low", "top1_high", "top5", "top5_low", "top5_high", "drop",
+    "drop_low", "drop_high", "mcnemar_p", "agreement", "agreement_low", "agreement_high", "kl", "kl_low", "kl_high",
+    "similarity", "similarity_low", "similarity_high", "batch_size", "iterations", "throughput",
     "speedup", "speedup_low", "speedup_high", "latency_ms", "latency_low_ms", "latency_high_ms", "latency_p95_ms",
     "efficiency", "efficiency_low", "efficiency_high", "free_speedup", "peak_memory_bytes",
 })  # fmt: skip
