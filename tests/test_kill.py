@@ -17,6 +17,14 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_is_heard():
+    """Shells let what they start in the background ignore Ctrl-C, and so would the processes of these tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_a_killed_run_comes_out_as_an_undisturbed_one():
     words = ["--", "--device=cpu", "--limit=48", "--method=tome", "--schedule=13"]
     script = [sys.executable, BENCHMARKS / "kill_and_resume.py", "--kills", "3", *words]
