@@ -191,6 +191,18 @@ def test_gradient_checkpointing_is_refused_in_a_line(build):
         model(torch.rand(1, 3, 32, 32))
 
 
+@pytest.mark.parametrize("build", [vit, eva])
+def test_intermediate_features_have_the_tokens_that_each_block_leaves_and_no_grid(build):
+    model = tokbench.apply(build(), "tome", 3)
+    images = torch.rand(2, 3, 32, 32)
+    for ask in ({}, {"output_fmt": "NCHW"}):
+        with pytest.raises(tokbench.UserError, match="ask for output_fmt='NLC'"):
+            model.forward_intermediates(images, **ask)
+    final, features = model.forward_intermediates(images, None, False, False, False, "NLC")
+    assert [f.shape[1] + model.num_prefix_tokens for f in features] == tokbench.tokens_per_block(model)
+    torch.testing.assert_close(final, model.forward_features(images))
+
+
 # torch.compile
 
 

@@ -59,6 +59,16 @@ class _Reduced:
         self.fusion.grid = int(rows), int(columns)
         return super()._pos_embed(x)  # type: ignore[misc]
 
+    def forward_intermediates(self, x: Tensor, *args: Any, **options: Any) -> Any:
+        """timm's, with (B, N, C) features of as many tokens as each block left; maps need `token_map`."""
+        output_fmt = options.get("output_fmt", args[4] if len(args) > 4 else "NCHW")
+        if output_fmt == "NCHW":
+            raise UserError(
+                "forward_intermediates: the tokens that fusion leaves fill no grid; ask for output_fmt='NLC' and place "
+                "them with tokbench.token_map"
+            )
+        return super().forward_intermediates(x, *args, **options)  # type: ignore[misc]
+
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """timm's pooling that knows that a token may stand for several patches."""
         size = self.fusion.state.size
