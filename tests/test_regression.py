@@ -19,7 +19,7 @@ from tokbench.fusion.core import bipartite_match
 from tokbench.measure.accuracy import Predictions
 from tokbench.records import accuracy_fields
 from tokbench.regression import Limits, check
-from tokbench.report.verdicts import Check, require_writable, tell_github, write_junit
+from tokbench.report.verdicts import Check, require_writable, summary, tell_github, write_junit
 from tokbench.runner import run
 from tokbench.store import RunFolder
 
@@ -102,7 +102,7 @@ def test_a_run_that_says_the_same_passes_every_gate(make_run):
     found = check(make_run("old"), make_run("new"), limits=Limits(0, 0, 0))
     assert found.passed and len(found.verdicts) == 6 * 3
     assert found.scope == "3 cells on 200 images of pictures"
-    assert found.lines()[-1].startswith("passed") and not found.notes and not found.differences
+    assert found.lines()[-1].startswith("passed") and not found.notes and not found.differ.told
     assert [line[:4] for line in found.lines()[2:-1]] == ["pass"] * 6
 
 
@@ -223,10 +223,50 @@ def test_images_that_cannot_be_decoded_must_be_the_same(make_run):
             check(one, run_)
 
 
+def conditions(device: str = "cpu", gpu: str | None = None, cpu: str = "A", **changed: Any) -> dict[str, Any]:
+    """The part of a manifest that says what a run was measured under."""
+    known = {"device": device, "dtype": "fp32", "batch_size": 16, "compile": False} | changed
+    machine = {"cpu": cpu, "device": f"{device}:0", "threads": 2} | ({"gpu": gpu} if gpu else {})
+    return {"conditions": known, "machine": machine, "packages": {"torch": "1"}}
+
+
 def test_conditions_that_changed_are_told(make_run):
     old = make_run("old", packages={"torch": "1"}, machine={"cpu": "A"}, grid={"options": {"dtype": "fp32"}})
     new = make_run("new", packages={"torch": "2"}, machine={"cpu": "B"}, grid={"options": {"dtype": "bf16"}})
-    assert check(old, new).differences == ["torch 1 → 2", "cpu A → B", "dtype fp32 → bf16"]
+    found = check(old, new)
+    assert found.differ.told == ["torch 1 → 2", "cpu A → B", "dtype fp32 → bf16"]
+    assert (
+        found.lines()[-1] == "passed: this run says what the baseline says (its CPU and dtype are not the baseline's)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "settings", "said", "unsaid"),
+    [
+        ({}, {}, [], [], ["compared"]),
+        ({}, {"device": "cuda", "gpu": "G", "cpu": "B", "batch_size": 128}, ["device", "batch_size"],
+         ["device cpu → cuda; gpu none → G; cpu A → B; batch_size 16 → 128", "near-ties",
+          "device and batch size decide", "tokbench check --baseline"], ["on a machine with"]),
+        ({"device": "cuda", "gpu": "G"}, {}, ["device"], ["on a machine with G"], []),
+        ({"device": "cuda", "gpu": "G"}, {"device": "cuda", "gpu": "H", "cpu": "B"}, ["gpu"],
+         ["as GPU decides", "on a machine with G"], ["CPU decide"]),
+        ({}, {"dtype": "bf16"}, ["dtype"], ["another dtype by itself changes answers"], ["near-ties"]),
+        ({}, {"cpu": "B"}, ["cpu"], ["near-ties"], ["tokbench check --baseline"]),
+        ({}, {"compile": True}, ["compile"], ["compile off → on", "not compared: speed-ups"], ["with care"]),
+    ],
+)  # fmt: skip
+def test_what_other_conditions_leave_to_compare_is_said(make_run, then, now, settings, said, unsaid):
+    old, new = make_run("old", **conditions(**then)), make_run("new", **conditions(**now))
+    found = check(old, new)
+    assert found.passed and found.differ.settings == settings
+    text = "\n".join(found.lines())
+    assert all(part in text for part in said) and not any(part in text for part in unsaid)
+    assert all(part in summary(found) for part in said)
+    if settings:
+        with pytest.raises(UserError, match="--max-slowdown: speed-ups cannot be held against those of .*old, as "):
+            check(old, new, limits=Limits(max_slowdown=5))
+    else:
+        assert check(old, new, limits=Limits(max_slowdown=5)).passed
 
 
 def test_unreadable_runs_are_refused(make_run, tmp_path):
@@ -389,6 +429,51 @@ def test_nothing_is_measured_where_weights_or_images_are_not_the_baselines(good_
     with pytest.raises(UserError, match="at least 1"):
         check(good_run, limit=0, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def again(good_run, tmp_path, monkeypatch) -> Callable[..., RunOptions]:
+    """With which options the check measures a baseline again that says of itself what `manifest` says."""
+    from tokbench import runner
+
+    def asked(device: str | None = None, limits: Limits | None = None, only: str = "accuracy", **manifest: Any) -> Any:
+        base = Path(shutil.copytree(good_run, tmp_path / "base", dirs_exist_ok=True))
+        own = json.loads((base / "manifest.json").read_text())
+        own["grid"]["options"] |= {"device": "auto", "batch_size": "auto", "only": [only]}
+        (base / "manifest.json").write_text(json.dumps(own | manifest))
+        record = {"kind": "speed", "speedup": 1.0, "speedup_low": 0.9, "speedup_high": 1.1}
+        RunFolder.open(base).append(RunFolder.open(base).records()[0] | record)
+        given = []
+
+        def remember(grid: Grid, out: Path, *, options: RunOptions, **_: Any) -> None:
+            given.append(options)
+            shutil.copytree(base, out, dirs_exist_ok=True)
+
+        monkeypatch.setattr(runner, "run", remember)
+        check(base, device=device, limits=limits, out=tmp_path / f"again-{len(list(tmp_path.iterdir()))}")
+        return given[0]
+
+    return asked
+
+
+def test_a_baseline_is_measured_again_where_and_as_it_was(again, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    same, moved = again(**conditions()), again(device="cuda", **conditions())
+    assert (same.device, same.batch_size) == ("cpu", "auto")  # though "auto" would take the GPU now
+    assert (moved.device, moved.batch_size) == ("cuda", 16)  # where "auto" would take more
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu = conditions("cuda", "H200", batch_size=128)
+    with pytest.raises(UserError, match=r"was measured on H200 \(cuda\), and PyTorch sees no such .*; --device cpu"):
+        again(**gpu)
+    assert (again(device="cpu", **gpu).batch_size) == 128
+    with pytest.raises(UserError, match="'cuda': PyTorch sees no CUDA device here"):
+        again(device="cuda", **gpu)
+
+
+def test_speed_is_not_measured_again_on_other_hardware_to_be_compared(again):
+    with pytest.raises(UserError, match=r"--max-slowdown: .* as CPU and threads decide them: cpu A → "):
+        again(limits=Limits(max_slowdown=5), only="speed", **conditions())
 
 
 # --- the command

@@ -374,6 +374,9 @@ def check(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Run folder to make (default: a new one under results/).")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="Where to measure (default: on the baseline's kind of device).")
+    ] = None,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the verdicts as JUnit XML, too.")] = None,
     plugin: Plugins = None,
 ) -> None:
@@ -393,7 +396,7 @@ def check(
         from tokbench.regression import check as check_run
 
         limits = Limits(max_drop, max_flips, max_slowdown)
-        found = check_run(baseline, run, limits=limits, limit=limit, out=out, progress=progress)
+        found = check_run(baseline, run, limits=limits, limit=limit, out=out, device=device, progress=progress)
     print("\n".join(found.lines()))
     if junit:
         write_junit(found, junit)

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokbench.config import Grid, ModelSpec
+from tokbench.conditions import Differences, decide, differences, in_words
+from tokbench.config import Grid, ModelSpec, RunOptions
 from tokbench.errors import UserError
 from tokbench.measure.accuracy import Predictions
 from tokbench.measure.stats import holm, mcnemar_p, paired_drop
@@ -78,12 +79,14 @@ def check(
     limits: Limits | None = None,
     limit: int | None = None,
     out: str | Path | None = None,
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> Check:
     """Compare a run with a baseline run; without a run, first measure the baseline's own grid on its images.
 
     limit: compare on so many images, the subset that `run --limit` takes. out: folder for the new run, by default a
-    new one under results/. Raises UserError for what cannot be compared: other weights, other images.
+    new one under results/. device: where to measure it, by default on the kind of device that the baseline was
+    measured on. Raises UserError for what cannot be compared: other weights, other images, speed-ups of other hardware.
     """
     limits = limits or Limits()
     if limit is not None and limit < 1:
@@ -92,12 +95,14 @@ def check(
     if limits.max_slowdown is not None and not before.has("speed"):
         raise UserError(f"--max-slowdown: the baseline {before.path} has not measured speed")
     if run is not None:
-        if out is not None:
-            raise UserError("--out is for the run that is made when no RUN is given")
+        for option, value in (("--out", out), ("--device", device)):
+            if value is not None:
+                raise UserError(f"{option} is for the run that is made when no RUN is given")
         after = _Run(run)
     else:
+        options = _options(before, limits, limit, device)
         _subset(before, limit)  # before anything is measured
-        after = _Run(_measure_again(before, limits, limit, out, progress))
+        after = _Run(_measure_again(before, options, out, progress))
     chosen = {**_subset(before, limit), **_subset(after, limit)} if limit else {}
     return _compare(before, after, limits, chosen)
 
@@ -240,10 +245,61 @@ def _short(digest: str) -> str:
     return f"{digest[:12]}…"
 
 
+def _options(baseline: _Run, limits: Limits, limit: int | None, device: str | None) -> list[tuple[Grid, RunOptions]]:
+    """The baseline's grids, and how to measure them again: as they were, but for speed where nobody asks for it.
+
+    Raises UserError where there is no such device, and for speed where this is other hardware.
+    """
+    from tokbench.measure.environment import describe_machine
+    from tokbench.runner import find_device
+
+    manifest = baseline.folder.manifest
+    known = manifest.get("conditions") or {}
+    chosen = []
+    for grid in baseline.grids:
+        own = grid.options
+        kinds = tuple(kind for kind in own.only if kind != "speed" or limits.max_slowdown is not None)
+        if not kinds:
+            continue
+        place = device or (known.get("device") or "auto" if own.device == "auto" else own.device)
+        options = replace(own, only=kinds, limit=limit or own.limit, device=place)
+        try:
+            found = find_device(place)
+        except UserError as error:
+            if device:
+                raise
+            gpu = (manifest.get("machine") or {}).get("gpu")
+            where = f"{gpu} ({place})" if gpu else place
+            raise UserError(
+                f"the baseline {baseline.path} was measured on {where}, and PyTorch sees no such device here; "
+                "--device cpu compares all but speed"
+            ) from error
+        if known.get("batch_size") and found.type != known.get("device"):
+            options = replace(options, batch_size=known["batch_size"])  # "auto" is another on every kind of device
+        if "speed" in kinds:
+            here = {"conditions": {**known, "device": found.type}, "machine": describe_machine(found)}
+            now = {**here, "packages": manifest.get("packages")}
+            _require_comparable_speed(differences(manifest, now, baseline.path), baseline)
+        chosen.append((grid, options))
+    if not chosen:
+        raise _speed_only(baseline)
+    return chosen
+
+
+def _require_comparable_speed(differ: Differences, baseline: _Run) -> None:
+    if differ.settings:
+        clauses = [clause for clause in differ.told if clause.split(" ")[0] in differ.settings]
+        raise UserError(
+            f"--max-slowdown: speed-ups cannot be held against those of {baseline.path}, as "
+            f"{in_words(differ.settings)} {decide(differ.settings)} them: {', '.join(clauses)}; "
+            "without it the rest is compared"
+        )
+
+
 def _measure_again(
-    baseline: _Run, limits: Limits, limit: int | None, out: str | Path | None, progress: Progress | None
+    baseline: _Run, chosen: list[tuple[Grid, RunOptions]], out: str | Path | None, progress: Progress | None
 ) -> Path:
-    """Run the baseline's grid again, but for speed where nobody asks for it.
+    """Run the baseline's grids again.
 
     Never continues a run: what the code said before its last change is not what it says now.
     """
@@ -253,19 +309,8 @@ def _measure_again(
     if is_run(path):
         raise UserError(f"{path} holds a run already: name a new folder, or compare that run: tokbench check {path} …")
     require_free(path)
-    begun = False
-    for grid in baseline.grids:
-        kinds = [kind for kind in grid.options.only if kind != "speed" or limits.max_slowdown is not None]
-        if kinds:
-            run(
-                grid,
-                path,
-                options=replace(grid.options, only=tuple(kinds), limit=limit or grid.options.limit),
-                progress=progress,
-            )
-            begun = True
-    if not begun:
-        raise _speed_only(baseline)
+    for grid, options in chosen:
+        run(grid, path, options=options, progress=progress)
     return path
 
 
@@ -277,7 +322,11 @@ def _compare(before: _Run, after: _Run, limits: Limits, chosen: Mapping[tuple[Pa
     pairs = [(cell, after.cells[meaning]) for meaning, cell in before.cells.items() if meaning in after.cells]
     for old, new in pairs:
         _require_comparable(before, after, old, new, chosen)
-    check = Check(after.path, before.path, "", _differences(before, after), limits.describe())
+    both_timed = before.has("speed") and after.has("speed")
+    differ = differences(before.folder.manifest, after.folder.manifest, before.path, both_timed)
+    if limits.max_slowdown is not None:
+        _require_comparable_speed(differ, before)
+    check = Check(after.path, before.path, "", differ, limits.describe())
     kinds = [kind for kind in _MEASURES if kind != "speed" or limits.max_slowdown is not None]
     for meaning, old in before.cells.items():
         if any(kind in old.kinds for kind in kinds):
@@ -323,28 +372,6 @@ def _require_comparable(
             f"the runs saw other images: {described[1]} in {after.path}, {described[0]} in {before.path}"
             f"{hint if then['data'] == now['data'] and not chosen else ''}"
         )
-
-
-def _differences(before: _Run, after: _Run) -> list[str]:
-    """Conditions that may move results and are not the same: packages, hardware, dtype, batch size."""
-
-    manifests = [run.folder.manifest for run in (before, after)]
-    # Older runs say only what was asked for, such as batch size "auto".
-    asked = not all("conditions" in manifest for manifest in manifests)
-
-    def conditions(manifest: Mapping[str, Any]) -> dict[str, Any]:
-        machine, options = manifest.get("machine") or {}, (manifest.get("grid") or {}).get("options") or {}
-        how = options if asked else manifest["conditions"]
-        hardware = {key: machine.get(key) for key in ("cpu", "gpu", "cuda", "device", "threads")}
-        return {
-            **(manifest.get("packages") or {}),
-            **hardware,
-            **{key: how.get(key) for key in ("dtype", "batch_size")},
-        }
-
-    then, now = map(conditions, manifests)
-    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    return [f"{name} {then.get(name) or 'none'} → {now.get(name) or 'none'}" for name in names]
 
 
 def _scope(

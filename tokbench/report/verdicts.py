@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
+from tokbench.conditions import Differences, in_words
 from tokbench.errors import UserError
 
 
@@ -30,7 +31,7 @@ class Check:
     Attributes:
         run, baseline: the run folders.
         scope: what was compared, in one line.
-        differences: conditions that are not the baseline's, such as "torch 2.9.0 → 2.10.0". None of them fails.
+        differ: conditions that are not the baseline's, and what that means. None of them fails.
         limits: for each gate that was asked for, in the order they are told, what cells that pass it do.
         verdicts: by gate and cell.
         notes: what is worth knowing and no failure: gains, new cells.
@@ -39,7 +40,7 @@ class Check:
     run: Path
     baseline: Path
     scope: str
-    differences: list[str]
+    differ: Differences
     limits: dict[str, str]
     verdicts: list[Verdict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -80,17 +81,18 @@ class Check:
 
     def conclusion(self) -> str:
         """The verdict on everything, in one line."""
+        others = self.differ.settings
+        under = f" (its {in_words(others)} {'is' if len(others) == 1 else 'are'} not the baseline's)" if others else ""
         if self.passed:
-            return "passed: this run says what the baseline says"
+            return f"passed: this run says what the baseline says{under}"
         moved = dict.fromkeys(verdict.cell for verdict in self.verdicts if not verdict.passed)
         gates = [gate for gate in self.limits if not self.gate_passed(gate)]
-        return f"failed: {', '.join(gates)}, in {len(moved)} of {len(self.of_gate('cells'))} cells"
+        return f"failed: {', '.join(gates)}, in {len(moved)} of {len(self.of_gate('cells'))} cells{under}"
 
     def lines(self) -> list[str]:
         """Everything, for a terminal or a log: a line per gate, below it the cells that failed it."""
         lines = [f"{self.run} against {self.baseline}", f"  {self.scope}"]
-        if self.differences:
-            lines.append(f"  other conditions than the baseline's: {'; '.join(self.differences)}")
+        lines += [f"  {line}" for line in self.differ.lines()]
         for gate in self.limits:
             lines.append(f"{'pass' if self.gate_passed(gate) else 'FAIL'}  {gate:6}  {self.headline(gate)}")
             lines += [f"        {line}" for line in self.failed(gate)]
@@ -116,7 +118,7 @@ def write_junit(check: Check, path: Path) -> None:
     root = ElementTree.Element("testsuites", counts)
     suite = ElementTree.SubElement(root, "testsuite", {"name": "tokbench check", **counts, "skipped": "0"})
     properties = ElementTree.SubElement(suite, "properties")
-    described = {"run": check.run, "baseline": check.baseline, "differences": "; ".join(check.differences)}
+    described = {"run": check.run, "baseline": check.baseline, "differences": "; ".join(check.differ.told)}
     for name, value in described.items():
         ElementTree.SubElement(properties, "property", {"name": name, "value": _xml(str(value))})
     for verdict in check.verdicts:
@@ -148,8 +150,8 @@ def summary(check: Check) -> str:
         f"`{check.run}` against `{check.baseline}`: {check.scope}.",
         "",
     ]
-    if check.differences:
-        lines += [f"Other conditions than the baseline's: {'; '.join(check.differences)}.", ""]
+    if check.differ.told:
+        lines += [*(f"- {line}" for line in check.differ.lines()), ""]
     lines += ["| gate | verdict | |", "|---|---|---|"]
     for gate in check.limits:
         verdict = "pass" if check.gate_passed(gate) else "**FAIL**"
