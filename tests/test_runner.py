@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -673,3 +675,24 @@ def test_out_of_memory_after_throughput_halves_the_batch_as_well(source, tmp_pat
     fail_once(monkeypatch, bench, name, torch.OutOfMemoryError("full"))
     table = runner.run(small_grid(only=("speed",)), tmp_path / "run")
     assert table["error"].isna().all() and set(table["batch_size"]) == {5}
+
+
+@pytest.mark.parametrize(
+    ("origin", "found"),
+    [
+        ({"url": "https://a.org/t.git", "vcs_info": {"vcs": "git", "commit_id": "ab" * 20}}, {"commit": "ab" * 20}),
+        ({"url": "file:///home/me/tokbench", "dir_info": {"editable": True}}, None),
+        ({"url": "https://a.org/t.whl", "archive_info": {}}, None),
+        ({"vcs_info": {"commit_id": 7}}, None),
+        (["vcs_info"], None),
+        (None, None),
+        ("{", None),
+    ],
+)
+def test_an_installed_copy_names_the_commit_that_pip_took_it_from(tmp_path, monkeypatch, origin, found):
+    home = Path(runner.__file__).parents[1]
+    for site, expected in ((home, found), (tmp_path, None)):  # and not that of a copy that is not running
+        text = origin if origin is None or isinstance(origin, str) else json.dumps(origin)
+        copy = SimpleNamespace(read_text=lambda name, text=text: text, locate_file=lambda name, site=site: site / name)
+        monkeypatch.setattr(runner, "distribution", lambda name, copy=copy: copy)
+        assert runner.installed_commit() == expected

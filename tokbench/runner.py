@@ -5,11 +5,13 @@ The same command on the same folder goes on where the last one stopped, whatever
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -139,13 +141,31 @@ def _manifest(
         },
         "machine": describe_machine(device),
         "packages": package_versions(),
-        "git": git_state(),
+        "git": git_state() or installed_commit(),
         "command": shlex.join(["tokbench", *sys.argv[1:]])
         if Path(sys.argv[0]).stem in ("tokbench", "__main__")
         else None,
         "plugins": dict(LOADED),
         "seeds": {"subset of the images": 0, "order of timing": 0, "images that are timed": 0},
     }
+
+
+def installed_commit() -> dict[str, Any] | None:
+    """{"commit"} that pip says it installed this tokbench from (PEP 610, `direct_url.json`); None where it does not.
+
+    Whether somebody changed the installed files is not known.
+    """
+    try:
+        installed = distribution("tokbench")
+        origin = json.loads(installed.read_text("direct_url.json") or "{}")
+    except (PackageNotFoundError, OSError, ValueError):
+        return None
+    # Another copy may be first on the path.
+    if Path(str(installed.locate_file("tokbench"))).resolve() != Path(__file__).resolve().parent:
+        return None
+    vcs = origin.get("vcs_info") if isinstance(origin, dict) else None
+    commit = vcs.get("commit_id") if isinstance(vcs, dict) else None
+    return {"commit": commit} if isinstance(commit, str) else None
 
 
 def _continued(folder: RunFolder, manifest: dict[str, Any]) -> RunFolder:
