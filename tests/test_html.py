@@ -15,7 +15,7 @@ from test_report import make_run
 
 from tokbench.errors import UserError
 from tokbench.report import html
-from tokbench.report.findings import findings
+from tokbench.report.findings import findings, tell_runs_apart
 from tokbench.report.html import plot_data, write_report
 from tokbench.report.metrics import load_table
 from tokbench.report.styles import variant_name
@@ -53,10 +53,20 @@ def test_findings_are_as_strong_as_the_intervals(run: Path) -> None:
     assert (
         "That one is ToMe at r=8: on this CPU 1.30× [1.29, 1.31] the unreduced model's speed, drop 0.2 points" in text
     )
-    assert "fastest cell on this CPU is top-k at keep 0.7: 1.80× [1.78, 1.82]" in text
+    assert "fastest cell on this CPU is top-k at keep 0.7@3,6,9: 1.80× [1.78, 1.82]" in text
     assert "with a loss of 3.0 points of top-1 [2.0, 4.0]" in text
     assert "random:seed=1 is never on it" in text
     assert "known to about ±1.0 points" in text
+
+
+def test_cells_of_two_runs_that_may_be_compared_are_told_apart(run: Path, tmp_path: Path) -> None:
+    again = make_run(tmp_path / "again")
+    text = said(run, again)
+    assert "the model has in run 80.0 % top-1" in text and "the model has in again 80.0 %" in text
+    assert "The fastest cell on this CPU is top-k at keep 0.7@3,6,9 in run: 1.80×" in text
+    assert " in again" not in said(run, make_run(tmp_path / "gpu", device="cuda"))
+    names = [cell["name"] for cell in plot_data(tell_runs_apart(load_table([run, again])))["cells"]]
+    assert len(set(names)) == len(names)
 
 
 def test_without_speed_the_findings_speak_of_flops(run: Path, tmp_path: Path) -> None:

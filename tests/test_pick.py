@@ -150,7 +150,7 @@ def test_what_is_not_faster_than_the_unreduced_model_answers_no_accuracy_limit(m
 def test_a_cell_that_failed_is_left_out_and_named(made):
     found = only(without(made, "speed", cell="topk"), max_drop=4.0)
     assert name(found.best) == "tome/constant:13"
-    assert found.notes == ["left out: top-k at keep 0.7 (no speed measured)"]
+    assert found.notes == ["left out: top-k at keep 0.7@3,6,9 (no speed measured)"]
 
 
 def test_latency_is_judged_by_the_upper_end_of_its_interval_and_by_the_median_where_there_is_none(made):
@@ -164,7 +164,7 @@ def test_latency_is_judged_by_the_upper_end_of_its_interval_and_by_the_median_wh
     assert name(found.best) == "topk/keep:0.7@3,6,9" and not found.notes
     assert "a median latency of up to 6.00 ms, 0.1 more than the limit of 5.9" in found.why
     changed(made, "speed", "topk", latency_low_ms=None, latency_high_ms=None)
-    assert "of the latency of top-k at keep 0.7: that limit" in only(made, max_latency_ms=5.9).notes[0]
+    assert "of the latency of top-k at keep 0.7@3,6,9: that limit" in only(made, max_latency_ms=5.9).notes[0]
 
 
 def test_images_without_labels_are_judged_by_agreement(made):

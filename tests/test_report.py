@@ -350,7 +350,8 @@ def test_the_plot_says_what_it_shows(df: pd.DataFrame, tmp_path: Path) -> None:
     text = svg(df, tmp_path)
     for words in ("bundled: token fusion", "1,000 images", "A CPU (cpu)", "fp32", "batch 32", "(multiply-adds)",
                   "Throughput (images/s)", "Top-1 accuracy (%)", "unreduced: 80.0 %", "unreduced: 0.4 GFLOPs",
-                  "unreduced: 100 images/s", "ToMe r=8", "ToMe r=13", "top-k keep 0.7", "Pareto front"):  # fmt: skip
+                  "unreduced: 100 images/s", "ToMe r=8", "ToMe r=13", "top-k keep 0.7@3,6,9",
+                  "Pareto front"):  # fmt: skip
         assert words in text, words
     assert "random r=13" not in text
 
@@ -532,11 +533,25 @@ def test_a_method_of_other_people_looks_the_same_in_every_figure_and_like_none_o
 
 @pytest.mark.parametrize(
     "schedule, label",
-    [("constant:13", "r=13"), ("13", "r=13"), ("keep:0.7@3,6,9", "keep 0.7"), ("linear:13,-1", "linear 13,-1"),
+    [("constant:13", "r=13"), ("13", "r=13"), ("keep:0.7@3,6,9", "keep 0.7@3,6,9"), ("linear:13,-1", "linear 13,-1"),
      ("list:8,8,0,4", "list 2×8 0 4"), ("ratio:0.9", "ratio 0.9"), ("flops:0.5", "50 % FLOPs")],
 )  # fmt: skip
 def test_schedules_are_short_in_labels(schedule: str, label: str) -> None:
     assert short_schedule(schedule) == label
+
+
+def test_no_two_schedules_share_a_label() -> None:
+    schedules = ["keep:0.7@3,6,9", "keep:0.7@4,7,10", "keep:0.75@3,6,9", "flops:0.5", "flops:0.5001", "linear:13,1",
+                 "linear:13,-1", f"list:{','.join(map(str, range(24)))}", f"list:{','.join(map(str, range(23)))},99",
+                 "list:8,8", "list:8,0,8", "ratio:0.9", "13", "constant:14"]  # fmt: skip
+    assert len({short_schedule(schedule) for schedule in schedules}) == len(schedules)
+
+
+def test_labels_of_the_front_name_parameters_and_positions(df: pd.DataFrame, tmp_path: Path) -> None:
+    later = df.iloc[[3]].assign(schedule="keep:0.7@4,7,10", gflops=0.1, top1=75.0)
+    other = df.iloc[[1]].assign(variant="tome:prop_attn=false", gflops=0.25, top1=79.0)
+    text = svg(pd.concat([df, later, other], ignore_index=True), tmp_path, x="gflops")
+    assert "top-k keep 0.7@4,7,10" in text and "ToMe:prop_attn=false r=8" in text
 
 
 # --- labels -------------------------------------------------------------------------------------------------

@@ -77,7 +77,9 @@ def test_long_titles_are_broken_before_they_run_into_each_other(tmp_path: Path, 
     monkeypatch.setattr(tokens, "save", lambda figure, *_, **__: figures.append(figure))
     grid = TokenGrid("mctf:attn_track=false,bidirectional=false: 4", np.arange(4).reshape(2, 2))
     row = TokenRow("an_image_with_a_long_name_1.JPEG", np.zeros((8, 8, 3)), [grid, grid])
-    heading = "vit_small_patch16_224.augreg_in21k_ft_in1k, keep 0.7; numbers: patch tokens left of 196, of one image"
+    heading = (
+        "vit_small_patch16_224.augreg_in21k_ft_in1k, keep 0.7@3,6,9; numbers: patch tokens left of 196, of one image"
+    )
     draw_tokens([row], tmp_path / "a.png", heading=heading)
     (figure,) = figures
     figure.draw_without_rendering()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from tokbench.report.metrics import METRICS, comparable, find_metric, nonfinite, pareto_front
+from tokbench.report.metrics import COMPARABLE, METRICS, comparable, find_metric, nonfinite, pareto_front
 from tokbench.report.styles import short_schedule, variant_name
 from tokbench.report.tables import sensible_digits
 
@@ -28,7 +28,7 @@ class Findings:
 
 def findings(df: pd.DataFrame) -> list[Findings]:
     """Sentences for each set of comparable cells of `metrics.load_table`, in the order they were measured."""
-    return [Findings(group_title(group), _sentences(group)) for group in comparable(df)]
+    return [Findings(group_title(group), _sentences(group)) for group in comparable(tell_runs_apart(df))]
 
 
 def group_title(group: pd.DataFrame) -> str:
@@ -45,10 +45,18 @@ def group_title(group: pd.DataFrame) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def tell_runs_apart(df: pd.DataFrame) -> pd.DataFrame:
+    """With a column `run_of_several`: the run of each cell that may be compared with cells of other runs, else ""."""
+    several = df.groupby(list(COMPARABLE), dropna=False)["run"].transform("nunique") > 1
+    return df.assign(run_of_several=df["run"].where(several, ""))
+
+
 def cell_name(row: pd.Series) -> str:
-    """A cell as one says it: "ToMe at r=13"."""
+    """A cell as one says it: "ToMe at r=13", with its run where `tell_runs_apart` found several."""
     name = variant_name(row["method"], row["variant"])
-    return name if row["is_baseline"] or not row["schedule"] else f"{name} at {short_schedule(row['schedule'])}"
+    if row["schedule"] and not row["is_baseline"]:
+        name += f" at {short_schedule(row['schedule'])}"
+    return f"{name} in {row['run_of_several']}" if row.get("run_of_several") else name
 
 
 def drop_phrase(row: pd.Series) -> str:
@@ -98,14 +106,19 @@ def _unreduced(group: pd.DataFrame) -> str:
     base = group[group["is_baseline"]]
     if base.empty:
         return "The unreduced model was not measured, so no drop and no speed-up is known."
-    row = base.iloc[0]
+    if len(base) > 1:
+        return " ".join(_unreduced_of(row, f"Unreduced, the model has in {row['run']} ") for _, row in base.iterrows())
+    return _unreduced_of(base.iloc[0], "Unreduced, the model has ")
+
+
+def _unreduced_of(row: pd.Series, begin: str) -> str:
     values = [
         f"{row['top1']:.{sensible_digits(METRICS['top1'], row['images'])}f} % top-1" if pd.notna(row["top1"]) else "",
         f"{row['gflops']:.3g} GFLOPs an image (multiply-adds)" if pd.notna(row["gflops"]) else "",
         f"{row['throughput']:,.0f} images/s" if pd.notna(row["throughput"]) else "",
     ]
     told = [value for value in values if value]
-    return f"Unreduced, the model has {_list(told)}." if told else "Of the unreduced model no figures are known."
+    return f"{begin}{_list(told)}." if told else "Of the unreduced model no figures are known."
 
 
 def _missing(group: pd.DataFrame) -> list[str]:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from tokbench import __version__
 from tokbench.errors import UserError
-from tokbench.report.findings import cell_name, findings, group_title
+from tokbench.report.findings import cell_name, findings, group_title, tell_runs_apart
 from tokbench.report.metrics import COLUMNS, METRICS, comparable, find_metric, load_table, pareto_front
 from tokbench.report.styles import method_style, variant_name
 from tokbench.report.tables import readable, sensible_digits
@@ -41,7 +41,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise UserError(f"the report needs a package that is not here: pip install jinja2 plotly ({error}).") from error
-    df = load_table(runs)
+    df = tell_runs_apart(load_table(runs))
     if df.empty:
         raise UserError(f"nothing to report: {', '.join(map(str, runs))} holds no records.")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)

@@ -109,6 +109,7 @@ _UNITS = {
     **dict.fromkeys(("latency", "latency_p95"), " ms"),
     "throughput": " images/s", "speedup": "×", "memory": " MiB",
 }  # fmt: skip
+_LABEL_CHARACTERS = 36  # in a line
 HALOS = True  # a rim of background around labels; in SVG it turns text into shapes
 _FILLS = ("full", "none", "left", "right", "bottom", "top")  # of markers: the method as it is, then with parameters
 _DASHES: tuple[Any, ...] = ("-", (0, (3, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
@@ -664,7 +665,8 @@ def _point_labels(panel: Axes, cells: pd.DataFrame, x: str, y: str, art: _Art, a
     labels: list[_Label] = []
     for _, cell in cells.iterrows():
         style: Style = method_style(cell["method"])
-        text = f"{style.name} {short_schedule(cell['schedule'])}{addition}"
+        name = variant_name(cell["method"], cell.get("variant", cell["method"]))
+        text = textwrap.fill(f"{name} {short_schedule(cell['schedule'])}{addition}", _LABEL_CHARACTERS)
         at = (float(cell[find_metric(x).column]), float(cell[find_metric(y).column]))
         point = panel.transData.transform(at)
         near = 8 * _pixels_per_point(panel)

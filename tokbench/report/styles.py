@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from itertools import groupby
-from textwrap import shorten
 
 from tokbench.errors import UserError, nearest
 
@@ -54,20 +53,18 @@ def variant_name(method: str, variant: str) -> str:
 
 
 def short_schedule(schedule: str) -> str:
-    """A schedule in few words: `constant:13` is "r=13", `keep:0.7@3,6,9` "keep 0.7", `flops:0.5` "50 % FLOPs",
-    `list:8,8,8,0` "list 3×8 0".
+    """A schedule in few words, and no two schedules in the same: `constant:13` is "r=13", `keep:0.7@3,6,9`
+    "keep 0.7@3,6,9", `flops:0.5` "50 % FLOPs", `list:8,8,8,0` "list 3×8 0".
     """
     kind, _, rest = schedule.rpartition(":")
     if kind in ("", "constant"):
         return f"r={rest}" if rest else ""
     if kind == "flops":
-        return f"{100 * float(rest):.3g} % FLOPs"
+        return f"{100 * float(rest):.10g} % FLOPs"
     if kind == "list":
         counts = [(value, len(list(same))) for value, same in groupby(rest.split(","))]
-        return "list " + shorten(
-            " ".join(f"{n}×{value}" if n > 1 else value for value, n in counts), 24, placeholder=" …"
-        )
-    return f"{kind} {rest.partition('@')[0]}"
+        return "list " + " ".join(f"{n}×{value}" if n > 1 else value for value, n in counts)
+    return f"{kind} {rest}"
 
 
 @dataclass(frozen=True)
