@@ -17,6 +17,7 @@ from tokbench import bench, records, runner
 from tokbench.config import Cell, Grid, MethodSpec, ModelSpec, RunOptions
 from tokbench.errors import UserError
 from tokbench.fusion.core import METHODS, Method
+from tokbench.measure import speed
 from tokbench.measure.accuracy import Predictions
 from tokbench.measure.environment import Disturbance
 from tokbench.measure.flops import FlopCount
@@ -469,7 +470,7 @@ def test_flops_are_broken_down(source, tmp_path):
 
 
 def test_speed_warnings_name_what_makes_a_timing_worthless(monkeypatch):
-    result = SpeedResult("tiny/tome/8", 8, [1.0], 1, 8.0, 1.5, 1.4, 1.6)
+    result = SpeedResult("tiny/tome/8", 8, [1.0], 1, 8.0, 1.5, 1.4, 1.6, [])
     assert records.doubtful_speedups([result, dataclasses.replace(result, speedup_low=1.49, speedup_high=1.51)]) == [
         "1 of 2 speed-ups are known to no better than ±5 % (as for tiny/tome/8): too few rounds for so noisy a machine"
     ]
@@ -612,13 +613,14 @@ def test_a_baseline_without_fused_attention_is_said(source, tmp_path, monkeypatc
 
 
 def test_a_cell_that_fails_in_latency_alone_is_the_one_that_failed(source, tmp_path, monkeypatch):
-    real = bench.measure_latency
+    real = speed._host_seconds
 
-    def fail(models, **kwargs):
-        kwargs["on_failure"]("tiny/tome/8", RuntimeError("out of luck"))
-        return real({name: model for name, model in models.items() if name != "tiny/tome/8"}, **kwargs)
+    def fail(model, images, iterations):
+        if len(images) == 1 and getattr(model, "fusion", None) and model.fusion.method.name == "tome":
+            raise RuntimeError("out of luck")
+        return real(model, images, iterations)
 
-    monkeypatch.setattr(bench, "measure_latency", fail)
+    monkeypatch.setattr(speed, "_host_seconds", fail)
     table = runner.run(small_grid(), tmp_path / "run").set_index("cell")
     assert table["error"].dropna().to_dict() == {"tiny/tome/8": "RuntimeError: out of luck"}
     assert table["throughput"].notna().to_dict() == {"tiny/none": True, "tiny/tome/8": False, "tiny/random/8": True}
@@ -670,9 +672,8 @@ def test_a_cell_that_cannot_be_compiled_fails_alone(source, tmp_path, monkeypatc
     assert table["throughput"].notna().to_dict() == {"tiny/none": True, "tiny/tome/8": False, "tiny/random/8": True}
 
 
-@pytest.mark.parametrize("name", ["measure_memory", "measure_latency"])
-def test_out_of_memory_after_throughput_halves_the_batch_as_well(source, tmp_path, monkeypatch, name):
-    fail_once(monkeypatch, bench, name, torch.OutOfMemoryError("full"))
+def test_out_of_memory_after_throughput_halves_the_batch_as_well(source, tmp_path, monkeypatch):
+    fail_once(monkeypatch, bench, "measure_memory", torch.OutOfMemoryError("full"))
     table = runner.run(small_grid(only=("speed",)), tmp_path / "run")
     assert table["error"].isna().all() and set(table["batch_size"]) == {5}
 

@@ -31,7 +31,7 @@ from tokbench.measure.accuracy import Predictions, evaluate, join
 from tokbench.measure.compiled import compile_model
 from tokbench.measure.environment import Watch
 from tokbench.measure.flops import count_flops
-from tokbench.measure.speed import SpeedResult, largest_batch, measure_latency, measure_memory, measure_speed
+from tokbench.measure.speed import SpeedResult, largest_batch, measure_memory, measure_speed
 from tokbench.progress import Progress
 from tokbench.records import accuracy_fields, at_chance_level, doubtful_speedups, flops_fields, speed_fields
 from tokbench.resolve import FlopsWarning, apply
@@ -94,7 +94,6 @@ class _Timed:
     """What was timed, by cell id; among the speeds are those of speed limits, by their names."""
 
     speed: dict[str, SpeedResult]
-    latency: dict[str, list[float]]
     memory: dict[str, tuple[int, int] | None]
 
 
@@ -386,7 +385,7 @@ class Bench:
                 size = (size + 1) // 2
             release_memory(self.device)
         disturbance = watch.stop()
-        for sentence in (*disturbance.warnings, *doubtful_speedups([timed.speed[name] for name in timed.latency])):
+        for sentence in (*disturbance.warnings, *doubtful_speedups([timed.speed[name] for name in timed.memory])):
             self.progress.warn(sentence)
         # Added to a run, the cells ran beside an unreduced model whose own record is an earlier session's.
         again = {} if reference in lacking else {"reference_seconds": timed.speed[reference.cell.id].rounds}
@@ -395,7 +394,6 @@ class Bench:
                 cell_id = runnable.cell.id
                 fields = speed_fields(
                     timed.speed[cell_id],
-                    timed.latency[cell_id],
                     timed.memory[cell_id],
                     reference=timed.speed[reference.cell.id],
                     limit=timed.speed.get(runnable.limit_name) if runnable.limit is not None else None,
@@ -421,27 +419,20 @@ class Bench:
             batch_size=size,
             input_size=self.subject.input_size,
             seconds=SPEED_SECONDS_PER_CELL * (len(members) + len(limits)),
+            latency_of=[member.cell.id for member in members],
             on_round=self._advance_speed,
             on_failure=fail,
         )
         speed = {result.name: result for result in results}
-        remaining = [member for member in members if member.cell.id in speed]
-        self._phase("latency", None)
-        latency = measure_latency(
-            {member.cell.id: member.model for member in remaining},
-            input_size=self.subject.input_size,
-            seconds=SPEED_SECONDS_PER_CELL / 2 * len(remaining),
-            on_failure=fail,
-        )
         memory = {}
-        for member in (member for member in remaining if member.cell.id in latency):
+        for member in (member for member in members if member.cell.id in speed):
             try:
                 memory[member.cell.id] = measure_memory(
                     member.model, batch_size=size, input_size=self.subject.input_size
                 )
             except Exception as error:
                 fail(member.cell.id, error)
-        return _Timed(speed, latency, memory)
+        return _Timed(speed, memory)
 
     def _advance_speed(self, done: int, planned: int) -> None:
         if done == 1:

@@ -70,7 +70,6 @@ def flops_fields(count: FlopCount, limit: FlopCount, unreduced: int) -> dict[str
 
 def speed_fields(
     result: SpeedResult,
-    latency: list[float],
     memory: tuple[int, int] | None,
     *,
     reference: SpeedResult,
@@ -79,7 +78,7 @@ def speed_fields(
 ) -> dict[str, Any]:
     """The speed part of a record: every timing, and what follows from them.
 
-    latency: seconds at batch 1. memory: peak bytes, allocated and reserved. reference: the unreduced model in the same
+    memory: peak bytes, allocated and reserved. reference: the unreduced model in the same
     rounds. limit: the cell's own `free` in the same rounds.
     """
     fields = {
@@ -91,9 +90,9 @@ def speed_fields(
         "speedup": result.speedup,
         "speedup_low": result.speedup_low,
         "speedup_high": result.speedup_high,
-        "latency_seconds": latency,
-        **{name: 1000 * value for name, value in zip(_LATENCY, median_interval(latency), strict=True)},
-        "latency_p95_ms": 1000 * float(np.quantile(latency, 0.95)),
+        "latency_seconds": result.latency,
+        **{name: 1000 * value for name, value in zip(_LATENCY, median_interval(result.latency), strict=True)},
+        "latency_p95_ms": 1000 * float(np.quantile(result.latency, 0.95)),
     }
     if memory:
         fields |= {"peak_memory_bytes": memory[0], "reserved_memory_bytes": memory[1]}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -19,12 +20,14 @@ from tokbench.measure._model import (
     release_memory,
     resolve_input_size,
 )
-from tokbench.measure.stats import median_ratio_interval
+from tokbench.measure.stats import batch_quantile, median_ratio_interval
 
 # Below this many rounds a median and its interval mean little; above that many, time is better spent in longer turns.
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 40
 # Half the width, relative to the speed-up, that its interval is to have, and the rounds that tell what this takes.
 TARGET_WIDTH, PILOT_ROUNDS = 0.01, 5
+# Passes on a single image: their 95th percentile is then not the slowest.
+LATENCIES = 50
 # Long enough for the clock and for an accelerator's queue, short enough not to matter.
 ESTIMATE_SECONDS = 0.05
 
@@ -35,8 +38,8 @@ class SpeedResult:
 
     `rounds` holds the seconds a forward pass on `batch_size` images took, one figure a round, each the mean
     of `iterations` passes. `throughput` is in images/s, from the median round. `speedup` is the median over
-    the rounds of the first model's seconds over this one's, with its 95 % bootstrap interval from
-    `speedup_low` to `speedup_high`; the first model's own is 1.
+    the rounds of the first model's seconds over this one's, with its 95 % interval from `speedup_low` to
+    `speedup_high`; the first model's own is 1. `latency` holds the seconds that forward passes on a single image took.
     """
 
     name: str
@@ -47,6 +50,7 @@ class SpeedResult:
     speedup: float
     speedup_low: float
     speedup_high: float
+    latency: list[float]
 
 
 def measure_speed(
@@ -56,6 +60,7 @@ def measure_speed(
     input_size: int | Sequence[int] | None = None,
     rounds: int | None = None,
     seconds: float = 30.0,
+    latency_of: Collection[str] = (),
     warmup: int = 3,
     seed: int = 0,
     on_round: Callable[[int, int], None] | None = None,
@@ -75,6 +80,9 @@ def measure_speed(
             every speed-up's interval ±1 % wide, and as many are made as fit in `seconds`. Their number is fixed before
             the first counts: stopping once the interval looks narrow would make it wrong too often.
         seconds: the time for all rounds of all models; a turn is as many passes as fit its share, at least one.
+        latency_of: models to be timed on single images too, some passes in each round, so that latency has seen as
+            much of the machine's moods as throughput: about 50 in all, or fewer that take half of `seconds` more.
+            They are on the host's clock, from the call to the answer, because launching kernels is part of it.
         warmup: passes of every model before; a few more estimate its speed.
         seed: of the images and of the order of turns.
         on_round: told the rounds done and planned.
@@ -90,44 +98,62 @@ def measure_speed(
     reference = next(iter(models))
     size = resolve_input_size(models[reference], input_size)
     images = torch.rand(batch_size, *size, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    image = images[:1].clone()
+    running = dict(models)
+
+    def each(order: Iterable[str], timed: Callable[[str], float]) -> dict[str, float]:
+        """What `timed` says of these models, as far as they are still in the running."""
+        figures = {}
+        for name in order:
+            if name in running:
+                try:
+                    figures[name] = timed(name)
+                except Exception as error:
+                    if on_failure is None or name == reference:
+                        raise
+                    del running[name]
+                    on_failure(name, error)
+        return figures
+
+    def turn(name: str) -> float:
+        return _seconds(models[name], images, iterations[name])
+
     with torch.inference_mode(), evaluation_mode(models.values()):
-        estimates: dict[str, float] = {}
-        for name, model in models.items():
-            try:
-                estimates[name] = _warm_up(model, images, warmup)
-            except Exception as error:
-                if on_failure is None or name == reference:
-                    raise
-                on_failure(name, error)
+        estimates = each(models, lambda name: _warm_up(models[name], images, warmup))
+        single = each(
+            (name for name in models if name in latency_of), lambda name: _warm_up(models[name], image, warmup)
+        )
+        estimates = {name: estimates[name] for name in running}
         planned, iterations = plan(estimates, MOST_ROUNDS if rounds is None else rounds, seconds)
-        running = {name: models[name] for name in estimates}
-
-        def turns(order: list[str]) -> dict[str, float]:
-            means = {}
-            for name in order:
-                if name in running:
-                    try:
-                        means[name] = _seconds(running[name], images, iterations[name])
-                    except Exception as error:
-                        if on_failure is None or name == reference:
-                            raise
-                        del running[name]
-                        on_failure(name, error)
-            return means
-
         if rounds is None and planned > FEWEST_ROUNDS + PILOT_ROUNDS:
-            pilot = [turns(order) for order in _orders(running, PILOT_ROUNDS, seed + 1)]
+            pilot = [each(order, turn) for order in _orders(running, PILOT_ROUNDS, seed + 1)]
             planned = min(rounds_for(pilot, reference), planned - PILOT_ROUNDS)
-        timings: dict[str, list[float]] = {name: [] for name in running}
+        affordable = seconds / 2 / planned / sum(single.values()) if single else 0
+        answers = max(1, min(math.ceil(LATENCIES / planned), int(affordable)))
+        timings: dict[str, list[float]] = {name: [] for name in models}
+        latencies: dict[str, list[float]] = {name: [] for name in models}
+        patience = 2 * (seconds * 1.5 if single else seconds)
         began = time.perf_counter()
         for done, order in enumerate(_orders(running, planned, seed), start=1):
-            for name, mean in turns(order).items():
+            for name, mean in each(order, turn).items():
                 timings[name].append(mean)
+            for single_order in _orders(single, answers, seed + done):
+                for name, took in each(single_order, lambda name: _host_seconds(models[name], image, 1)).items():
+                    latencies[name].append(took)
             if on_round is not None:
                 on_round(done, planned)
-            if done >= min(rounds or FEWEST_ROUNDS, FEWEST_ROUNDS) and time.perf_counter() - began > 2 * seconds:
+            if done >= min(rounds or FEWEST_ROUNDS, FEWEST_ROUNDS) and time.perf_counter() - began > patience:
                 break
-    return [_result(name, batch_size, timings[name], iterations[name], timings[reference]) for name in running]
+    results = []
+    for name in running:
+        speedup, low, high = median_ratio_interval(timings[reference], timings[name])
+        throughput = batch_size / median(timings[name])
+        results.append(
+            SpeedResult(
+                name, batch_size, timings[name], iterations[name], throughput, speedup, low, high, latencies[name]
+            )
+        )
+    return results
 
 
 def plan(estimates: Mapping[str, float], rounds: int, seconds: float) -> tuple[int, dict[str, int]]:
@@ -141,58 +167,13 @@ def plan(estimates: Mapping[str, float], rounds: int, seconds: float) -> tuple[i
 def rounds_for(pilot: Sequence[Mapping[str, float]], reference: str) -> int:
     """How many rounds bring the 95 % interval of each median speed-up to ± `TARGET_WIDTH`, judged by a pilot's.
 
-    The median of n normal log ratios of deviation σ has a deviation of 1.2533 σ / √n.
+    The median of n normal log ratios of deviation σ has a deviation of 1.2533 σ / √n, and the interval reaches a
+    quantile of Student's t times that.
     """
     names = sorted(set.intersection(*(set(seconds) for seconds in pilot)))
     logs = np.log([[seconds[reference] / seconds[name] for name in names] for seconds in pilot])
     deviation = float(logs.std(axis=0, ddof=1).max())
-    return max(FEWEST_ROUNDS, int(np.ceil((1.96 * 1.2533 * deviation / TARGET_WIDTH) ** 2)))
-
-
-def measure_latency(
-    models: Mapping[str, nn.Module],
-    *,
-    input_size: int | Sequence[int] | None = None,
-    rounds: int = 50,
-    seconds: float = 30.0,
-    warmup: int = 3,
-    seed: int = 0,
-    on_failure: Callable[[str, Exception], None] | None = None,
-) -> dict[str, list[float]]:
-    """Seconds that each forward pass on a single image took, from the call to the answer; `rounds` figures a model.
-
-    Interleaved and with failures told as in `measure_speed`, on the host's clock, because launching kernels is part of
-    it. Fewer rounds, at least 5 (or `rounds`), where they would take longer than `seconds` in all.
-    """
-    device, dtype = _common_placement(models)
-    size = resolve_input_size(next(iter(models.values())), input_size)
-    image = torch.rand(1, *size, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-    timings: dict[str, list[float]] = {name: [] for name in models}
-    with torch.inference_mode(), evaluation_mode(models.values()):
-
-        def once(name: str) -> None:
-            if name not in timings:
-                return
-            try:
-                timings[name].append(_host_seconds(models[name], image, 1))
-            except Exception as error:
-                if on_failure is None:
-                    raise
-                del timings[name]
-                on_failure(name, error)
-
-        for name in models:
-            for _ in range(warmup):
-                once(name)
-        for seconds_each in timings.values():
-            seconds_each.clear()
-        began = time.perf_counter()
-        for done, order in enumerate(_orders(models, rounds, seed), start=1):
-            for name in order:
-                once(name)
-            if done >= FEWEST_ROUNDS and time.perf_counter() - began > seconds:
-                break
-    return timings
+    return max(FEWEST_ROUNDS, int(np.ceil((batch_quantile() * 1.2533 * deviation / TARGET_WIDTH) ** 2)))
 
 
 def measure_memory(
@@ -296,8 +277,3 @@ def _cuda_seconds(model: nn.Module, images: Tensor, iterations: int) -> float:
 def _synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-def _result(name: str, batch_size: int, rounds: list[float], iterations: int, reference: list[float]) -> SpeedResult:
-    speedup, low, high = median_ratio_interval(reference, rounds)
-    return SpeedResult(name, batch_size, rounds, iterations, batch_size / median(rounds), speedup, low, high)
