@@ -202,7 +202,7 @@ def test_wrong_metric_format_or_column_is_one_line_and_2(tokbench_command, tiny,
         (["table", run, "--filter", "method"], "COLUMN=VALUE"),
         (["plot", run, "--size", "papre"], "'paper'"),
         (["plot", run, "--theme", "black"], "light, dark"),
-        (["plot", run, "--published"], "nothing published"),
+        (["plot", run, "--published"], "no paper printed top1"),
         (["run", *QUICK, "--dtype", "bf16", "--out", run], "dtype was fp32 and is bf16"),
         (["run", *QUICK, "--out", run.parent], "not empty"),
     ]:

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from tokbench.errors import UserError
-from tokbench.report import plots
+from tokbench.report import panels, plots
 from tokbench.report.labels import Spot, place, spots_along, spots_around
 from tokbench.report.metrics import METRICS, comparable, filter_cells, load_table, pareto_front, table_of_records
 from tokbench.report.plots import plot_pareto
@@ -318,6 +318,21 @@ def test_a_failed_cell_is_shown_with_its_reason(run: Path) -> None:
     assert "failed" in text and "tofu constant:8 failed: out of memory" in text
 
 
+def test_without_labels_the_front_is_one_of_agreement_and_named_so(df: pd.DataFrame, tmp_path: Path) -> None:
+    labels = [column for column in df if column.startswith(("top", "drop"))]
+    unlabeled = df.assign(**dict.fromkeys(labels, np.nan), agreement=[100.0, 98.0, 97.0, 90.0, 96.0])
+    text = render_table(unlabeled, "md")
+    assert "Front: the best agreement with the unreduced model, as the images have no labels, for" in text
+    assert [line.split("|")[-2].strip() for line in text.splitlines()[4:9]] == ["both", "both", "both", "speed", ""]
+    assert "| **98.0** |" in text and "Front: the best top-1" in render_table(df, "md")
+    features = unlabeled.assign(agreement=np.nan, similarity=unlabeled["agreement"] / 100)
+    assert "cosine to the unreduced model's features, as the model has no classes, for" in render_table(features, "md")
+    mixed = pd.concat([df, unlabeled.assign(data="others", run="others")], ignore_index=True)
+    by = [row["front_by"] for row in json.loads(render_table(mixed, "json"))]
+    assert by == ["top1"] * 5 + ["agreement"] * 5
+    assert "Agreement with the unreduced model" in svg(unlabeled, tmp_path)
+
+
 def test_an_empty_table_renders_in_every_format() -> None:
     empty = table_of_records([])
     for kind in ("md", "csv", "tex", "json"):
@@ -342,7 +357,7 @@ def test_plots_are_written_by_suffix(df: pd.DataFrame, tmp_path: Path, suffix: s
 def svg(df: pd.DataFrame, tmp_path: Path, **axes: Any) -> str:
     """The plot as SVG whose words can be searched: fonts as text, and no halos, which turn text into shapes."""
     with matplotlib.rc_context({"svg.fonttype": "none"}), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "HALOS", False)
+        patch.setattr(panels, "HALOS", False)
         return plot_pareto(df, tmp_path / "plot.svg", **axes).read_text()
 
 
@@ -398,7 +413,7 @@ def test_methods_at_equal_cost_stand_side_by_side_on_the_front_they_had(tmp_path
     assert re.search(r"moved aside, up to ±0\.00\d GFLOPs;", drawn) and "ticks: as measured" in drawn
     assert "aside" not in svg(df, tmp_path)
     group = equal.assign(front=pareto_front(equal, "gflops", "top1"))
-    moved = plots._side_by_side(group, "gflops", plots._Art(plots.SIZES["wide"], plots.find_theme("light")))
+    moved = panels.side_by_side(group, "gflops", panels.Art(plots.SIZES["wide"], plots.find_theme("light")))
     assert moved["front"].to_list() == [True, True, False, False, False]
     assert moved["gflops"].iloc[0] == equal["gflops"].iloc[0]  # the unreduced model
     assert moved["gflops"].iloc[1:].is_monotonic_increasing and abs(moved["gflops"] - equal["gflops"]).max() < 0.02
@@ -413,7 +428,7 @@ def test_columns_of_equal_cost_never_run_into_each_other(df: pd.DataFrame) -> No
     level = [df.iloc[[1]].assign(method=name, variant=name, gflops=cost)
              for cost in (0.2, 0.205) for name in ("tome", "tofu", "mctf", "evit")]  # fmt: skip
     equal = pd.concat([df.iloc[[0]], *level], ignore_index=True).assign(front=False)
-    moved = plots._side_by_side(equal, "gflops", plots._Art(plots.SIZES["wide"], plots.find_theme("light")))
+    moved = panels.side_by_side(equal, "gflops", panels.Art(plots.SIZES["wide"], plots.find_theme("light")))
     (_, left), (right, _) = moved.attrs["equal"]
     assert left < right and moved.attrs["shift"] < 0.0025
 
@@ -448,7 +463,9 @@ def test_a_run_laid_over_another_keeps_its_looks_where_the_other_is_absent(run: 
     told: list[str] = []
     drawn = svg(both, tmp_path, tell=told.append)
     assert told == ["left out of the plot: throughput of run (no cell has that together with top1)."]
-    dashed = plots._marks("tome", 0, 1, plots._Art(plots.SIZES["wide"], plots.find_theme("light"), {"a": "", "b": ""}))
+    dashed = panels.series_marks(
+        "tome", 0, 1, panels.Art(plots.SIZES["wide"], plots.find_theme("light"), {"a": "", "b": ""})
+    )
     assert drawn.count(f"stroke: {matplotlib.colors.to_hex(dashed['color'])}") >= 2  # in both panels
 
 
@@ -499,8 +516,18 @@ def test_published_points_are_named_as_such(tmp_path: Path) -> None:
     text = svg(table, tmp_path, published=True)
     assert text.count("ToMe r=13, published") == 1 and "ImageNet-1k, V100" in text
     assert "published" not in svg(table, tmp_path)
-    with pytest.raises(UserError, match="nothing published is known for .* with agreement against gflops"):
+    with pytest.raises(UserError, match="^--published: no paper printed agreement against gflops for vit_small.*, only "
+                       "top1, drop, throughput, speedup"):  # fmt: skip
         plot_pareto(table, tmp_path / "a.png", published=True, x="gflops", y="agreement")
+    with pytest.raises(
+        UserError, match="top1 against gflops or throughput for bundled, only for vit_small_patch16_224"
+    ):
+        plot_pareto(table.assign(model="bundled"), tmp_path / "a.png", published=True)
+    assert not (tmp_path / "a.png").exists()
+    told: list[str] = []
+    both = pd.concat([table, table.assign(model="bundled")], ignore_index=True)
+    assert "ImageNet-1k, V100" in svg(both, tmp_path, published=True, tell=told.append)
+    assert len(told) == 1 and "against gflops for vit_small" in told[0] and "or throughput for bundled" in told[0]
 
 
 def test_published_points_go_with_the_weights_they_were_measured_on() -> None:

@@ -19,6 +19,7 @@ from tokbench.data import load_images, to_pictures
 from tokbench.errors import UserError
 from tokbench.fusion.core import METHODS
 from tokbench.report import tokens
+from tokbench.report.styles import broken
 from tokbench.report.tokens import TokenGrid, TokenRow, _borders, draw_tokens, mean_colors
 from tokbench.trace import show, trace_tokens
 
@@ -72,11 +73,26 @@ def test_pictures_are_written_by_suffix(tmp_path: Path, suffix: str, start: byte
     assert out.read_bytes().startswith(start)
 
 
+@pytest.mark.parametrize(
+    ("text", "width", "lines"),
+    [
+        ("ToMe: 16", 20, ["ToMe: 16"]),
+        ("mctf:attn_track=false,bidirectional=false: 4", 25, ["mctf:attn_track=false,", "bidirectional=false: 4"]),
+        ("ILSVRC2012_val_00000001.JPEG: 4", 17, ["ILSVRC2012_val_", "00000001.JPEG: 4"]),
+        ("nothingtobreak: 4", 8, ["nothingtobreak:", "4"]),
+        ("", 8, [""]),
+    ],
+)
+def test_lines_end_where_words_or_parameters_do(text: str, width: int, lines: list[str]) -> None:
+    assert broken(text, width).split("\n") == lines
+
+
 def test_long_titles_are_broken_before_they_run_into_each_other(tmp_path: Path, monkeypatch: Any) -> None:
     figures: list[Any] = []
     monkeypatch.setattr(tokens, "save", lambda figure, *_, **__: figures.append(figure))
     grid = TokenGrid("mctf:attn_track=false,bidirectional=false: 4", np.arange(4).reshape(2, 2))
-    row = TokenRow("an_image_with_a_long_name_1.JPEG", np.zeros((8, 8, 3)), [grid, grid])
+    long = TokenGrid("a" * 60, grid.token)
+    row = TokenRow("an_image_with_a_long_name_1.JPEG", np.zeros((8, 8, 3)), [long, grid])
     heading = (
         "vit_small_patch16_224.augreg_in21k_ft_in1k, keep 0.7@3,6,9; numbers: patch tokens left of 196, of one image"
     )

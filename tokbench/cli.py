@@ -241,8 +241,11 @@ def plot(
         typer.Option("--x", metavar="METRIC", help="A panel's x axis. Repeatable (default: gflops, throughput)."),
     ] = None,
     y: Annotated[
-        str, typer.Option("--y", metavar="METRIC", help="top1, drop, agreement or any other metric.")
-    ] = "top1",
+        str | None,
+        typer.Option(
+            "--y", metavar="METRIC", help="Any metric (default: top1, or agreement where there are no labels)."
+        ),
+    ] = None,
     format: Annotated[str, typer.Option(metavar="FORMAT", help="png, svg or pdf.")] = "png",
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="File to write (default: pareto.png in the first RUN).")

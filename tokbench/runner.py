@@ -182,11 +182,10 @@ def _continued(folder: RunFolder, manifest: dict[str, Any]) -> RunFolder:
 
 def _draw(table: pd.DataFrame, folder: Path) -> list[Path]:
     """The Pareto plot of what was measured: none without answers, and without a cost to set it against."""
-    from tokbench.report.metrics import METRICS
-    from tokbench.report.plots import plot_pareto
+    from tokbench.report.metrics import METRICS, known_gain
+    from tokbench.report.plots import DEFAULT_X, plot_pareto
 
-    costs = [name for name in ("gflops", "throughput") if table[METRICS[name].column].notna().any()]
-    gains = [name for name in ("top1", "agreement", "similarity") if table[METRICS[name].column].notna().any()]
-    if not costs or not gains:
+    costs = [name for name in DEFAULT_X if table[METRICS[name].column].notna().any()]
+    if not costs or table[METRICS[known_gain(table)].column].isna().all():
         return []
-    return [plot_pareto(table, folder / "pareto.png", x=costs, y=gains[0])]
+    return [plot_pareto(table, folder / "pareto.png", x=costs)]

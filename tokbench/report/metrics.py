@@ -105,6 +105,9 @@ METRICS: dict[str, Metric] = {
     "memory": Metric("Peak memory (MiB)", "Memory MiB", "memory_mib", "lower", 0, tie=_TIE),
 }
 
+# What is to be kept of a model, best first: without labels there is no top-1, without classes no agreement.
+GAINS = ("top1", "agreement", "similarity")
+
 # Cells that agree in all of these may be compared with each other, whichever run they come from.
 COMPARABLE = ("model", "weights_sha256", "input_size", "data", "data_fingerprint", "device", "machine", "dtype")
 # Cells that agree in these lie in the same panel of a plot, so that machines can be laid over each other.
@@ -249,6 +252,11 @@ def _meets(values: pd.Series, operator: str, value: str, condition: str) -> pd.S
 def comparable(df: pd.DataFrame) -> list[pd.DataFrame]:
     """The rows split into sets that may be compared: same model, weights, input size, data, device and dtype."""
     return [group for _, group in df.groupby(list(COMPARABLE), sort=False, dropna=False)]
+
+
+def known_gain(df: pd.DataFrame) -> str:
+    """The first of `GAINS` that was measured; top1 where none was."""
+    return next((name for name in GAINS if df[METRICS[name].column].notna().any()), GAINS[0])
 
 
 def pareto_front(df: pd.DataFrame, x: str, y: str) -> pd.Series:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -65,6 +66,26 @@ def short_schedule(schedule: str) -> str:
         counts = [(value, len(list(same))) for value, same in groupby(rest.split(","))]
         return "list " + " ".join(f"{n}×{value}" if n > 1 else value for value, n in counts)
     return f"{kind} {rest}"
+
+
+# Where a line may end, best first: words, parameters, their values, parts of names.
+_BREAKS = (r"(?<=\s)", r"(?<=[:,;])", r"(?<=[=/@])", r"(?<=[_-])", r"(?<=\.)")
+
+
+def broken(text: str, width: int) -> str:
+    """A text in lines of at most so many characters. What has no end of a word in so many stays whole."""
+    lines = [""]
+    for piece in _pieces(text, width):
+        if lines[-1] and len((lines[-1] + piece).rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(line.strip() for line in lines)
+
+
+def _pieces(text: str, width: int, level: int = 0) -> list[str]:
+    if len(text.rstrip()) <= width or level == len(_BREAKS):
+        return [text]
+    return [piece for part in re.split(_BREAKS[level], text) for piece in _pieces(part, width, level + 1)]
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,29 @@ from rich.table import Table
 from rich.text import Text
 
 from tokbench.errors import UserError, nearest
-from tokbench.report.metrics import METRICS, Metric, filter_cells, find_metric, nonfinite, pareto_front
+from tokbench.report.metrics import (
+    GAINS,
+    METRICS,
+    Metric,
+    comparable,
+    filter_cells,
+    find_metric,
+    known_gain,
+    nonfinite,
+    pareto_front,
+)
 
 TextFormat = Literal["md", "csv", "tex", "json"]
 Format = Literal["rich", "md", "csv", "tex", "json"]
 FORMATS: tuple[str, ...] = get_args(Format)
 
-# The fronts that are marked: word in the table → x metric; y is top-1.
+# The fronts that are marked: word in the table → x metric; y is top-1, or what stands in for it.
 FRONTS = {"FLOPs": "gflops", "speed": "throughput"}
+_GAINS = {
+    "top1": "top-1",
+    "agreement": "agreement with the unreduced model, as the images have no labels,",
+    "similarity": "cosine to the unreduced model's features, as the model has no classes,",
+}
 _SORT_ALSO = ("model", "method", "schedule", "tokens_final")
 
 
@@ -94,7 +109,7 @@ def render_table(
     """
     if format not in FORMATS:
         raise UserError(f"no table format {format!r}; there are {', '.join(FORMATS)}.{nearest(format, FORMATS)}")
-    df = df.assign(**{f"front_{x}": pareto_front(df, x, "top1") for x in FRONTS.values()})
+    df = _with_fronts(df)
     if pareto:
         df = df[df["is_baseline"] | df[[f"front_{x}" for x in FRONTS.values()]].any(axis=1)]
     chosen = _sorted(filter_cells(df, filters), sort)
@@ -118,7 +133,7 @@ def readable(df: pd.DataFrame) -> dict[str, Any]:
     A cell's `value` sorts it: the number behind it, "" where it is missing, else its text. A head's `first` is the
     order that puts the best first.
     """
-    df = df.assign(**{f"front_{x}": pareto_front(df, x, "top1") for x in FRONTS.values()})
+    df = _with_fronts(df)
     columns = _columns(df)
     rows = [
         {
@@ -141,6 +156,17 @@ def readable(df: pd.DataFrame) -> dict[str, Any]:
         for column in columns
     ]
     return {"title": _title(df), "heads": heads, "rows": rows, "notes": _notes(df, columns)}
+
+
+def _with_fronts(df: pd.DataFrame) -> pd.DataFrame:
+    """With columns `front_<x>`, whether a cell is on that front, and `front_by`, by which metric it is one."""
+    marked = df.assign(**{f"front_{x}": False for x in FRONTS.values()}, front_by=GAINS[0])
+    for group in comparable(df):
+        gain = known_gain(group)
+        for x in FRONTS.values():
+            marked.loc[group.index, f"front_{x}"] = pareto_front(group, x, gain)
+        marked.loc[group.index, "front_by"] = gain
+    return marked
 
 
 def _sort_value(column: _Column, row: pd.Series) -> str:
@@ -308,10 +334,11 @@ def _notes(df: pd.DataFrame, columns: Sequence[_Column]) -> list[str]:
         notes.append("Drop: points of top-1 lost against `none`, same images, with its 95 % interval.")
     if any(not_significant(row) for _, row in df[~df["is_baseline"]].iterrows()):
         notes.append("n.s.: cannot be told from no drop.")
-    if df[[f"front_{x}" for x in FRONTS.values()]].to_numpy().any():
+    on_front = df[df[[f"front_{x}" for x in FRONTS.values()]].any(axis=1)]
+    for gain in on_front["front_by"].unique():
         notes.append(
-            "Front: the best top-1 for its FLOPs (or speed-up): no other cell is as good in both and better in one; "
-            "costs within 1 % are equal."
+            f"Front: the best {_GAINS[gain]} for its FLOPs (or speed-up): no other cell is as good in both and better "
+            "in one; costs within 1 % are equal."
         )
     if METRICS["efficiency"].short in heads:
         notes.append("Efficiency: speed relative to the control `free`, which drops as many tokens without choosing.")
@@ -359,9 +386,9 @@ def _rich(df: pd.DataFrame, columns: list[_Column]) -> Table:
 
 
 def _marked(column: _Column, row: pd.Series, bold: str, escape: Callable[[str], str] = str) -> str:
-    """A cell's text, the top-1 of a member of a front in bold."""
+    """A cell's text, in bold where it puts the cell on a front."""
     text = escape(column.text(row))
-    return bold.format(text) if column.head == METRICS["top1"].short and _front(row) else text
+    return bold.format(text) if column.head == METRICS[row["front_by"]].short and _front(row) else text
 
 
 def _markdown(df: pd.DataFrame, columns: list[_Column], title: str, notes: list[str]) -> str:

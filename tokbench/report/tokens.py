@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection, PatchCollection
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from tokbench.report.canvas import RC, require_format, save
-from tokbench.report.styles import Theme, find_theme
+from tokbench.report.styles import Theme, broken, find_theme
 
 _CELL_IN = 2.0  # a picture's longer side
 _SMALL_IN = 1.35  # where there are many
@@ -94,7 +94,7 @@ def _draw(rows: Sequence[TokenRow], heading: str, sizes: bool, theme: Theme) -> 
     strips = 2 if sizes else 1
     side = _CELL_IN if columns <= 8 else _SMALL_IN
     rows = [_wrapped(row, int(72 * side / _CHARACTER_PT)) for row in rows]
-    heading = textwrap.fill(heading, int(72 * (side * columns) / 5))
+    heading = broken(heading, int(72 * (side * columns) / 5))
     heights = [side * min(1.0, row.image.shape[0] / row.image.shape[1]) for row in rows]
     titles = sum(1 + max(text.count("\n") for text in (row.label, *(grid.title for grid in row.grids))) for row in rows)
     around = 0.13 * len(rows) + 0.14 * titles + 0.14 * heading.count("\n") + 0.25 + (0.6 if sizes else 0.0)
@@ -112,9 +112,10 @@ def _draw(rows: Sequence[TokenRow], heading: str, sizes: bool, theme: Theme) -> 
     for number, row in enumerate(rows):
         strip = axes[number * strips]
         strip[0].imshow(row.image, interpolation="nearest")
-        strip[0].set_title(row.label)
+        _title(strip[0], row.label, side)
         for column, grid in enumerate(row.grids, 1):
             _draw_regions(strip[column], row.image, grid, theme)
+            _title(strip[column], grid.title, side)
             if sizes:
                 shown = _draw_sizes(axes[number * strips + 1, column], row.image, grid, scale, theme)
     if heading:
@@ -137,8 +138,15 @@ def _folded(row: TokenRow) -> Iterator[TokenRow]:
 
 def _wrapped(row: TokenRow, width: int) -> TokenRow:
     """A row whose titles are broken into lines of at most so many characters, so that none runs into the next."""
-    grids = [TokenGrid(textwrap.fill(grid.title, width), grid.token) for grid in row.grids]
-    return TokenRow(textwrap.fill(row.label, width), row.image, grids)
+    grids = [TokenGrid(broken(grid.title, width), grid.token) for grid in row.grids]
+    return TokenRow(broken(row.label, width), row.image, grids)
+
+
+def _title(panel: Axes, text: str, side: float) -> None:
+    """Set a title, smaller where a word would be wider than the picture of `side` inches."""
+    longest = max(map(len, text.split("\n")))
+    size = FontProperties(size=rcParams["axes.titlesize"]).get_size_in_points()
+    panel.set_title(text, fontsize=size * min(1.0, 72 * side / _CHARACTER_PT / longest))
 
 
 def mean_colors(image: np.ndarray, token: np.ndarray) -> np.ndarray:
@@ -170,7 +178,6 @@ def _draw_regions(panel: Axes, image: np.ndarray, grid: TokenGrid, theme: Theme)
     panel.add_collection(LineCollection(list(edges), colors="white", linewidths=0.5, path_effects=rim))
     panel.set_xlim(0, width)
     panel.set_ylim(height, 0)
-    panel.set_title(grid.title)
 
 
 def _draw_sizes(panel: Axes, image: np.ndarray, grid: TokenGrid, scale: LogNorm, theme: Theme) -> Any:
