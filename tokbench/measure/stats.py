@@ -22,13 +22,31 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def mean_interval(values: ArrayLike) -> tuple[float, float, float]:
-    """(mean, low, high) of the finite ones of `values` (n,), with a 95 % interval from their standard error."""
+def mean_interval(values: ArrayLike, *, resamples: int = 999, seed: int = 0) -> tuple[float, float, float]:
+    """(mean, low, high) of the finite ones of `values` (n,), with a 95 % interval that follows their skew.
+
+    A studentized bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 12.5): divergences
+    of a few images far above the rest's make the usual ±1.96 standard errors hold the mean 82 % of the time for 64
+    images. Fewer than 10 values have Student's interval.
+    """
     finite: NDArray[np.float64] = np.asarray(values, dtype=float)
     finite = finite[np.isfinite(finite)]
-    mean = float(finite.mean())
-    reach = float(norm.ppf((1 + CONFIDENCE) / 2) * finite.std(ddof=1) / sqrt(finite.size)) if finite.size > 1 else 0.0
-    return mean, mean - reach, mean + reach
+    n, mean = finite.size, float(finite.mean())
+    if n < 2 or np.ptp(finite) == 0:
+        return mean, mean, mean
+    error = float(finite.std(ddof=1)) / sqrt(n)
+    if n < 10:
+        reach = float(student.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
+        return mean, mean - reach, mean + reach
+    generator = np.random.default_rng(seed)
+    scores = []
+    for _ in range(resamples):
+        draw = finite[generator.integers(n, size=n)]
+        if own := float(draw.std(ddof=1)) / sqrt(n):
+            scores.append((float(draw.mean()) - mean) / own)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(scores, [tail, 1 - tail])
+    return mean, mean - float(high) * error, mean - float(low) * error
 
 
 def paired_drop(baseline_correct: ArrayLike, cell_correct: ArrayLike) -> tuple[float, float, float]:
