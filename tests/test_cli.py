@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,10 @@ def test_on_a_terminal_the_table_grows_under_a_bar(tiny, tmp_path, monkeypatch):
 
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     grid = Grid.from_flags(methods=["tome"], schedules=["8"], device="cpu", batch_size="12")
+    threads = set(threading.enumerate())
     with progress.LiveProgress(console) as live:
+        # A frame drawn by a thread would be drawn in the middle of a timed pass.
+        assert set(threading.enumerate()) == threads
         run(grid, tmp_path / "run", progress=live)
     shown = console.file.getvalue()
     assert "accuracy" in shown and "24/24" in shown and "Top-1" in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +12,9 @@ from tokbench.store import RECORDS, RunFolder
 
 if TYPE_CHECKING:
     import pandas as pd
-    from rich.console import Console
+    from rich.console import Console, RenderableType
+
+_FRAME_SECONDS = 0.5
 
 
 class Progress:
@@ -44,6 +47,8 @@ class LiveProgress(Progress):
     """A rich table that fills while the run goes on, over a progress bar with the time left.
 
     Use it as a context manager. Where the output is no terminal, each phase is one line instead.
+    It draws only when it is told something, never from a thread of its own: a frame takes tens of milliseconds of
+    Python, during which no kernel is launched and any pass that is being timed stands still.
     """
 
     def __init__(self, console: Console) -> None:
@@ -67,10 +72,12 @@ class LiveProgress(Progress):
             console=console,
         )
         self._task = self._bars.add_task("Loading", total=None)
-        self._live = Live(self._bars, console=console, transient=True, refresh_per_second=4)
+        self._live = Live(self._bars, console=console, transient=True, auto_refresh=False)
+        self._table: RenderableType | None = None  # of the records; None: to be rendered again
+        self._drawn = 0.0
 
     def __enter__(self) -> LiveProgress:
-        self._live.start()
+        self._live.start(refresh=True)
         return self
 
     def __exit__(
@@ -87,23 +94,24 @@ class LiveProgress(Progress):
         self._say(f"Continuing: {self._count()} are there")
 
     def phase(self, name: str, total: int | None) -> None:
-        self._live.refresh()  # the last phase's bar, full
+        self._draw()  # the last phase's bar, full, and all that it recorded
         self._bars.remove_task(self._task)
         self._task = self._bars.add_task(name, total=total)
-        self._live.refresh()
+        self._draw()
         if not self._console.is_terminal:
             self._say(name)
 
     def advance(self, done: int) -> None:
         self._bars.update(self._task, completed=done)
+        self._draw_in_time()
 
     def recorded(self, record: dict[str, Any]) -> None:
         self._records.append(record)
+        self._table = None
         if record["kind"] == "failure":
             self.failures += 1
             self._say(f"failed: {record['cell']}: {record['message']}", style="red")
-        if self._console.is_terminal:
-            self._show_table()
+        self._draw_in_time()
 
     def warn(self, text: str) -> None:
         self._say(f"Warning: {text}", style="bold red")
@@ -129,16 +137,28 @@ class LiveProgress(Progress):
         measured = {(record["cell"], record["kind"]) for record in self._records if record["kind"] != "failure"}
         return f"{len(measured)} of {self._measurements} measurements"
 
-    def _show_table(self) -> None:
+    def _draw_in_time(self) -> None:
+        if time.monotonic() - self._drawn > _FRAME_SECONDS:
+            self._draw()
+
+    def _draw(self) -> None:
         from rich.console import Group
 
+        if self._console.is_terminal:
+            if self._records and self._table is None:
+                self._table = self._render()
+            # The bar on top: where the table is taller than the terminal, its end is what goes unseen.
+            shown = Group(self._bars) if self._table is None else Group(self._bars, self._table)
+            self._live.update(shown, refresh=True)
+            self._drawn = time.monotonic()
+
+    def _render(self) -> RenderableType:
         from tokbench.report.metrics import table_of_records
         from tokbench.report.tables import render_table
 
         table = render_table(table_of_records(self._records), "rich", width=self._console.width)
         table.caption = None
-        # The bar on top: where the table is taller than the terminal, its end is what goes unseen.
-        self._live.update(Group(self._bars, table))
+        return table
 
     def _say(self, text: str, style: str | None = None) -> None:
         self._console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
