@@ -199,6 +199,25 @@ def test_one_schedule_written_in_two_ways_is_one_cell(make_run):
     assert check(make_run("old"), make_run("new", written)).passed
 
 
+def test_what_could_not_be_compared_is_not_said_to_have_passed(make_run):
+    found = check(make_run("old", label=-1), make_run("new", label=-1))
+    assert "skip  top-1   nothing to compare: the images have no labels" in found.lines()
+    assert found.lines()[-1] == (
+        "passed: this run says what the baseline says, but for top-1, which could not be compared"
+    )
+    assert "| top-1 | skip |" in summary(found) and not found.of_gate("top-1")
+    counted = make_run("counted", change=lambda record: record if record["kind"] == "flops" else None)
+    found = check(counted, make_run("all"))
+    assert [line[:13] for line in found.lines() if line.startswith("skip")] == ["skip  top-1  ", "skip  flips  "]
+    assert found.lines()[-1].endswith("but for top-1 and flips, which could not be compared")
+
+
+@pytest.mark.parametrize(("kind", "field"), [("flops", "flops"), ("speed", "speedup")])
+def test_a_baseline_of_zero_is_damaged(make_run, kind, field):
+    with pytest.raises(UserError, match=f"{field} of m/tome/constant:8 is 0: the record is damaged"):
+        check(make_run("old", change=edited("tome", kind, **{field: 0})), make_run("new"), limits=Limits(0, 0, 5))
+
+
 def test_other_weights_or_images_or_labels_are_refused(make_run):
     old = make_run("old")
     with pytest.raises(UserError, match=r"other weights under the name m: sha256 efef.*… in .*/weights, abab"):

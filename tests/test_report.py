@@ -18,7 +18,15 @@ from rich.console import Console
 from tokbench.errors import UserError
 from tokbench.report import panels, plots
 from tokbench.report.labels import Spot, place, spots_along, spots_around
-from tokbench.report.metrics import METRICS, comparable, filter_cells, load_table, pareto_front, table_of_records
+from tokbench.report.metrics import (
+    METRICS,
+    comparable,
+    filter_cells,
+    load_cells,
+    load_table,
+    pareto_front,
+    table_of_records,
+)
 from tokbench.report.plots import plot_pareto
 from tokbench.report.published import published_points
 from tokbench.report.styles import STYLES, method_style, short_schedule
@@ -345,6 +353,29 @@ def test_two_models_get_a_model_column(tmp_path: Path, run: Path) -> None:
     assert render_table(both, "md").splitlines()[2].startswith("| Run | Model | Method |")
 
 
+def test_what_nobody_measured_neither_sorts_nor_filters_and_has_no_front(df: pd.DataFrame) -> None:
+    counted = df.assign(**{column: np.nan for column in df if column.startswith(("top", "drop", "agree", "speed"))})
+    for words, part in [
+        ({"sort": "drop"}, "cannot sort by drop: no cell here has it; measured: gflops,"),
+        ({"filters": ["drop<1"]}, "filter 'drop<1': no cell here has drop; measured: gflops,"),
+        ({"pareto": True}, "--pareto: there is no front, .*; measured: gflops,"),
+    ]:
+        with pytest.raises(UserError, match=part):
+            render_table(counted, "md", **words)
+    with pytest.raises(UserError, match="'nan' is not a number"):
+        filter_cells(df, ["drop<nan"])
+    assert len(filter_cells(df, ["error=*"])) == len(df)  # no text is text, too
+
+
+def test_runs_that_hold_nothing_are_named(run: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    empty = RunFolder.create(tmp_path / "empty", {}).path
+    assert len(load_cells([run, empty], told.append)) == 5
+    assert told == [f"{empty} holds no records, and so is not shown."]
+    with pytest.raises(UserError, match="nothing to show: .*empty holds no records"):
+        load_cells([empty], told.append)
+
+
 # --- plots --------------------------------------------------------------------------------------------------
 
 
@@ -380,6 +411,15 @@ def test_any_metric_goes_on_any_axis(df: pd.DataFrame, tmp_path: Path) -> None:
     assert "Top-1 drop (points)" in text and "Speed-up over the unreduced model" in text
 
 
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(df: pd.DataFrame, tmp_path: Path) -> None:
+    out = plot_pareto(df, tmp_path / "a.png")
+    before = out.read_bytes()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="cannot write .*a.png: No space left"):
+        patch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        plot_pareto(df, out, theme="dark")
+    assert out.read_bytes() == before and list(tmp_path.glob("a*")) == [out]
+
+
 def test_unmeasured_default_panels_are_left_out(df: pd.DataFrame, tmp_path: Path) -> None:
     assert "Throughput" not in svg(df.assign(throughput=np.nan), tmp_path)
 
@@ -389,6 +429,8 @@ def test_nothing_to_plot_is_one_line(df: pd.DataFrame, tmp_path: Path) -> None:
         plot_pareto(df, tmp_path / "a.png", x="latency")
     with pytest.raises(UserError, match="measured here: nothing"):
         plot_pareto(table_of_records([]), tmp_path / "a.png")
+    with pytest.raises(UserError, match="drop is on both axes"):
+        plot_pareto(df, tmp_path / "a.png", x=["gflops", "drop"], y="drop")
     with pytest.raises(UserError, match="suffix must be one of png, svg, pdf"):
         plot_pareto(df, tmp_path / "a.jpg")
     with pytest.raises(UserError, match="Did you mean 'gflops'"):

@@ -246,7 +246,9 @@ def plot(
             "--y", metavar="METRIC", help="Any metric (default: top1, or agreement where there are no labels)."
         ),
     ] = None,
-    format: Annotated[str, typer.Option(metavar="FORMAT", help="png, svg or pdf.")] = "png",
+    format: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="png, svg or pdf (default: png, or what FILE's name ends in).")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="File to write (default: pareto.png in the first RUN).")
     ] = None,
@@ -262,13 +264,15 @@ def plot(
     ] = False,
 ) -> None:
     """Draw accuracy against cost, with the Pareto front. Several runs are laid over each other."""
-    from tokbench.report.metrics import load_table
+    from tokbench.report.metrics import load_cells
     from tokbench.report.plots import plot_pareto
 
-    target = out or runs[0] / f"pareto.{format}"
+    if out and format and out.suffix != f".{format}":
+        raise UserError(f"--format {format} and --out {out} contradict each other: one of them is enough")
+    target = out or runs[0] / f"pareto.{'png' if format is None else format}"
     print(
         plot_pareto(
-            load_table(runs), target, x=x, y=y, size=size, theme=theme, published=published, linear=linear,
+            load_cells(runs, _complain), target, x=x, y=y, size=size, theme=theme, published=published, linear=linear,
             tell=_complain,
         )
     )  # fmt: skip
@@ -290,11 +294,13 @@ def table(
     """Print the cells of one or more runs as a table."""
     from rich.console import Console
 
-    from tokbench.report.metrics import load_table
+    from tokbench.report.metrics import load_cells
     from tokbench.report.tables import render_table
 
     console = Console()
-    rendered = render_table(load_table(runs), format, sort, pareto, filters=filter or (), width=console.width)
+    rendered = render_table(
+        load_cells(runs, _complain), format, sort, pareto, filters=filter or (), width=console.width
+    )
     if isinstance(rendered, str):
         print(rendered, end="")
     else:
@@ -311,7 +317,7 @@ def report(
     """Write one HTML page: findings, an interactive plot, a sortable table, how it was measured."""
     from tokbench.report.html import write_report
 
-    print(write_report(runs, out or runs[0] / "report.html"))
+    print(write_report(runs, out or runs[0] / "report.html", tell=_complain))
 
 
 @app.command()

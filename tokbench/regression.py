@@ -60,9 +60,10 @@ class Limits:
 
     def describe(self) -> dict[str, str]:
         """For each gate, in the order they are told, what cells that pass it do."""
+        points = "1 point" if self.max_drop == 1 else f"{self.max_drop:g} points"
         gates = {
             "cells": "are there",
-            "top-1": f"lose at most {self.max_drop:g} points of top-1, and not significantly",
+            "top-1": f"lose at most {points} of top-1, and not significantly",
             "flips": f"flip at most {self.max_flips:g} % of the predictions",
             "flops": f"have FLOPs within {FLOPS_TOLERANCE_PCT:g} %",
             "tokens": "have the same tokens after each block",
@@ -142,6 +143,11 @@ class _Run:
             lacks = [name for name in _NEEDED.get(record["kind"], ()) if record.get(name) is None]
             if lacks:
                 raise UserError(f"{self.path}: the {record['kind']} record of {record['cell']} has no {lacks[0]!r}")
+            for name in ("flops", "speedup"):
+                if record.get(name) is not None and record[name] <= 0:
+                    raise UserError(
+                        f"{self.path}: {name} of {record['cell']} is {record[name]:g}: the record is damaged"
+                    )
             key = cell_key(*(record[name] for name in _IDENTITY))
             cell = self.cells.setdefault(key, _Cell(record["cell"], record["model"], {}))
             cell.kinds[record["kind"]] = record
@@ -261,12 +267,12 @@ def _options(baseline: _Run, limits: Limits, limit: int | None, device: str | No
         kinds = tuple(kind for kind in own.only if kind != "speed" or limits.max_slowdown is not None)
         if not kinds:
             continue
-        place = device or (known.get("device") or "auto" if own.device == "auto" else own.device)
+        place = (known.get("device") or "auto" if own.device == "auto" else own.device) if device is None else device
         options = replace(own, only=kinds, limit=limit or own.limit, device=place)
         try:
             found = find_device(place)
         except UserError as error:
-            if device:
+            if device is not None:
                 raise
             gpu = (manifest.get("machine") or {}).get("gpu")
             where = f"{gpu} ({place})" if gpu else place
@@ -333,7 +339,7 @@ def _compare(before: _Run, after: _Run, limits: Limits, chosen: Mapping[tuple[Pa
             check.verdicts.append(_presence(old, after.cells.get(meaning), kinds))
     if not check.verdicts:
         raise _speed_only(before)
-    check.verdicts += _judge_predictions(before, after, pairs, limits, chosen, check.notes)
+    check.verdicts += _judge_predictions(before, after, pairs, limits, chosen, check)
     for old, new in pairs:
         check.verdicts += _judge_cost(old.kinds, new.kinds, old.id)
         if limits.max_slowdown is not None and "speed" in old.kinds and "speed" in new.kinds:
@@ -400,13 +406,15 @@ def _judge_predictions(
     pairs: list[tuple[_Cell, _Cell]],
     limits: Limits,
     chosen: Mapping[tuple[Path, str], _Subset],
-    notes: list[str],
+    check: Check,
 ) -> list[Verdict]:
-    """Top-1 and flips of every cell that both runs have predictions of; gains go to `notes`."""
+    """Top-1 and flips of every cell that both runs have predictions of; the check is told of gains and of what is not
+    judged.
+    """
     compared = [(old, new) for old, new in pairs if "accuracy" in old.kinds and "accuracy" in new.kinds]
     if chosen:  # parameters that are measured on a run's first images are others on a part of them
         other = [(old, new) for old, new in compared if old.calibrated != new.calibrated]
-        notes += [f"{old.id}: predictions not compared, as it was calibrated on other images" for old, _ in other]
+        check.notes += [f"{old.id}: predictions not compared, as it was calibrated on other images" for old, _ in other]
         compared = [pair for pair in compared if pair not in other]
     answers = []
     for old, new in compared:
@@ -420,23 +428,41 @@ def _judge_predictions(
         if not np.array_equal(then.label, now.label):
             raise UserError(f"{old.id}: the images are the same, but their labels are not those of {before.path}")
         answers.append((then, now))
-    adjusted = holm([mcnemar_p(then.correct, now.correct, "greater") for then, now in answers])
-    gains = holm([mcnemar_p(now.correct, then.correct, "greater") for then, now in answers])
     verdicts = []
-    for (old, _), (then, now), p, p_gain in zip(compared, answers, adjusted, gains, strict=True):
-        images = len(then.label)
+    for (old, _), (then, now) in zip(compared, answers, strict=True):
+        if then.classifies and now.classifies:
+            flipped, images = int((then.predicted != now.predicted).sum()), len(then.label)
+            share = 100 * flipped / images
+            text = f"{share:.1f} % flipped, {flipped} of {images:,}"
+            verdicts.append(Verdict("flips", old.id, share <= limits.max_flips, text, share))
+        else:
+            check.skipped |= dict.fromkeys(("top-1", "flips"), f"{old.model} has no classes")
+        if not then.labeled:
+            check.skipped.setdefault("top-1", "the images have no labels")
+    right = [
+        (old, then, now)
+        for (old, _), (then, now) in zip(compared, answers, strict=True)
+        if then.labeled and then.classifies and now.classifies
+    ]
+    return verdicts + _judge_top1(right, limits, check.notes)
+
+
+def _judge_top1(
+    answers: list[tuple[_Cell, Predictions, Predictions]], limits: Limits, notes: list[str]
+) -> list[Verdict]:
+    """Top-1 of cells with their answers in both runs; gains go to `notes`."""
+    adjusted = holm([mcnemar_p(then.correct, now.correct, "greater") for _, then, now in answers])
+    gains = holm([mcnemar_p(now.correct, then.correct, "greater") for _, then, now in answers])
+    verdicts = []
+    for (old, then, now), p, p_gain in zip(answers, adjusted, gains, strict=True):
         drop, low, high = paired_drop(then.correct, now.correct)
         lost, gained = int((then.correct & ~now.correct).sum()), int((now.correct & ~then.correct).sum())
-        figures = f"[{low:.1f}, {high:.1f}], {lost} lost and {gained} gained of {images:,} images"
+        figures = f"[{low:.1f}, {high:.1f}], {lost} lost and {gained} gained of {len(then.label):,} images"
         if drop < 0 and p_gain < SIGNIFICANCE:
             notes.append(f"gain: {old.id} gets {-drop:.2f} points more right, drop {figures}, p {p_gain:.2g}")
         broken = [f"more than {limits.max_drop:g}"] * (drop > limits.max_drop) + ["significant"] * (p < SIGNIFICANCE)
         text = f"{drop:.2f} points lost {figures}, p {p:.2g}" if drop >= 0 else f"{-drop:.2f} points gained"
         verdicts.append(Verdict("top-1", old.id, not broken, ": ".join([*broken[-1:], text]), drop))
-        flipped = int((then.predicted != now.predicted).sum())
-        share = 100 * flipped / images
-        text = f"{share:.1f} % flipped, {flipped} of {images:,}"
-        verdicts.append(Verdict("flips", old.id, share <= limits.max_flips, text, share))
     return verdicts
 
 

@@ -86,7 +86,7 @@ class RunFolder:
         manifest = {"schema": SCHEMA, **manifest}
         try:
             path.mkdir(parents=True, exist_ok=True)
-            _replace(path / MANIFEST, lambda file: file.write(_as_json(manifest)))
+            replace_file(path / MANIFEST, lambda file: file.write(_as_json(manifest)))
             (path / RECORDS).touch()
         except OSError as error:
             raise UserError(f"cannot write the run folder {str(path)!r}: {error.strerror}.") from error
@@ -158,7 +158,7 @@ class RunFolder:
             if not (self.path / MANIFEST).is_file():
                 raise FileNotFoundError(0, "the folder is gone")
             path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(path, write)
+            replace_file(path, write)
         return path
 
     def append(self, record: dict[str, Any]) -> None:
@@ -306,7 +306,12 @@ def _as_json(manifest: dict[str, Any]) -> bytes:
     return json.dumps(manifest, indent=2, default=_plain).encode() + b"\n"
 
 
-def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file as a whole: `write` gets it open, and it takes its name once it is on disk.
+
+    Raises OSError if it cannot be written; what was there under this name is then still there.
+    """
+    path = path.resolve()  # a link stays one
     temporary = path.with_name(path.name + _TEMPORARY)
     try:
         with open(temporary, "wb") as file:
@@ -314,8 +319,9 @@ def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
 
@@ -423,7 +429,10 @@ def _check_schema(holder: dict[str, Any], where: str | Path) -> None:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    return sorted(child.parent for child in folder.glob(f"*/{MANIFEST}")) if folder.is_dir() else []
+    """The runs in a folder, the newest last."""
+    if not folder.is_dir():
+        return []
+    return sorted((child.parent for child in folder.glob(f"*/{MANIFEST}")), key=lambda run: (run.stat().st_mtime, run))
 
 
 def _no_run_message(path: Path) -> str:

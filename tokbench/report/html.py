@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ import pandas as pd
 from tokbench import __version__
 from tokbench.errors import UserError
 from tokbench.report.findings import cell_name, findings, group_title, tell_runs_apart
-from tokbench.report.metrics import COLUMNS, METRICS, comparable, find_metric, load_table, pareto_front
+from tokbench.report.metrics import COLUMNS, METRICS, comparable, find_metric, load_cells, pareto_front
 from tokbench.report.styles import method_style, variant_name
 from tokbench.report.tables import readable, sensible_digits
-from tokbench.store import RunFolder
+from tokbench.store import RunFolder, replace_file
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _SYMBOLS = {
@@ -26,24 +26,25 @@ _SYMBOLS = {
 }  # fmt: skip
 
 
-def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
+def write_report(runs: Sequence[str | Path], out: str | Path, *, tell: Callable[[str], None] = lambda _: None) -> Path:
     """Write the report of one or several run folders to `out`, a .html file; returns it.
 
-    Raises UserError without jinja2 and plotly, for a folder that is no run, for a
-    run without records and where the file cannot be written.
+    tell: is told in a line which of several runs hold nothing.
+
+    Raises UserError without jinja2 and plotly, for a folder that is no run, for runs without records and where the
+    file cannot be written.
     """
     out = Path(out)
-    if out.suffix not in (".html", ".htm"):
-        raise UserError(f"cannot write the report to {out}: it is an HTML file, so call it {out.stem}.html.")
+    if out.suffix.lower() not in (".html", ".htm"):
+        name = f"{out.stem or 'report'}.html"
+        raise UserError(f"cannot write the report to {out}: it is an HTML file, so call it {name}.")
     try:
         import jinja2
         from markupsafe import Markup
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise UserError(f"the report needs a package that is not here: pip install jinja2 plotly ({error}).") from error
-    df = tell_runs_apart(load_table(runs))
-    if df.empty:
-        raise UserError(f"nothing to report: {', '.join(map(str, runs))} holds no records.")
+    df = tell_runs_apart(load_cells(runs, tell))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False}
     page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
@@ -57,7 +58,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page, encoding="utf-8")
+        replace_file(out, lambda file: file.write(page.encode()))
     except OSError as error:
         raise UserError(f"cannot write the report {out}: {error.strerror}.") from error
     return out

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import accumulate
@@ -130,6 +130,7 @@ _TEXT = frozenset({
     "run", "model", "method", "variant", "params", "schedule", "resolved", "input_size", "data",
     "data_fingerprint", "device", "machine", "dtype", "weights_sha256", "fused_attention", "weights", "cell", "error",
 })  # fmt: skip
+_METRIC_COLUMNS = frozenset(metric.column for metric in METRICS.values())
 _INTEGER = frozenset({"tokens_final", "images", "batch_size", "skipped", "nonfinite"})
 
 
@@ -159,6 +160,18 @@ def load_table(runs: Iterable[str | Path]) -> pd.DataFrame:
         for folder, name in zip(folders, names, strict=True)
     ]
     return pd.concat(tables, ignore_index=True) if tables else table_of_records([])
+
+
+def load_cells(runs: Sequence[str | Path], tell: Callable[[str], None]) -> pd.DataFrame:
+    """`load_table` for runs that are to be shown. Tells which of them hold nothing; raises UserError where all do."""
+    df = load_table(runs)
+    empty = [str(run) for run in dict.fromkeys(runs) if not RunFolder.open(run).records()]
+    holds = f"{', '.join(empty)} {'holds' if len(empty) == 1 else 'hold'} no records"
+    if df.empty:
+        raise UserError(f"nothing to show: {holds}.")
+    if empty:
+        tell(f"{holds}, and so is not shown." if len(empty) == 1 else f"{holds}, and so are not shown.")
+    return df
 
 
 def run_names(df: pd.DataFrame) -> dict[str, str]:
@@ -219,6 +232,8 @@ def filter_cells(df: pd.DataFrame, conditions: Iterable[str]) -> pd.DataFrame:
             options = [*METRICS, *COLUMNS]
             hint = nearest(name, options) or " Try model, method, schedule, run or a metric."
             raise UserError(f"filter {condition!r}: no column {name!r}.{hint}")
+        if column in _METRIC_COLUMNS and len(df) and df[column].isna().all():
+            raise UserError(f"filter {condition!r}: no cell here has {name}; measured: {measured_names(df)}.")
         meets = _meets(df[column], operator, value, condition)
         key = column if operator == "=" else f"{column} {number}"
         wanted[key] = wanted[key] | meets if key in wanted else meets
@@ -236,13 +251,15 @@ def _split_condition(condition: str) -> tuple[str, str, str]:
 
 def _meets(values: pd.Series, operator: str, value: str, condition: str) -> pd.Series:
     if operator == "=" and (values.name in _TEXT or values.name == "is_baseline"):
-        return values.astype(str).map(lambda text: fnmatchcase(text.lower(), value.lower()))
+        return values.where(values.notna(), "").astype(str).map(lambda text: fnmatchcase(text.lower(), value.lower()))
     if values.name in _TEXT:
         raise UserError(f"filter {condition!r}: {values.name} is text, which compares with = only.")
     try:
         number = float(value)
     except ValueError:
-        raise UserError(f"filter {condition!r}: {value!r} is not a number.") from None
+        number = math.nan
+    if math.isnan(number):
+        raise UserError(f"filter {condition!r}: {value!r} is not a number.")
     floats = values.astype("Float64").fillna(np.nan).astype(float)
     return (
         pd.Series(np.isclose(floats, number), values.index) if operator == "=" else _OPERATORS[operator](floats, number)
@@ -257,6 +274,11 @@ def comparable(df: pd.DataFrame) -> list[pd.DataFrame]:
 def known_gain(df: pd.DataFrame) -> str:
     """The first of `GAINS` that was measured; top1 where none was."""
     return next((name for name in GAINS if df[METRICS[name].column].notna().any()), GAINS[0])
+
+
+def measured_names(df: pd.DataFrame) -> str:
+    """The metrics that any cell has, in words."""
+    return ", ".join(name for name, metric in METRICS.items() if df[metric.column].notna().any()) or "nothing"
 
 
 def pareto_front(df: pd.DataFrame, x: str, y: str) -> pd.Series:

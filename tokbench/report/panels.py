@@ -152,6 +152,8 @@ def side_by_side(group: pd.DataFrame, x: str, art: Art) -> pd.DataFrame:
     keys = sorted(set(zip(cells["method"], cells["variant"], cells["run"], strict=True)),
                   key=lambda key: (order.index(key[0]), key))  # fmt: skip
     every = group[metric.column].dropna()
+    if every.max() == every.min():
+        return group
     points_wide = 72 * (art.size.panel or art.size.width) * 0.85
     levels = _levels(values, metric.tie)
     room = np.diff(sorted(level.mean() for level in levels)).min(initial=np.inf)  # between neighboring columns

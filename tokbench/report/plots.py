@@ -17,7 +17,16 @@ from matplotlib.lines import Line2D
 
 from tokbench.errors import UserError, nearest
 from tokbench.report.canvas import require_format, save
-from tokbench.report.metrics import METRICS, PANEL, find_metric, known_gain, nonfinite, pareto_front, run_names
+from tokbench.report.metrics import (
+    METRICS,
+    PANEL,
+    find_metric,
+    known_gain,
+    measured_names,
+    nonfinite,
+    pareto_front,
+    run_names,
+)
 from tokbench.report.panels import (
     DASHES,
     Art,
@@ -97,14 +106,14 @@ def _panels(df: pd.DataFrame, x: str | Sequence[str] | None, y: str) -> list[str
         return bool((df[find_metric(name).column].notna() & df[find_metric(y).column].notna()).any())
 
     asked = list(DEFAULT_X) if x is None else [x] if isinstance(x, str) else list(x)
+    if y in asked:
+        raise UserError(f"nothing to plot: {y} is on both axes; choose another --x or --y.")
     missing = [name for name in asked if not measured(name)]
     if x is None:
         asked = [name for name in asked if name not in missing]
     if missing and (x is not None or not asked):
-        there = [name for name in METRICS if df[METRICS[name].column].notna().any()]
         raise UserError(
-            f"nothing to plot: no cell has both {y} and {' or '.join(missing)}; "
-            f"measured here: {', '.join(there) or 'nothing'}."
+            f"nothing to plot: no cell has both {y} and {' or '.join(missing)}; measured here: {measured_names(df)}."
         )
     return asked
 

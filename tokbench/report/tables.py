@@ -22,6 +22,7 @@ from tokbench.report.metrics import (
     filter_cells,
     find_metric,
     known_gain,
+    measured_names,
     nonfinite,
     pareto_front,
 )
@@ -105,12 +106,14 @@ def render_table(
         width: characters to fill, the terminal's when None; the least important columns go where all do not
             fit (`rich` only).
 
-    Raises UserError for an unknown format, sort column or filter, and for filters that no cell meets.
+    Raises UserError for an unknown format, sort column or filter, for filters that no cell meets, and for a metric or a
+    front that cells were to be chosen or sorted by and that none has.
     """
     if format not in FORMATS:
         raise UserError(f"no table format {format!r}; there are {', '.join(FORMATS)}.{nearest(format, FORMATS)}")
     df = _with_fronts(df)
     if pareto:
+        _require_front(df)
         df = df[df["is_baseline"] | df[[f"front_{x}" for x in FRONTS.values()]].any(axis=1)]
     chosen = _sorted(filter_cells(df, filters), sort)
     if filters and chosen.empty and not df.empty:
@@ -186,7 +189,17 @@ def _sorted(df: pd.DataFrame, sort: str) -> pd.DataFrame:
         hint = nearest(sort, options)
         raise UserError(f"cannot sort by {sort!r}; there are {', '.join(options)}.{hint}")
     metric = find_metric(sort)
+    if len(df) and df[metric.column].isna().all():
+        raise UserError(f"cannot sort by {sort}: no cell here has it; measured: {measured_names(df)}.")
     return df.sort_values(metric.column, ascending=metric.better == "lower", kind="stable", na_position="last")
+
+
+def _require_front(df: pd.DataFrame) -> None:
+    if len(df) and not df[[f"front_{x}" for x in FRONTS.values()]].to_numpy().any():
+        raise UserError(
+            "--pareto: there is no front, as no cell has both accuracy and FLOPs or speed; "
+            f"measured: {measured_names(df)}."
+        )
 
 
 def _some_cells(df: pd.DataFrame) -> str:

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 from tokbench.conditions import Differences, in_words
 from tokbench.errors import UserError
+from tokbench.store import replace_file
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Check:
         differ: conditions that are not the baseline's, and what that means. None of them fails.
         limits: for each gate that was asked for, in the order they are told, what cells that pass it do.
         verdicts: by gate and cell.
+        skipped: why a gate had nothing to compare, where that is not for lack of a measurement.
         notes: what is worth knowing and no failure: gains, new cells.
     """
 
@@ -43,6 +45,7 @@ class Check:
     differ: Differences
     limits: dict[str, str]
     verdicts: list[Verdict] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -59,7 +62,7 @@ class Check:
         """One line: how many cells pass, and the numbers of the one that comes nearest to failing."""
         verdicts = self.of_gate(gate)
         if not verdicts:
-            return "nothing to compare: it was not measured in both runs"
+            return f"nothing to compare: {self.skipped.get(gate, 'it was not measured in both runs')}"
         good = sum(verdict.passed for verdict in verdicts)
         told = f"{good} of {len(verdicts)} cells {self.limits[gate]}"
         nearest = next((verdict for verdict in verdicts if verdict.passed), None)
@@ -68,8 +71,14 @@ class Check:
         return f"{told}; {'worst' if good == len(verdicts) else 'worst of these'} {nearest.cell}: {nearest.text}"
 
     def gate_passed(self, gate: str) -> bool:
-        """Whether every cell passed the gate."""
+        """Whether no cell failed the gate."""
         return all(verdict.passed for verdict in self.of_gate(gate))
+
+    def word(self, gate: str) -> str:
+        """pass, FAIL, or skip for a gate that had nothing to compare."""
+        if not self.of_gate(gate):
+            return "skip"
+        return "pass" if self.gate_passed(gate) else "FAIL"
 
     def failed(self, gate: str) -> list[str]:
         """The cells that failed the gate and their numbers, a line each; cells of which the same is said share one."""
@@ -84,7 +93,9 @@ class Check:
         others = self.differ.settings
         under = f" (its {in_words(others)} {'is' if len(others) == 1 else 'are'} not the baseline's)" if others else ""
         if self.passed:
-            return f"passed: this run says what the baseline says{under}"
+            skipped = [gate for gate in self.limits if self.word(gate) == "skip"]
+            only = f", but for {' and '.join(skipped)}, which could not be compared" if skipped else ""
+            return f"passed: this run says what the baseline says{only}{under}"
         moved = dict.fromkeys(verdict.cell for verdict in self.verdicts if not verdict.passed)
         gates = [gate for gate in self.limits if not self.gate_passed(gate)]
         return f"failed: {', '.join(gates)}, in {len(moved)} of {len(self.of_gate('cells'))} cells{under}"
@@ -94,7 +105,7 @@ class Check:
         lines = [f"{self.run} against {self.baseline}", f"  {self.scope}"]
         lines += [f"  {line}" for line in self.differ.lines()]
         for gate in self.limits:
-            lines.append(f"{'pass' if self.gate_passed(gate) else 'FAIL'}  {gate:6}  {self.headline(gate)}")
+            lines.append(f"{self.word(gate)}  {gate:6}  {self.headline(gate)}")
             lines += [f"        {line}" for line in self.failed(gate)]
         lines += [f"note  {note}" for note in self.notes]
         return [*lines, self.conclusion()]
@@ -129,7 +140,8 @@ def write_junit(check: Check, path: Path) -> None:
         else:
             ElementTree.SubElement(case, "failure", {"message": _xml(verdict.text), "type": verdict.gate})
     ElementTree.indent(root)
-    ElementTree.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
+    tree = ElementTree.ElementTree(root)
+    replace_file(path, lambda file: tree.write(file, encoding="utf-8", xml_declaration=True))
 
 
 def github_errors(check: Check) -> list[str]:
@@ -154,7 +166,7 @@ def summary(check: Check) -> str:
         lines += [*(f"- {line}" for line in check.differ.lines()), ""]
     lines += ["| gate | verdict | |", "|---|---|---|"]
     for gate in check.limits:
-        verdict = "pass" if check.gate_passed(gate) else "**FAIL**"
+        verdict = check.word(gate).replace("FAIL", "**FAIL**")
         lines.append(f"| {gate} | {verdict} | {_cell(check.headline(gate))} |")
     for gate in check.limits:
         if not check.gate_passed(gate):
