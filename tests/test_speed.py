@@ -5,9 +5,12 @@ Nothing here asserts how fast anything is.
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tokbench.measure import environment, speed
+from tokbench.measure._model import release_memory
 from tokbench.measure.environment import describe_machine, package_versions
 from tokbench.measure.speed import measure_speed, plan
 
@@ -233,6 +237,116 @@ def test_on_a_gpu_the_time_is_that_of_the_kernels() -> None:
     assert results[1].speedup == pytest.approx(2, rel=0.2)
 
 
+class Stream:
+    """Stands for CUDA: kernels are launched at once and run one after the other on the device's own clock."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = self.busy_until = 0.0
+        self.log: list[str] = []
+        stream = self
+
+        class Event:
+            def __init__(self, enable_timing: bool = False) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                stream.log.append("record")
+                self.at = stream.busy_until = max(stream.host, stream.busy_until)
+
+            def elapsed_time(self, end: Event) -> float:
+                assert stream.host >= end.at, "asked before the event came to pass"
+                return 1000 * (end.at - self.at)
+
+        def synchronize(device: object = None) -> None:
+            stream.log.append("synchronize")
+            stream.host = max(stream.host, stream.busy_until)
+
+        @contextmanager
+        def on(device: torch.device) -> Iterator[None]:
+            stream.log.append("on")
+            yield
+            stream.log.append("off")
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+        monkeypatch.setattr(torch.cuda, "device", on)
+
+    def launch(self, seconds: float) -> None:
+        self.host += 1e-5
+        self.busy_until = max(self.host, self.busy_until) + seconds
+
+
+def test_cuda_events_time_the_kernels_of_the_passes_and_nothing_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stream(monkeypatch)
+
+    class Kernel(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            stream.log.append("launch")
+            stream.launch(0.02)
+            return images
+
+    stream.launch(5.0)  # what is in the queue still, of another cell
+    assert speed._cuda_seconds(Kernel(), torch.zeros(1), 10) == pytest.approx(0.02, rel=1e-3)
+    assert stream.log == ["on", "synchronize", "record", *["launch"] * 10, "record", "synchronize", "off"]
+
+
+def test_peak_memory_is_of_one_pass_and_not_of_what_was_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: log.append(name))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: log.append("read") or 7)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 9)
+    model = nn.Conv2d(3, 1, 1)
+    model.register_forward_hook(lambda *_: log.append("pass"))
+    real = speed.placement
+    # On the GPU as far as it is asked, and on the CPU where it computes.
+    monkeypatch.setattr(speed, "placement", lambda model: (SimpleNamespace(type="cuda"), real(model)[1]))
+    move = Tensor.to
+    monkeypatch.setattr(Tensor, "to", lambda self, device, dtype: move(self, dtype))
+    assert speed.measure_memory(model, batch_size=2, input_size=SIZE) == (7, 9)
+    assert log == ["empty_cache", "reset_peak_memory_stats", "pass", "synchronize", "read"]
+
+
+def test_garbage_collection_is_short_while_passes_are_timed(clock: Clock) -> None:
+    frozen: list[int] = []
+
+    class Spy(Ticking):
+        def forward(self, images: Tensor) -> Tensor:
+            frozen.append(gc.get_freeze_count())
+            return super().forward(images)
+
+    measure_speed({"none": Spy(clock, lambda: 1.0, [], "none")}, batch_size=1, input_size=SIZE, rounds=1)
+    assert min(frozen) > 1000 and gc.get_freeze_count() == 0
+
+
+def test_what_failed_for_want_of_memory_lets_go_of_it() -> None:
+    class Large:
+        pass
+
+    def fail(error: Exception) -> None:
+        raise error  # from here on the error holds this frame, and the frame the error
+
+    def work() -> weakref.ref:
+        large = Large()
+        try:
+            try:
+                raise torch.OutOfMemoryError
+            except Exception as error:
+                fail(error)
+        except torch.OutOfMemoryError:
+            return weakref.ref(large)
+        raise AssertionError
+
+    gc.disable()
+    try:
+        left = work()
+        assert left() is not None
+        release_memory(torch.device("cpu"))
+        assert left() is None
+    finally:
+        gc.enable()
+
+
 def test_the_machine_is_described_for_json() -> None:
     machine = describe_machine()
     assert json.loads(json.dumps(machine)) == machine
@@ -247,21 +361,6 @@ def test_the_machine_is_described_for_json() -> None:
 def test_versions_of_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "PACKAGES", ("torch", "no-such-package-here"))
     assert list(package_versions()) == ["python", "torch"]
-
-
-def test_the_driver_is_asked_for_once_and_may_be_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    def answer(*args: object, **kwargs: object) -> SimpleNamespace:
-        return SimpleNamespace(stdout="550.54.15\n550.54.15\n")
-
-    def missing(*args: object, **kwargs: object) -> SimpleNamespace:
-        raise FileNotFoundError("nvidia-smi")
-
-    def failing(*args: object, **kwargs: object) -> SimpleNamespace:
-        raise subprocess.CalledProcessError(9, "nvidia-smi")
-
-    for run, expected in ((answer, "550.54.15"), (missing, None), (failing, None)):
-        monkeypatch.setattr(subprocess, "run", run)
-        assert environment._driver() == expected
 
 
 @pytest.mark.gpu
@@ -368,45 +467,142 @@ def test_what_makes_timings_worthless_is_said(monkeypatch: pytest.MonkeyPatch) -
     assert seen.other_cpu == pytest.approx(0.2) and seen.gpu is None
     assert len(seen.warnings) == 1 and "other work took 20% of the machine's CPU time" in seen.warnings[0]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4096)
-    assert any("4096 threads share" in text for text in environment._cpu_warnings(torch.device("cpu"), 0.0))
+    assert any("4096 threads share" in text for text in environment._host_warnings(torch.device("cpu"), 0.0))
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    (text,) = environment._host_warnings(torch.device("cuda"), 0.0)
+    assert "unset" in text
 
 
-def test_the_state_of_a_gpu_is_what_nvml_tells(monkeypatch: pytest.MonkeyPatch) -> None:
-    import pynvml
+@pytest.mark.parametrize(
+    ("granted", "cores"),
+    [("max 100000", 8), ("150000 100000", 2), ("20000 100000", 1), ("3200000 100000", 8), ("", 8), (None, 8)],
+)
+def test_a_container_has_as_many_cores_as_it_is_granted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, granted: str | None, cores: int
+) -> None:
+    if granted is not None:
+        (tmp_path / "cpu.max").write_text(granted)
+    monkeypatch.setattr(environment, "_CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert environment.available_cores() == cores
 
-    def refuse(*_: object) -> None:
-        raise pynvml.NVMLError_NotSupported
 
-    answers = {
-        "nvmlInit": lambda: None,
-        "nvmlShutdown": lambda: None,
-        "nvmlDeviceGetHandleByUUID": lambda uuid: uuid,
-        "nvmlDeviceGetPowerUsage": lambda handle: 69_500,
-        "nvmlDeviceGetEnforcedPowerLimit": lambda handle: 70_000,
-        "nvmlDeviceGetCurrentClocksEventReasons": lambda handle: 0x4 | 0x20 | 0x1,
-        "nvmlDeviceGetComputeRunningProcesses": lambda handle: [SimpleNamespace(pid=pid) for pid in (-1, -2)],
-        "nvmlDeviceGetClockInfo": lambda handle, kind: 1200,
-        "nvmlDeviceGetMaxClockInfo": lambda handle, kind: 1590,
-        "nvmlDeviceGetTemperature": refuse,
-    }
-    for name, answer in answers.items():
-        monkeypatch.setattr(pynvml, name, answer)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="a-b"))
-    state = environment.gpu_state(torch.device("cuda"))
-    assert state == {
+class Library:
+    """Stands for NVML: one GPU or a slice of one; it must be open to be asked, and be closed in the end."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, prefix: str = "GPU-") -> None:
+        import pynvml
+
+        self.open, self.opened = 0, 0
+        self.refused = {"nvmlDeviceGetTemperature"}
+        self.answers: dict[str, object] = {
+            "nvmlSystemGetDriverVersion": "550.54.15",
+            "nvmlDeviceGetPowerUsage": 69_500,
+            "nvmlDeviceGetEnforcedPowerLimit": 70_000,
+            "nvmlDeviceGetCurrentClocksEventReasons": 0x4 | 0x20 | 0x1,
+            "nvmlDeviceGetCurrentClocksThrottleReasons": 0x8,
+            "nvmlDeviceGetComputeRunningProcesses": [SimpleNamespace(pid=pid) for pid in (7, 8, 9, 9)],
+            "nvmlDeviceGetClockInfo": 1200,
+            "nvmlDeviceGetMaxClockInfo": 1590,
+            "nvmlDeviceGetTemperature": 80,
+            "nvmlDeviceGetHandleByUUID": None,
+            "nvmlDeviceGetDeviceHandleFromMigDeviceHandle": None,
+        }
+
+        def answer(function: str, *words: object) -> object:
+            assert self.open
+            if function in self.refused:
+                raise pynvml.NVMLError_NotSupported
+            if function == "nvmlDeviceGetHandleByUUID":
+                if words != (f"{prefix}a-b",):
+                    raise pynvml.NVMLError_NotFound
+                return "own"
+            if function == "nvmlDeviceGetDeviceHandleFromMigDeviceHandle":
+                if prefix != "MIG-":
+                    raise pynvml.NVMLError_InvalidArgument
+                return "card"
+            if words and prefix == "MIG-":  # of a slice NVML knows the processes, and of the card all else
+                assert words[0] == ("own" if function == "nvmlDeviceGetComputeRunningProcesses" else "card")
+            return self.answers[function]
+
+        def start() -> None:
+            self.open, self.opened = self.open + 1, self.opened + 1
+
+        def stop() -> None:
+            self.open -= 1
+
+        for name in self.answers:
+            monkeypatch.setattr(pynvml, name, partial(answer, name))
+        monkeypatch.setattr(pynvml, "nvmlInit", start)
+        monkeypatch.setattr(pynvml, "nvmlShutdown", stop)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="a-b"))
+
+
+@pytest.mark.parametrize("prefix", ["GPU-", "MIG-"])
+def test_the_state_of_a_gpu_is_what_nvml_tells(monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
+    library = Library(monkeypatch, prefix)
+    assert environment.gpu_state(torch.device("cuda")) == {
         "clock_mhz": 1200,
         "clock_max_mhz": 1590,
+        "memory_clock_mhz": 1200,
         "power_w": 69.5,
         "power_limit_w": 70.0,
         "temperature_c": None,
         "throttling": ["power limit", "temperature"],
         "other_processes": 2,
     }
-    throttled, crowded = environment._gpu_warnings(state)
-    assert "power limit, temperature" in throttled and "2 other processes" in crowded
+    assert environment._driver() == "550.54.15"
+    assert library.open == 0
     assert environment.gpu_state(torch.device("cpu")) is None
-    monkeypatch.setattr(pynvml, "nvmlInit", refuse)
+
+
+def test_what_nvml_does_not_tell_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pynvml
+
+    library = Library(monkeypatch)
+    library.refused |= {"nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetComputeRunningProcesses"}
+    state = environment.gpu_state(torch.device("cuda"))
+    assert state is not None and state["throttling"] == ["hardware slowdown"] and state["other_processes"] is None
+    library.refused |= {"nvmlDeviceGetCurrentClocksThrottleReasons", "nvmlSystemGetDriverVersion"}
+    state = environment.gpu_state(torch.device("cuda"))
+    assert state is not None and state["throttling"] is None and environment._driver() is None
+    watch = environment.Watch(torch.device("cuda"))
+    seen = watch.stop()
+    assert seen.gpu is not None and seen.gpu["throttling"] is None and not any("GPU" in text for text in seen.warnings)
+    library.refused.add("nvmlDeviceGetHandleByUUID")
     assert environment.gpu_state(torch.device("cuda")) is None
+    assert library.open == 0
+
+    def missing() -> None:
+        raise pynvml.NVMLError_LibraryNotFound
+
+    monkeypatch.setattr(pynvml, "nvmlInit", missing)
+    assert environment.gpu_state(torch.device("cuda")) is environment._driver() is None
+    assert environment.Watch(torch.device("cuda")).stop().gpu is None
+
+
+def test_a_gpu_is_watched_while_it_works_and_not_when_it_has_cooled_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Library(monkeypatch)
+    library.refused.clear()
+    watch = environment.Watch(torch.device("cuda"))
+    for clock, reasons, degrees, processes in ((1590, 0, 60, (7,)), (900, 0x20, 86, (7, 8)), (1500, 0x4, 85, (7,))):
+        library.answers |= {
+            "nvmlDeviceGetClockInfo": clock,
+            "nvmlDeviceGetCurrentClocksEventReasons": reasons,
+            "nvmlDeviceGetTemperature": degrees,
+            "nvmlDeviceGetComputeRunningProcesses": [SimpleNamespace(pid=pid) for pid in processes],
+        }
+        watch.look()
+        assert library.open == 1  # kept, so that looks are short
+    library.answers |= {"nvmlDeviceGetClockInfo": 300, "nvmlDeviceGetCurrentClocksEventReasons": 0x1}
+    seen = watch.stop()
+    assert library.open == 0 and seen.gpu is not None
+    assert (seen.gpu["clock_mhz"], seen.gpu["temperature_c"], seen.gpu["other_processes"]) == (900, 86, 1)
+    assert (seen.gpu["throttling"], seen.gpu["throttled"], seen.gpu["looks"]) == (["power limit", "temperature"], 2, 3)
+    throttled, crowded = environment._gpu_warnings(seen.gpu)
+    assert "in 2 of 3 rounds (power limit, temperature; down to 900 of 1590 MHz, up to 86 °C)" in throttled
+    assert crowded.startswith("another process is on the GPU")
+    assert json.loads(json.dumps(seen.gpu)) == seen.gpu
 
 
 def test_git_state_is_of_the_checkout_that_runs(tmp_path: Path) -> None:

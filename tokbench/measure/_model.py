@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -71,5 +72,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def release_memory(device: torch.device) -> None:
     """Give back what PyTorch keeps for later on an accelerator, which may lie in pieces too small to be of use."""
+    # An exception that was passed on by a function it was handed to is held by that function's frame, and holds it: a
+    # cycle, with all the tensors that failed for want of memory.
+    gc.collect()
     if device.type != "cpu":
         torch.accelerator.empty_cache()

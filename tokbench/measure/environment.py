@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +19,8 @@ import torch
 PACKAGES = ("tokbench", "torch", "torchvision", "timm", "fvcore", "numpy", "scipy", "safetensors", "triton")
 
 _SDPA = ("flash", "mem_efficient", "cudnn", "math")
+# What a control group of version 2 is granted: microseconds of CPU time in every so many, or "max".
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 # NVML's bits for what holds clocks down against one's will; idling and a set application clock are none of these.
 _THROTTLING = {
     0x4: "power limit",
@@ -40,11 +45,11 @@ def package_versions() -> dict[str, str]:
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """What speed depends on, ready for JSON: platform, CPU, memory, threads, versions, and a GPU `device`.
 
-    Keys always there: platform, cpu, governor (of its clocks; None where the system does not tell), cores (those this
-    process may use), threads (torch's), memory_gib, sdpa (the kernels of fused attention that are switched on), device,
-    python, torch, timm. On CUDA also: gpu, gpu_memory_gib,
-    gpu_capability, cuda, cudnn, driver (None where nvidia-smi does not tell), matmul_fp32 ("tf32" where
-    float32 matrix products may use TF32).
+    Keys always there: platform, cpu, governor (of its clocks; None where the system does not tell), cores (see
+    `available_cores`), threads (torch's), memory_gib, sdpa (the kernels of fused attention that are switched on),
+    device, python, torch, timm. On CUDA also: gpu, gpu_memory_gib, gpu_capability, cuda, cudnn, driver (None where NVML
+    does not tell), matmul_fp32 and conv_fp32 ("tf32" where float32 matrix products and convolutions may use TF32),
+    cudnn_benchmark.
     """
     device = torch.device(device)
     versions = package_versions()
@@ -52,7 +57,7 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _cpu_name(),
         "governor": _governor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "sdpa": [name for name in _SDPA if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()],
@@ -73,17 +78,19 @@ def _describe_gpu(device: torch.device) -> dict[str, Any]:
         "driver": _driver(),
         # The older allow_tf32 raises once a program has set the precision this way.
         "matmul_fp32": torch.backends.cuda.matmul.fp32_precision,
+        "conv_fp32": torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
     }
 
 
 def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    lines = answer.stdout.split()
-    return lines[0] if lines else None
+    import pynvml
+
+    with _nvml() as is_open:
+        try:
+            return str(pynvml.nvmlSystemGetDriverVersion()) if is_open else None
+        except pynvml.NVMLError:
+            return None
 
 
 def _cpu_name() -> str:
@@ -94,6 +101,16 @@ def _cpu_name() -> str:
             if key.strip() == "model name" and value.strip():
                 return value.strip()
     return platform.processor() or platform.machine()
+
+
+def available_cores() -> int:
+    """How many cores' time this process may use: those it may run on, and no more than its container is granted."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = _CPU_QUOTA.read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else min(cores, max(1, math.ceil(int(quota) / int(period))))
 
 
 def _governor() -> str | None:
@@ -123,8 +140,10 @@ def git_state(folder: Path | None = None) -> dict[str, Any] | None:
 class Disturbance:
     """What else went on while speed was measured, and what is to be said about it.
 
-    other_cpu: share of the machine's CPU time that other processes took, in [0, 1]. gpu: the GPU's state after it,
-    None without one. warnings: sentences, each on one thing that may make the timings worthless.
+    other_cpu: share of the machine's CPU time that other processes took, in [0, 1]. gpu: the GPU's states put together:
+    the lowest clock, the highest power, temperature and number of other processes, every reason for throttling, and
+    in how many of the looks it throttled; None without one. warnings: sentences, each on one thing that may make the
+    timings worthless.
     """
 
     other_cpu: float
@@ -133,19 +152,34 @@ class Disturbance:
 
 
 class Watch:
-    """Watches the machine while speed is measured: `watch = Watch(device)`, the work, then `watch.stop()`."""
+    """Watches the machine while speed is measured: `watch = Watch(device)`, the work, then `watch.stop()`.
+
+    A GPU is looked at by `watch.look()`, best between two rounds: a moment after the last of them it is idle, cool and
+    throttled by nothing.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._gpu = gpu_state(device)
+        self._looks: list[dict[str, Any]] = []
+        self._library = ExitStack()
+        if device.type == "cuda":
+            self._library.enter_context(_nvml())  # so that a look need not open it
         self._began = _cpu_seconds()
+
+    def look(self) -> None:
+        """Note the GPU's state, if there is one to be asked."""
+        if state := gpu_state(self._device):
+            self._looks.append(state)
 
     def stop(self) -> Disturbance:
         """What was seen since the watch began."""
         busy, everything, own = (now - then for now, then in zip(_cpu_seconds(), self._began, strict=True))
         other = max(0.0, busy - own) / everything if everything > 0 else 0.0
-        after = gpu_state(self._device)
-        return Disturbance(round(other, 3), after, tuple(_cpu_warnings(self._device, other) + _gpu_warnings(after)))
+        if not self._looks:
+            self.look()
+        self._library.close()
+        gpu = _together(self._looks)
+        return Disturbance(round(other, 3), gpu, tuple(_host_warnings(self._device, other) + _gpu_warnings(gpu)))
 
 
 def _cpu_seconds() -> tuple[float, float, float]:
@@ -157,9 +191,9 @@ def _cpu_seconds() -> tuple[float, float, float]:
     return everything - idle, everything, own.user + own.system
 
 
-def _cpu_warnings(device: torch.device, other: float) -> list[str]:
+def _host_warnings(device: torch.device, other: float) -> list[str]:
     warnings = []
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     if other > 0.1:
         warnings.append(
             f"other work took {other:.0%} of the machine's CPU time while speed was measured: "
@@ -169,7 +203,25 @@ def _cpu_warnings(device: torch.device, other: float) -> list[str]:
         warnings.append(
             f"{torch.get_num_threads()} threads share {cores} cores: set OMP_NUM_THREADS={cores} and time again"
         )
+    if device.type == "cuda" and os.environ.get("CUDA_LAUNCH_BLOCKING", "0") != "0":
+        warnings.append("CUDA_LAUNCH_BLOCKING makes the host wait for every kernel: unset it and time again")
     return warnings
+
+
+@contextmanager
+def _nvml() -> Iterator[bool]:
+    """NVML open inside the block, which is told whether it is there. It counts: only the last to leave closes it."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        pynvml.nvmlShutdown()
 
 
 def gpu_state(device: torch.device) -> dict[str, Any] | None:
@@ -181,47 +233,72 @@ def gpu_state(device: torch.device) -> dict[str, Any] | None:
         return None
     import pynvml
 
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    try:
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    def ask(function: str, *words: Any) -> Any:
+        try:
+            return getattr(pynvml, function)(*words)
+        except pynvml.NVMLError:
+            return None
 
-        def ask(function: str, *words: Any) -> Any:
-            try:
-                return getattr(pynvml, function)(handle, *words)
-            except pynvml.NVMLError:
-                return None
-
-        power, limit = ask("nvmlDeviceGetPowerUsage"), ask("nvmlDeviceGetEnforcedPowerLimit")
-        reasons = ask("nvmlDeviceGetCurrentClocksEventReasons") or 0
-        processes = ask("nvmlDeviceGetComputeRunningProcesses")
+    with _nvml() as is_open:
+        if not is_open:
+            return None
+        # CUDA's numbers are not NVML's: CUDA_VISIBLE_DEVICES may hide and reorder GPUs. Their UUIDs are the same.
+        uuid = torch.cuda.get_device_properties(device).uuid
+        own = ask("nvmlDeviceGetHandleByUUID", f"GPU-{uuid}") or ask("nvmlDeviceGetHandleByUUID", f"MIG-{uuid}")
+        if own is None:
+            return None
+        # A slice of a GPU has processes of its own; clocks, power and heat are the whole card's.
+        card = ask("nvmlDeviceGetDeviceHandleFromMigDeviceHandle", own) or own
+        power, limit = ask("nvmlDeviceGetPowerUsage", card), ask("nvmlDeviceGetEnforcedPowerLimit", card)
+        reasons = ask("nvmlDeviceGetCurrentClocksEventReasons", card)
+        if reasons is None:  # its name before driver 535
+            reasons = ask("nvmlDeviceGetCurrentClocksThrottleReasons", card)
+        processes = ask("nvmlDeviceGetComputeRunningProcesses", own)
         return {
-            "clock_mhz": ask("nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_SM),
-            "clock_max_mhz": ask("nvmlDeviceGetMaxClockInfo", pynvml.NVML_CLOCK_SM),
+            "clock_mhz": ask("nvmlDeviceGetClockInfo", card, pynvml.NVML_CLOCK_SM),
+            "clock_max_mhz": ask("nvmlDeviceGetMaxClockInfo", card, pynvml.NVML_CLOCK_SM),
+            "memory_clock_mhz": ask("nvmlDeviceGetClockInfo", card, pynvml.NVML_CLOCK_MEM),
             "power_w": None if power is None else power / 1000,
             "power_limit_w": None if limit is None else limit / 1000,
-            "temperature_c": ask("nvmlDeviceGetTemperature", pynvml.NVML_TEMPERATURE_GPU),
-            "throttling": [name for bit, name in _THROTTLING.items() if reasons & bit],
-            "other_processes": None if processes is None else sum(one.pid != os.getpid() for one in processes),
+            "temperature_c": ask("nvmlDeviceGetTemperature", card, pynvml.NVML_TEMPERATURE_GPU),
+            "throttling": None if reasons is None else [name for bit, name in _THROTTLING.items() if reasons & bit],
+            # One is this process, which in a container goes by another number: it cannot be left out by its own.
+            "other_processes": None if processes is None else max(0, len({one.pid for one in processes}) - 1),
         }
-    except pynvml.NVMLError:
+
+
+_PUT_TOGETHER: dict[str, Callable[[list[Any]], Any]] = {
+    "clock_mhz": min,
+    "clock_max_mhz": max,
+    "memory_clock_mhz": min,
+    "power_w": max,
+    "power_limit_w": min,
+    "temperature_c": max,
+    "throttling": lambda all_reasons: [one for one in _THROTTLING.values() if any(one in some for some in all_reasons)],
+    "other_processes": max,
+}
+
+
+def _together(looks: list[dict[str, Any]]) -> dict[str, Any] | None:
+    if not looks:
         return None
-    finally:
-        pynvml.nvmlShutdown()
+    told = {name: [look[name] for look in looks if look[name] is not None] for name in _PUT_TOGETHER}
+    state = {name: put(told[name]) if told[name] else None for name, put in _PUT_TOGETHER.items()}
+    return {**state, "looks": len(looks), "throttled": sum(map(bool, told["throttling"]))}
 
 
 def _gpu_warnings(gpu: dict[str, Any] | None) -> list[str]:
     warnings = []
     if gpu and gpu["throttling"]:
+        why, hottest = ", ".join(gpu["throttling"]), gpu["temperature_c"]
         warnings.append(
-            f"the GPU throttled ({', '.join(gpu['throttling'])}; {gpu['clock_mhz']} of {gpu['clock_max_mhz']} MHz, "
-            f"{gpu['temperature_c']} °C): slow cells may only have run while it was hot"
+            f"the GPU throttled in {gpu['throttled']} of {gpu['looks']} rounds ({why}; down to {gpu['clock_mhz']} of "
+            f"{gpu['clock_max_mhz']} MHz, up to {hottest} °C): "
+            "compare cells within this run only, or lock its clocks lower (nvidia-smi -lgc) and time again"
         )
-    # In a container even the own process may go by another number, so one is no proof.
-    if gpu and (gpu["other_processes"] or 0) > 1:
-        warnings.append(
-            f"{gpu['other_processes']} other processes are on the GPU: their work slows some rounds and not others"
+    if gpu and gpu["other_processes"]:
+        others = (
+            "another process is" if gpu["other_processes"] == 1 else f"{gpu['other_processes']} other processes are"
         )
+        warnings.append(f"{others} on the GPU: other work there slows some rounds and not others")
     return warnings

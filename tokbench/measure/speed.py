@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 
@@ -118,7 +120,7 @@ def measure_speed(
     def turn(name: str) -> float:
         return _seconds(models[name], images, iterations[name])
 
-    with torch.inference_mode(), evaluation_mode(models.values()):
+    with torch.inference_mode(), evaluation_mode(models.values()), _short_collections():
         estimates = each(models, lambda name: _warm_up(models[name], images, warmup))
         single = each(
             (name for name in models if name in latency_of), lambda name: _warm_up(models[name], image, warmup)
@@ -221,6 +223,20 @@ def _fits(model: nn.Module, batch_size: int, input_size: int | Sequence[int] | N
     # Only here: while the exception is being handled, its frames still hold what filled the memory.
     release_memory(device)
     return False
+
+
+@contextmanager
+def _short_collections() -> Iterator[None]:
+    """Python's garbage collector leaves alone what is there already: walking all of it takes as long as many passes."""
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _common_placement(models: Mapping[str, nn.Module]) -> tuple[torch.device, torch.dtype]:
