@@ -12,7 +12,7 @@ import pytest
 from test_runner import Source, stand_in
 
 import tokbench
-from tokbench import bench, progress
+from tokbench import bench, progress, timing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -108,7 +108,7 @@ def test_an_interrupted_run_says_what_is_kept(tokbench_command, tiny, tmp_path, 
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(bench, "measure_speed", interrupt)
+        patch.setattr(timing, "measure_speed", interrupt)
         code, _, err = tokbench_command("run", *QUICK, "--out", run)
     assert code == 130
     command = f"tokbench run {' '.join(map(str, QUICK))} --out {run}"

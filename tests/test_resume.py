@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_runner import CLASSES, IMAGES, Listener, Source, small_grid, stand_in, tiny_model
 
-from tokbench import bench, resume, runner
+from tokbench import answers, bench, resume, runner, timing
 from tokbench.config import Grid, MethodSpec, ModelSpec, RunOptions
 from tokbench.errors import RunStopped, UserError
 from tokbench.measure.accuracy import Predictions
@@ -70,7 +70,7 @@ def test_a_finished_run_is_not_measured_again(source, tmp_path, monkeypatch):
     table = runner.run(small_grid(), tmp_path / "run")
     before = (tmp_path / "run" / "records.jsonl").read_bytes()
     monkeypatch.setattr(bench, "count_flops", lambda *a: pytest.fail("counted"))
-    monkeypatch.setattr(bench, "measure_speed", lambda *a, **k: pytest.fail("timed"))
+    monkeypatch.setattr(timing, "measure_speed", lambda *a, **k: pytest.fail("timed"))
     source.read.clear()
     again = runner.run(small_grid(), tmp_path / "run")
     assert (tmp_path / "run" / "records.jsonl").read_bytes() == before
@@ -100,7 +100,7 @@ def test_a_pass_that_is_interrupted_again_and_again(source, tmp_path, monkeypatc
 def test_a_pass_that_was_over_but_not_recorded_reads_no_image(source, tmp_path, monkeypatch):
     runner.run(small_grid(), tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(bench, "accuracy_fields", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(answers, "accuracy_fields", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             runner.run(small_grid(), tmp_path / "run")
     source.read.clear()

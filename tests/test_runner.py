@@ -13,7 +13,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from tokbench import bench, records, runner
+from tokbench import answers, bench, records, runner, timing
 from tokbench.config import Cell, Grid, MethodSpec, ModelSpec, RunOptions
 from tokbench.errors import UserError
 from tokbench.fusion.core import METHODS, Method
@@ -75,10 +75,10 @@ def stand_in(monkeypatch, source: Source) -> Source:
     """Put the tiny model and these images behind every name; speed takes no time."""
     monkeypatch.setattr(runner, "load_model", lambda name, checkpoint, input_size: tiny_model())
     monkeypatch.setattr(runner, "open_dataset", lambda spec, model, limit: source)
-    monkeypatch.setattr(bench, "SPEED_SECONDS_PER_CELL", 0.001)
+    monkeypatch.setattr(timing, "SPEED_SECONDS_PER_CELL", 0.001)
     quiet = Disturbance(0.0, None, ())
-    monkeypatch.setattr(bench, "Watch", lambda device: SimpleNamespace(stop=lambda: quiet))
-    monkeypatch.setattr(bench, "doubtful_speedups", lambda results: [])
+    monkeypatch.setattr(timing, "Watch", lambda device: SimpleNamespace(look=lambda: None, stop=lambda: quiet))
+    monkeypatch.setattr(timing, "doubtful_speedups", lambda results: [])
     return source
 
 
@@ -198,8 +198,8 @@ def test_only_what_is_asked_for_is_measured(source, tmp_path, only, kinds, plots
 
 def test_cells_share_one_copy_of_the_weights(source, tmp_path, monkeypatch):
     seen = {}
-    real = bench.evaluate
-    monkeypatch.setattr(bench, "evaluate", lambda models, *a, **k: seen.update(models) or real(models, *a, **k))
+    real = answers.evaluate
+    monkeypatch.setattr(answers, "evaluate", lambda models, *a, **k: seen.update(models) or real(models, *a, **k))
     runner.run(small_grid(only=("accuracy",)), tmp_path / "run")
     storages = [{p.data_ptr() for p in model.parameters()} for model in seen.values()]
     assert len(storages) == 3
@@ -283,7 +283,7 @@ def test_without_the_unreduced_model_nothing_is_compared(source, tmp_path, monke
     def refuse(models, *args, on_failure, **kwargs):
         on_failure("tiny/none", RuntimeError("out of memory"))
 
-    monkeypatch.setattr(bench, "evaluate", refuse)
+    monkeypatch.setattr(answers, "evaluate", refuse)
     listener = Listener()
     table = runner.run(small_grid(), tmp_path / "run", progress=listener)
     assert table.set_index("cell").loc["tiny/none", "error"] == "RuntimeError: out of memory"
@@ -305,7 +305,7 @@ def test_operators_without_a_count_are_said(source, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_run_keeps_what_was_measured(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "measure_speed", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(timing, "measure_speed", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         runner.run(small_grid(), tmp_path / "run")
     kinds = [record["kind"] for record in RunFolder.open(tmp_path / "run").records()]
@@ -416,9 +416,8 @@ def test_chance_level_when_one_class_or_no_label_is_there():
 
 def test_readers_of_images_follow_device_and_source(source, tmp_path):
     def workers(device: str, streaming: bool, asked: int | None) -> int:
-        measuring = bench.Bench(None, None, RunOptions(workers=asked), torch.device(device), Progress(), None, 1)
         source.streaming = streaming
-        return measuring._workers(source)
+        return answers.readers(source, RunOptions(workers=asked), torch.device(device))
 
     assert workers("cpu", False, None) == 0
     assert workers("cuda", True, None) == 1
@@ -582,10 +581,10 @@ def test_a_backbone_is_compared_by_its_features(source, tmp_path, monkeypatch):
 
 def test_compiled_models_are_timed_and_eager_ones_judged(source, tmp_path, monkeypatch):
     compiled, judged = [], []
-    real = bench.evaluate
-    monkeypatch.setattr(bench, "compile_model", compiled.append)
+    real = answers.evaluate
+    monkeypatch.setattr(timing, "compile_model", compiled.append)
     monkeypatch.setattr(
-        bench, "evaluate", lambda *args, **kwargs: judged.append(len(compiled)) or real(*args, **kwargs)
+        answers, "evaluate", lambda *args, **kwargs: judged.append(len(compiled)) or real(*args, **kwargs)
     )
     grid = small_grid(MethodSpec("tome", ("8",)))
     grid = dataclasses.replace(grid, options=dataclasses.replace(grid.options, compile=True))
@@ -641,7 +640,7 @@ def fail_once(monkeypatch, owner, name: str, error: Exception) -> None:
 
 @pytest.mark.parametrize(
     ("owner", "name", "phase"),
-    [(VisionTransformer, "to", "setup"), (bench, "evaluate", "accuracy"), (bench, "Watch", "speed")],
+    [(VisionTransformer, "to", "setup"), (answers, "evaluate", "accuracy"), (timing, "Watch", "speed")],
 )
 def test_a_model_that_fails_as_a_whole_leaves_the_others(source, tmp_path, monkeypatch, owner, name, phase):
     fail_once(monkeypatch, owner, name, RuntimeError("lost the device"))
@@ -666,14 +665,14 @@ def test_a_cell_that_cannot_be_compiled_fails_alone(source, tmp_path, monkeypatc
             raise RuntimeError("no compiler")
         return model
 
-    monkeypatch.setattr(bench, "compile_model", refuse)
+    monkeypatch.setattr(timing, "compile_model", refuse)
     table = runner.run(small_grid(only=("flops", "speed"), compile=True), tmp_path / "run").set_index("cell")
     assert table["error"].dropna().to_dict() == {"tiny/tome/8": "RuntimeError: no compiler"}
     assert table["throughput"].notna().to_dict() == {"tiny/none": True, "tiny/tome/8": False, "tiny/random/8": True}
 
 
 def test_out_of_memory_after_throughput_halves_the_batch_as_well(source, tmp_path, monkeypatch):
-    fail_once(monkeypatch, bench, "measure_memory", torch.OutOfMemoryError("full"))
+    fail_once(monkeypatch, timing, "measure_memory", torch.OutOfMemoryError("full"))
     table = runner.run(small_grid(only=("speed",)), tmp_path / "run")
     assert table["error"].isna().all() and set(table["batch_size"]) == {5}
 
@@ -697,3 +696,44 @@ def test_an_installed_copy_names_the_commit_that_pip_took_it_from(tmp_path, monk
         copy = SimpleNamespace(read_text=lambda name, text=text: text, locate_file=lambda name, site=site: site / name)
         monkeypatch.setattr(runner, "distribution", lambda name, copy=copy: copy)
         assert runner.installed_commit() == expected
+
+
+def test_a_model_is_let_go_before_the_next_one_is_measured(source, tmp_path, monkeypatch):
+    """Its weights would count to the next one's peak memory."""
+    loaded, weights = [], []
+    monkeypatch.setattr(runner, "load_model", lambda *_, **__: loaded.append(tiny_model()) or loaded[-1])
+    real = timing.measure_memory
+
+    def measure_memory(model, **how):
+        weights.append([sum(p.numel() for p in one.parameters() if p.device.type != "meta") > 0 for one in loaded])
+        return real(model, **how)
+
+    monkeypatch.setattr(timing, "measure_memory", measure_memory)
+    models = (ModelSpec("tiny"), ModelSpec("tiny", label="again"))
+    runner.run(small_grid(MethodSpec("tome", ("8",)), models=models, only=("speed",)), tmp_path / "run")
+    assert weights == [[True, True]] * 2 + [[False, True]] * 2
+
+
+def test_cells_added_to_a_run_are_timed_on_its_batches(source, tmp_path, small_memory):
+    small_memory("tome", 3)
+    runner.run(small_grid(MethodSpec("tome", ("8",)), only=("speed",)), tmp_path / "run")
+    listener = Listener()
+    grid = small_grid(MethodSpec("tome", ("8",)), MethodSpec("random", ("8",)), only=("speed",))
+    table = runner.run(grid, tmp_path / "run", progress=listener)
+    assert list(table["batch_size"]) == [3, 3, 3] and not listener.warnings
+    small_memory("tofu", 1)
+    grid = small_grid(MethodSpec("tome", ("8",)), MethodSpec("tofu", ("8",)), only=("speed",))
+    table = runner.run(grid, tmp_path / "run", progress=listener).set_index("cell")
+    assert table.loc["tiny/tofu/8", "batch_size"] == 1
+    assert (
+        len(listener.warnings) == 1 and "batches of 1 only" in listener.warnings[0] and "had 3" in listener.warnings[0]
+    )
+
+
+def test_smaller_batches_are_compiled_anew(source, tmp_path, monkeypatch, small_memory):
+    # torch compiles the same code for eight shapes, and refuses the ninth.
+    compiled = []
+    monkeypatch.setattr(timing, "compile_model", compiled.append)
+    small_memory("tome", 3)
+    runner.run(small_grid(MethodSpec("tome", ("8",)), only=("speed",), compile=True), tmp_path / "run")
+    assert len(compiled) == 3 * 3  # the unreduced model, the cell and its limit, for batches of 10, 5 and 3

@@ -11,6 +11,10 @@ class UserError(Exception):
     """Bad input. The message is one line for the user; the CLI prints it and exits with 2."""
 
 
+class BaselineFailed(Exception):
+    """The unreduced model failed, without which nothing can be said of a model's cells."""
+
+
 class RunStopped(UserError):
     """A run that began and cannot go on; what it measured is kept. The CLI prints the message and exits with 3."""
 

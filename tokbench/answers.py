@@ -1,0 +1,159 @@
+"""One pass over the images for all cells of a model that lack their answers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import torch
+
+from tokbench.config import RunOptions
+from tokbench.data import ImageSource, ImageStream
+from tokbench.errors import RunStopped
+from tokbench.measure.accuracy import Predictions, evaluate, join
+from tokbench.records import accuracy_fields, at_chance_level
+from tokbench.resume import HalfPass, PassFile, Reader, require_same_answers
+from tokbench.store import SKIPPED
+
+if TYPE_CHECKING:
+    from tokbench.bench import Bench, Runnable
+
+
+def measure_accuracy(bench: Bench) -> None:
+    """One pass over the images for all cells that lack it, or two where an earlier session left half of one."""
+    source = bench.subject.source
+    assert source is not None
+    file = PassFile(bench.folder, bench.subject.spec.label)
+    half = None if source.streaming else file.load()
+    while any(bench.lacks(runnable.cell, "accuracy") for runnable in bench.running):
+        reference, *others = bench.running
+        members = [reference, *(other for other in others if bench.lacks(other.cell, "accuracy"))]
+        if half:
+            members = [member for member in members if member.cell.id in half.answers]
+        if reference in members and any(bench.lacks(member.cell, "accuracy") for member in members):
+            _pass_over_images(bench, source, members, half or HalfPass(), file)
+        file.remove()
+        half = None
+
+
+def _pass_over_images(
+    bench: Bench, source: ImageSource | ImageStream, members: list[Runnable], half: HalfPass, file: PassFile
+) -> None:
+    """Show the images from where `half` ends to these cells, the unreduced model first, and record all answers."""
+    reference = members[0]
+    before = _stored_answers(bench, reference)
+    skips = _stored_skips(bench, reference)
+    reader = Reader(
+        source, bench.batch_size, readers(source, bench.options, bench.device), half, skips, bench.options.max_bad
+    )
+    batch_sizes = dict(half.batch_sizes)
+    bench.phase("accuracy", len(source))
+    if half.end:
+        bench.progress.advance(half.end)
+    seen = len(half.answers[reference.cell.id].label) if half.answers else 0
+
+    def keep(answers: dict[str, Predictions]) -> None:
+        nonlocal seen
+        own = answers[reference.cell.id]
+        if before is not None:
+            require_same_answers(before, own, seen, repr(str(bench.folder.path)))
+        seen += len(own.label)
+        if not source.streaming:
+            file.add(HalfPass(reader.end, answers, dict(batch_sizes), reader.skipped_since()))
+        bench.progress.advance(reader.end)
+
+    batches = reader.batches()
+    first = next(batches, None)
+    if first is None and not half.answers:
+        raise RunStopped(f"none of the {len(source):,} images of {source.name} can be decoded: nothing to measure.")
+    results = dict(half.answers)
+    if first is not None:
+        try:
+            rest = evaluate(
+                {member.cell.id: member.model for member in members},
+                itertools.chain([first], batches),
+                device=bench.device,
+                dtype=bench.dtype,
+                classifier=bench.subject.model.num_classes > 0,
+                batch_sizes=batch_sizes,
+                on_batch=keep,
+                on_failure=lambda cell_id, error: bench.drop(cell_id, "accuracy", error),
+            )
+        except BaseException:
+            file.save()
+            raise
+        results = {name: join([half.answers[name], own] if half.answers else [own]) for name, own in rest.items()}
+    _record_answers(bench, source, members, results, reader, batch_sizes)
+
+
+def _record_answers(
+    bench: Bench,
+    source: ImageSource | ImageStream,
+    members: list[Runnable],
+    results: dict[str, Predictions],
+    reader: Reader,
+    batch_sizes: dict[str, int],
+) -> None:
+    label, reference = bench.subject.spec.label, members[0]
+    baseline = results[reference.cell.id]
+    first_time = bench.lacks(reference.cell, "accuracy")
+    if reader.skipped:
+        skips = {**bench.folder.skipped(), label: [asdict(image) for image in reader.skipped]}
+        bench.folder.replace(SKIPPED, lambda file: file.write(json.dumps(skips, indent=1).encode() + b"\n"))
+        if first_time:
+            bench.progress.warn(
+                f"{len(reader.skipped)} of {len(source):,} images of {source.name} cannot be decoded, and no cell "
+                f"of {label} saw them: {bench.folder.path / SKIPPED} names them"
+            )
+    for member in members:
+        if member.cell.id not in results or not bench.lacks(member.cell, "accuracy"):
+            continue
+        predictions = results[member.cell.id]
+        bench.folder.replace(bench.folder.prediction_name(member.cell.id), predictions.save)
+        bench.record(
+            member,
+            "accuracy",
+            **accuracy_fields(predictions, baseline),
+            skipped=len(reader.skipped),
+            batch_size=min(bench.batch_size, batch_sizes.get(member.cell.id, bench.batch_size)),
+        )
+        if wrong := predictions.nonfinite():
+            bench.progress.warn(
+                f"{member.cell.id} gives NaN or infinite logits for {wrong:,} of {len(predictions.label):,} "
+                "images; they count as wrong"
+            )
+    if first_time and at_chance_level(baseline, source.num_classes):
+        bench.progress.warn(
+            f"{label} gets {baseline.top1():.1%} of {source.name} right, which is chance level: "
+            "the model's classes and the data's labels probably don't match, and drops mean nothing"
+        )
+
+
+def _stored_answers(bench: Bench, reference: Runnable) -> Predictions | None:
+    """What the unreduced model answered in an earlier session, None where there was no such."""
+    if bench.lacks(reference.cell, "accuracy"):
+        return None
+    path = bench.folder.prediction_path(reference.cell.id)
+    try:
+        return Predictions.load(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise RunStopped(f"the predictions in {path} cannot be read: {error}; --fresh begins a new run.") from error
+
+
+def _stored_skips(bench: Bench, reference: Runnable) -> list[int] | None:
+    if bench.lacks(reference.cell, "accuracy"):
+        return None
+    return [image["index"] for image in bench.folder.skipped().get(bench.subject.spec.label, [])]
+
+
+def readers(source: ImageSource | ImageStream, options: RunOptions, device: torch.device) -> int:
+    """How many processes read the images: 0 for none but this one."""
+    if options.workers is not None:
+        return options.workers
+    # On the CPU the cells themselves use every core, and reading an image costs little next to running them all.
+    if device.type == "cpu":
+        return 0
+    return 1 if source.streaming else min(8, os.cpu_count() or 1)
