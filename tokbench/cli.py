@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 from typer.exceptions import TyperException
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tokbench.progress import LiveProgress
+    from tokbench.report.tables import TextFormat
 
 app = typer.Typer(
     name="tokbench",
@@ -295,16 +296,15 @@ def table(
     from rich.console import Console
 
     from tokbench.report.metrics import load_cells
-    from tokbench.report.tables import render_table
+    from tokbench.report.tables import print_table, render_table
 
-    console = Console()
-    rendered = render_table(
-        load_cells(runs, _complain), format, sort, pareto, filters=filter or (), width=console.width
-    )
-    if isinstance(rendered, str):
-        print(rendered, end="")
+    df, filters = load_cells(runs, _complain), filter or ()
+    if format == "rich":
+        console = Console()
+        piped = not console.is_terminal and "COLUMNS" not in os.environ
+        print_table(console, df, sort, pareto, filters=filters, every_column=piped)
     else:
-        console.print(rendered)
+        print(render_table(df, cast("TextFormat", format), sort, pareto, filters=filters), end="")
 
 
 @app.command()

@@ -117,10 +117,10 @@ class LiveProgress(Progress):
         self._say(f"Warning: {text}", style="bold red")
 
     def finished(self, table: pd.DataFrame, plots: list[Path]) -> None:
-        from tokbench.report.tables import render_table
+        from tokbench.report.tables import print_table
 
         self._live.stop()
-        self._console.print(render_table(table, "rich", width=self._console.width))
+        print_table(self._console, table)
         if self.failures and self.folder:
             self._say(f"{self.failures} failed; tracebacks: {self.folder.path / RECORDS}", style="red")
         for plot in plots:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, overload
 
 import pandas as pd
 import rich
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -38,6 +39,7 @@ _GAINS = {
     "agreement": "agreement with the unreduced model, as the images have no labels,",
     "similarity": "cosine to the unreduced model's features, as the model has no classes,",
 }
+_ALL = 100_000  # characters: wide enough for every column
 _SORT_ALSO = ("model", "method", "schedule", "tokens_final")
 
 
@@ -47,9 +49,14 @@ class _Column:
     text: Callable[[pd.Series], str]
     left: bool = False
     # Where a terminal is too narrow for all, the highest rank goes first; 0 never goes. Files get every column.
-    rank: int = 0
+    rank: float = 0
     # The table's column whose numbers sort it; "" sorts by the text.
     sort: str = ""
+
+    @property
+    def name(self) -> str:
+        """The head, where no neighbor explains it."""
+        return f"Speed-up {self.head}" if self.sort == "speedup_low" else self.head
 
 
 @overload
@@ -125,7 +132,8 @@ def render_table(
         return _json(df)
     columns = _columns(df)
     if format == "rich":
-        return _rich(df, _fitting(df, columns, width or rich.get_console().width))
+        fitting = _fitting(df, columns, width or rich.get_console().width)
+        return _rich(df, fitting, [column.name for column in columns if column not in fitting])
     title, notes = _title(df), _notes(df, columns)
     return (_markdown if format == "md" else _latex)(df, columns, title, notes)
 
@@ -225,22 +233,22 @@ def _columns(df: pd.DataFrame) -> list[_Column]:
         _Column("Schedule", lambda row: "" if row["is_baseline"] else row["schedule"], left=True),
         _number(METRICS["top1"]),
         _number(METRICS["top5"], rank=6),
-        _Column("Drop [95 %]", _drop, sort="drop"),
+        _Column("Drop [95 %]", _drop, rank=0.1, sort="drop"),
         _number(METRICS["agreement"], rank=2),
         _number(METRICS["kl"], rank=9),
         _number(METRICS["similarity"]),
         _Column("Tokens", lambda row: _digits(row, "tokens_final", 0), rank=4, sort="tokens_final"),
-        _number(METRICS["gflops"]),
+        _number(METRICS["gflops"], rank=0.3),
         _number(METRICS["flops_ratio"], rank=5),
         _number(METRICS["method_share"], rank=10),
         _number(METRICS["throughput"], rank=1),
-        _Column("Speed-up", _speedup, sort="speedup"),
+        _Column("Speed-up", _speedup, rank=0.2, sort="speedup"),
         _Column("[95 %]", _speedup_interval, rank=8, sort="speedup_low"),
         _number(METRICS["efficiency"], rank=2),
         _number(METRICS["latency"], rank=3),
         _number(METRICS["latency_p95"], rank=9),
         _number(METRICS["memory"], rank=7),
-        _Column("Front", _front, left=True),
+        _Column("Front", _front, left=True, rank=0.4),
     ]
     if df["model"].nunique() > 1:
         columns.insert(0, _Column("Model", lambda row: row["model"], left=True))
@@ -254,12 +262,39 @@ def _needed(df: pd.DataFrame, column: _Column) -> int:
 
 
 def _fitting(df: pd.DataFrame, columns: list[_Column], width: int) -> list[_Column]:
-    while sum(_needed(df, column) + 1 for column in columns) - 1 > width and any(c.rank for c in columns):
-        columns = [column for column in columns if column.rank < max(c.rank for c in columns)]
-    return columns
+    """The columns that there is room for, the lowest ranks first; those of rank 0 in any case."""
+    chosen: list[_Column] = []
+    for column in sorted(columns, key=lambda column: column.rank):
+        if not column.rank or _width(df, [*chosen, column]) <= width:
+            chosen.append(column)
+    return [column for column in columns if column in chosen]
 
 
-def _number(metric: Metric, rank: int = 0) -> _Column:
+def _width(df: pd.DataFrame, columns: list[_Column]) -> int:
+    return sum(_needed(df, column) + 1 for column in columns) - 1
+
+
+def print_table(
+    console: Console,
+    df: pd.DataFrame,
+    sort: str = "",
+    pareto: bool = False,
+    *,
+    filters: Sequence[str] = (),
+    every_column: bool = False,
+) -> None:
+    """Print a table of `render_table` on a console: the columns that fit, or every one.
+
+    Where not even those fit that are always there, lines are longer than the console is wide: a number without its
+    last digits would be another one.
+    """
+    width = _ALL if every_column else console.width
+    table = render_table(df, "rich", sort, pareto, filters=filters, width=width)
+    console.width = max(console.width, table.min_width or 0)
+    console.print(table)
+
+
+def _number(metric: Metric, rank: float = 0) -> _Column:
     def text(row: pd.Series) -> str:
         return _digits(row, metric.column, sensible_digits(metric, row["images"]))
 
@@ -371,8 +406,11 @@ def _notes(df: pd.DataFrame, columns: Sequence[_Column]) -> list[str]:
     return notes
 
 
-def _rich(df: pd.DataFrame, columns: list[_Column]) -> Table:
-    caption = "\n".join(_notes(df, columns))
+def _rich(df: pd.DataFrame, columns: list[_Column], left_out: list[str]) -> Table:
+    notes = _notes(df, columns)
+    if left_out:
+        notes.append(f"Too narrow for: {', '.join(left_out)}.")
+    caption = "\n".join(notes)
     table = Table(
         title=_title(df) or None,
         caption=Text(caption, style="dim") if caption else None,
@@ -383,6 +421,7 @@ def _rich(df: pd.DataFrame, columns: list[_Column]) -> Table:
         pad_edge=False,
         padding=(0, 1, 0, 0),
         header_style="bold",
+        min_width=_width(df, columns),
     )
     for column in columns:
         # Folded numbers cannot be read; long method parameters and `list:` schedules may fold.
