@@ -6,13 +6,14 @@ import sys
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from tokbench import cli
 
-# For tests/test_fuzz.py; `--hypothesis-profile long` chooses the other one.
+# For tests/test_fuzz.py; `--hypothesis-profile long` chooses the other one, which looks for the smallest form, too:
+# with inputs that take a second each that takes minutes.
 _CALM = {"deadline": None, "suppress_health_check": list(HealthCheck)}
-settings.register_profile("short", max_examples=40, **_CALM)
+settings.register_profile("short", max_examples=40, phases=[Phase.explicit, Phase.reuse, Phase.generate], **_CALM)
 settings.register_profile("long", max_examples=1000, **_CALM)
 
 

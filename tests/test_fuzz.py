@@ -24,7 +24,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 from test_runner import Source, stand_in
@@ -244,6 +244,7 @@ def test_other_commands(line):
 
 
 @few(4)
+@example(["plot", "whole", "half", "--published"])
 @given(st.sampled_from(["report", "plot", "show"]).flatmap(command_lines))
 def test_commands_that_draw(line):
     assert_answer_or_one_line(*line)
@@ -273,8 +274,11 @@ method_bodies = st.lists(
         "    name = 'mine'", "    name = 'tome'", "    name = 3", "    name = 'A\\nB'", "    paper = None",
         "    x: int = 'a'",
         "    x: list = []", "    y: float = 0.5",
-        "    def check_x(value, default): return 3",
+        "    x: int = 1", "    def check_x(value, default): return 3", "    def check_x(value, default): 1/0",
+        "    def check_y(value, default): raise SystemExit(0)", "    check_x = 5", "    z: int = field(kw_only=True)",
         "    def plan(self): pass", "    def __post_init__(self): raise ValueError('no\\nno')", "    z: object",
+        "    def __post_init__(self): raise GeneratorExit", "    def __new__(cls, **fields): return 3",
+        "    place = 'nowhere'", "    flops_shape = None", "    def __init__(self): pass",
     ]),
     max_size=4,
 ).map("\n".join)  # fmt: skip
@@ -286,17 +290,20 @@ plugins = st.one_of(
         b"import sys; sys.exit('bye')",
         b"1/0", b"raise BaseException('a\\nb')", b"import no_such_module", b"def f(): f()\nf()",
         b"raise Exception", b"(" * 300,
-        b"raise GeneratorExit", b"import tokbench\ntokbench.register_method(3)", b"raise KeyError",
+        b"raise GeneratorExit", 
+        b"class E(Exception):\n    def __str__(self): raise KeyError\nraise E",
+        b"import tokbench\ntokbench.register_method(3)", b"raise KeyError",
     ]),
     st.builds(
         lambda decorators, base, body: (
-            f"import dataclasses, tokbench\n{decorators}\nclass Mine{base}:\n    name = 'mine'\n{body}\n".encode()
+            f"import tokbench\nfrom dataclasses import dataclass, field\nfrom tokbench.fusion.core import Method\n"
+            f"{decorators}\nclass Mine{base}:\n    name = 'mine'\n{body}\n".encode()
         ),
         st.sampled_from([
-            "@tokbench.register_method", "@tokbench.register_method\n@dataclasses.dataclass(frozen=True)",
-            "@dataclasses.dataclass\n@tokbench.register_method", "@tokbench.register_method()", "",
+            *["@tokbench.register_method\n@dataclass(frozen=True)"] * 3, "@tokbench.register_method",
+            "@dataclass\n@tokbench.register_method", "@tokbench.register_method()", "",
         ]),
-        st.sampled_from(["(tokbench.Method)", "", "(tokbench.Methd)", "(int)"]),
+        st.sampled_from([*["(Method)"] * 3, "", "(Methd)", "(int)"]),
         method_bodies,
     ),
 )  # fmt: skip
@@ -437,6 +444,16 @@ def test_tampered_runs_are_read(_, command):
 )
 def test_tampered_runs_are_drawn(_, command):
     assert_answer_or_one_line(*command, "tampered")
+
+
+@few(4)
+@given(tampered_runs())
+def test_tampered_runs_are_continued(_):
+    """What was measured stays, whatever comes of it."""
+    path = Path("tampered") / RECORDS
+    before = path.read_bytes() if path.is_file() else b""
+    assert_answer_or_one_line(*GO_ON, "tampered")
+    assert not path.is_file() or path.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
 
 
 @given(tampered_runs())

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from test_runner import Source, stand_in
 from timm.models.vision_transformer import VisionTransformer
 
 import tokbench
 from tokbench import cli, plugins
-from tokbench.fusion.core import METHODS, register_method
+from tokbench.fusion.core import METHODS, Method, make_method, register_method
 from tokbench.plugins import load_plugins
+from tokbench.store import RunFolder
 
 EXAMPLE = Path(__file__).parents[1] / "docs" / "my_method.py"
 
@@ -119,3 +122,107 @@ def test_a_method_needs_a_name_that_can_be_typed():
     for name in ("", "My Method", "none"):
         with pytest.raises(tokbench.UserError):
             register_method(type("Mine", (METHODS["tome"],), {"name": name}))
+
+
+MINE = """
+import sys
+from dataclasses import dataclass
+import torch, tokbench
+from tokbench.fusion.core import Assignment, Method
+
+class Unprintable(Exception):
+    def __str__(self): raise ValueError
+
+@tokbench.register_method
+@dataclass(frozen=True)
+class Mine(Method):
+    name = "mine"
+    which: str = ""
+    def plan(self, view, r):
+        B, N, _ = view.x.shape
+        good = torch.arange(N - r).expand(B, -1)
+        joining = torch.arange(N - r, N).expand(B, -1)
+        exec(PLANS[self.which], globals(), locals())
+        return eval(RESULTS.get(self.which, "Assignment(good)"), globals(), locals())
+
+PLANS, RESULTS = {}, {}
+"""
+# What a plan does before, and what it returns: the words of the failure.
+WRONG_PLANS = {
+    "nothing": ("", "None", "must be an Assignment, not NoneType"),
+    "exits": ("sys.exit(0)", "", "mine.plan raised SystemExit: 0"),
+    "no exception": ("raise GeneratorExit", "", "mine.plan raised GeneratorExit"),
+    "unprintable": ("raise Unprintable", "", "Unprintable: \\(its text cannot be had: ValueError\\)"),
+    "surrogate": ("raise ValueError('\\udcff [red]')", "", r"ValueError: \udcff \[red\]"),
+    "far": ("", "Assignment(good + 1000)", "block 0: kept holds 1000 to 1056; there are 65"),
+    "floats": ("", "Assignment(good.float())", "kept must be a tensor of torch.long on cpu, not torch.float32"),
+    "elsewhere": ("", "Assignment(good.to('meta'))", "not torch.int64 on meta"),
+    "one image": ("", "Assignment(good[:1])", "gave 1 answers to 10 images"),
+    "flat": ("", "Assignment(good[0])", "kept must be a tensor"),
+    "no patch": ("", "Assignment(good[:, :1])", "kept must hold a patch token beside the 1 prefix tokens"),
+    "no class token": ("", "Assignment(good + 1)", "kept must begin with the prefix tokens"),
+    "twice": ("", "Assignment(good, good, good)", "a token can be kept or merged away once only"),
+    "no slot": ("", "Assignment(good, joining)", "slot must be a tensor of torch.long on cpu, not None"),
+    "bad slot": ("", "Assignment(good, joining, joining)", "slot holds 57 to 64; there are 57"),
+    "weight": (
+        "",
+        "Assignment(good, joining, joining * 0, torch.ones(3))",
+        r"weight must be \(1, 65\) on cpu, not \(3,\)",
+    ),
+    "combine": ("", "Assignment(good, combine='men')", "combine is mean, sum or mlerp, not 'men'"),
+    "sliced": ("", "Assignment(torch.cat([good[:, :-1], good[:, -1:] + 1], 1), sliced=True)", "sliced promises"),
+    "in place": ("view.x.mul_(2)", "", "tokens in view.x are there to be looked at, and were changed"),
+    "by batch": ("", "Assignment(good[:, : N - r - (1 if B > 1 else 0)])", "removes other numbers of tokens"),
+}
+
+
+def test_wrong_plans_fail_alone_and_say_why(tmp_path, monkeypatch, tokbench_command, one_thread):
+    """Some would not fail by themselves, but look fast, or end the command as if all were well."""
+    source = stand_in(monkeypatch, Source())
+    monkeypatch.setattr("tokbench.runner._draw", lambda table, folder: [])
+    plans = "".join(f"PLANS[{name!r}] = {before!r}\n" for name, (before, _, _) in WRONG_PLANS.items())
+    results = "".join(f"RESULTS[{name!r}] = {given!r}\n" for name, (_, given, _) in WRONG_PLANS.items() if given)
+    (tmp_path / "mine.py").write_text(MINE + plans + results)
+    methods = [f"--method=mine:which={name}" for name in WRONG_PLANS]
+    words = ("--plugin", tmp_path / "mine.py", "--schedule=8", "--batch-size=10", "--workers=0", "--device=cpu")
+    code, out, err = tokbench_command(
+        "run", "--model=tiny", *methods, "--method=topk", *words, "--out", tmp_path / "run"
+    )
+    assert code == 3 and not err and f"{len(WRONG_PLANS)} failed" in out
+    records = RunFolder.open(tmp_path / "run").records()
+    failures = {record["params"]["which"]: record["message"] for record in records if record["kind"] == "failure"}
+    assert failures.keys() == WRONG_PLANS.keys()
+    for name, (*_, words) in WRONG_PLANS.items():
+        assert re.search(words, failures[name]), (name, failures[name])
+    assert [record["kind"] for record in records if record["method"] == "topk"] == ["flops", "accuracy", "speed"]
+    assert len(source.read) == len(source)
+
+
+@pytest.mark.parametrize(
+    "body, method, words",
+    [
+        ("def check_x(value, default): 1/0", "mine:x=1", r"check_x\(1\) failed: ZeroDivisionError"),
+        ("def check_x(value, default): raise SystemExit(0)", "mine:x=1", "SystemExit: 0"),
+        ("check_x = 5", "mine:x=1", "TypeError: 'int' object is not callable"),
+        ("def check_x(value, default): return ''", "mine:x=2020-01-01", "parameters cannot be recorded"),
+        ("def __post_init__(self): raise SystemExit(0)", "mine", "'mine' with no parameters failed: SystemExit: 0"),
+        ("place = 'nowhere'", "mine", "place is one of start, middle, end, not 'nowhere'"),
+        ("flops_shape = None", "mine", "flops_shape is one of constant, keep, not None"),
+    ],
+)
+def test_methods_that_cannot_be_made_are_refused_before_anything_begins(
+    body, method, words, tmp_path, tokbench_command
+):
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\nfrom tokbench.fusion.core import Method, register_method\n"
+        "@register_method\n@dataclass(frozen=True)\nclass Mine(Method):\n"
+        f"    name = 'mine'\n    x: int = 3\n    {body}\n"
+    )
+    code, _, err = tokbench_command("run", "--dry-run", "--plugin", tmp_path / "mine.py", "--method", method)
+    assert code == 2 and err.count("\n") == 1 and re.search(words, err), err
+
+
+def test_a_method_that_is_no_dataclass_is_refused(monkeypatch):
+    monkeypatch.setitem(METHODS, "mine", type("Mine", (Method,), {"name": "mine"}))
+    with pytest.raises(tokbench.UserError, match="put @dataclass.* right above class Mine"):
+        make_method("mine")

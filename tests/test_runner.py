@@ -251,11 +251,17 @@ def test_a_cell_that_raises_in_the_speed_measurement_only(source, tmp_path, brok
 
 
 @pytest.mark.parametrize(
-    ("schedule", "words"), [("keep:0.5@9", "block 9 is not there"), ("list:1,1,1,1,1", "has 5 entries.*4 blocks")]
+    ("method", "words"),
+    [
+        (MethodSpec("topk", ("keep:0.5@9", "keep:0.5@1")), "block 9 is not there"),
+        (MethodSpec("topk", ("list:1,1,1,1,1",)), "has 5 entries.*4 blocks"),
+        (MethodSpec("tofu", ("8",), {"prune_blocks": [0, 10**20]}), f"block {10**20} is not there; blocks are 0 to 3"),
+        (MethodSpec("tofu", ("8",), {"prune_blocks": 5}), "prune_blocks=5; the model has 4 blocks"),
+    ],
 )
-def test_a_block_that_is_not_there_is_refused_before_anything_is_measured(source, tmp_path, schedule, words):
+def test_a_block_that_is_not_there_is_refused_before_anything_is_measured(source, tmp_path, method, words):
     with pytest.raises(UserError, match=words):
-        runner.run(small_grid(MethodSpec("topk", (schedule, "keep:0.5@1"))), tmp_path / "run")
+        runner.run(small_grid(method), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -500,8 +506,8 @@ def test_a_cell_that_answers_with_nan_only_has_no_image_right(source, tmp_path, 
         name = "lost"
 
         def plan(self, view, r):
-            view.x.fill_(float("nan"))
-            return METHODS["random"]().plan(view, r)
+            weight = torch.full(view.x.shape[:2], float("nan"))
+            return dataclasses.replace(METHODS["tome"]().plan(view, r), weight=weight)
 
     monkeypatch.setitem(METHODS, "lost", dataclasses.dataclass(frozen=True)(Lost))
     listener = Listener()

@@ -17,7 +17,7 @@ import pytest
 
 from tokbench import store
 from tokbench.errors import RunStopped, UserError
-from tokbench.store import RunFolder, new_run_path
+from tokbench.store import RunFolder, is_run, new_run_path
 
 RECORD = {
     "kind": "flops",
@@ -261,3 +261,11 @@ def test_repair_leaves_the_temporary_files_of_others_alone(run: RunFolder) -> No
     foreign.touch()
     run.repair()
     assert foreign.exists() and not ours.exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "file/x", "a\0b"])
+def test_a_folder_that_cannot_be_is_refused(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="run folder .*: "):
+        if not is_run(tmp_path / name):
+            RunFolder.create(tmp_path / name, {})

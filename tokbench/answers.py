@@ -112,6 +112,11 @@ def _record_answers(
         if member.cell.id not in results or not bench.lacks(member.cell, "accuracy"):
             continue
         predictions = results[member.cell.id]
+        try:
+            member.require_same_tokens()
+        except ValueError as error:
+            bench.drop(member.cell.id, "accuracy", error)
+            continue
         bench.folder.replace(bench.folder.prediction_name(member.cell.id), predictions.save)
         bench.record(
             member,
@@ -139,7 +144,7 @@ def _stored_answers(bench: Bench, reference: Runnable) -> Predictions | None:
     path = bench.folder.prediction_path(reference.cell.id)
     try:
         return Predictions.load(path)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise RunStopped(f"the predictions in {path} cannot be read: {error}; --fresh begins a new run.") from error
 
 

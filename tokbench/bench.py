@@ -22,7 +22,7 @@ from tokbench.config import Cell, ModelSpec, RunOptions
 from tokbench.data import ImageSource, ImageStream, load_batches
 from tokbench.errors import BaselineFailed, RunStopped, UserError, one_line
 from tokbench.fusion.core import METHODS, make_method
-from tokbench.fusion.patch import fork, tokens_per_block
+from tokbench.fusion.patch import fork, rehearse, tokens_per_block
 from tokbench.measure._model import release_memory
 from tokbench.measure.flops import count_flops
 from tokbench.progress import Progress
@@ -78,6 +78,15 @@ class Runnable:
     def limit_name(self) -> str:
         """The same for cells with the same limit, so that it is timed once."""
         return f"free/{cast(Any, self.model).fusion.method.place}/{self.identity['tokens']}"
+
+    def require_same_tokens(self) -> None:
+        """Raise ValueError unless the last forward pass had the tokens that the cell's records tell."""
+        tokens = tokens_per_block(self.model)
+        if tokens != self.identity["tokens"]:
+            raise ValueError(
+                f"the method removes other numbers of tokens from other images: {tokens} are left in the blocks, and "
+                f"{self.identity['tokens']} at first"
+            )
 
 
 @dataclass
@@ -194,7 +203,7 @@ class Bench:
                 identity["calibrated"] = {"images": len(images), **fusion.method.parameters()}
         image = torch.rand(1, *self.subject.input_size, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
-            model(image.to(self.device, self.dtype))
+            rehearse(model, image.to(self.device, self.dtype))
         identity["tokens"] = tokens_per_block(model)
         return Runnable(cell, model, identity, _speed_limit(model, base))
 

@@ -30,8 +30,8 @@ def catalogue() -> list[Entry]:
     core = sys.modules.get("tokbench.fusion.core")
     if core is not None and "tokbench.fusion.tome" in sys.modules:
         return [
-            Entry(method.name, method.paper, _first_line(method.__doc__), method().parameters())
-            for method in core.METHODS.values()
+            Entry(name, method.paper, _first_line(method.__doc__), core.make_method(name).parameters())
+            for name, method in core.METHODS.items()
         ]
     return built_in()
 

@@ -17,7 +17,7 @@ import typer
 from typer.exceptions import TyperException
 
 from tokbench import __version__
-from tokbench.errors import RunStopped, UserError, nearest
+from tokbench.errors import RunStopped, UserError, nearest, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,7 +86,7 @@ def _usage(error: TyperException) -> str:
 
 
 def _complain(text: str) -> None:
-    print("tokbench:", " ".join(text.split()), file=sys.stderr)
+    print("tokbench:", printable(" ".join(text.split())), file=sys.stderr)
 
 
 def _load_plugins(paths: list[Path] | None) -> None:

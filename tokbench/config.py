@@ -115,6 +115,10 @@ class MethodSpec:
         from tokbench.fusion.core import make_method
 
         make_method(self.name, **self.params)
+        try:
+            json.dumps(self.params, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"method '{self.name}': its parameters cannot be recorded: {shortened(error)}") from error
 
     def __str__(self) -> str:
         params = ",".join(f"{key}={_write_value(value)}" for key, value in self.params.items())
@@ -392,7 +396,7 @@ def _read_value(text: str) -> Any:
 
 
 def _write_value(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=repr)
 
 
 def _require_type(what: str, value: object, kind: type) -> None:

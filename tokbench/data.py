@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 
 from tokbench.bundled.clutter import CLASSES, Layout, compose, draw_layout, read_idx
-from tokbench.errors import UserError, nearest, shortened
+from tokbench.errors import UserError, nearest, printable, shortened
 from tokbench.images import ImageError, Skipped, decode
 from tokbench.measure._model import resolve_input_size
 from tokbench.models import HubError
@@ -298,9 +298,13 @@ def _single_image(name: str) -> Image.Image:
             raise UserError(f"image {name!r}: bundled images are bundled:1 to bundled:{len(composites)}.")
         return composites[int(number) - 1][0]
     path = Path(os.path.expanduser(name))
-    if path.is_dir():
+    try:
+        is_folder, is_there = path.is_dir(), path.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise UserError(f"image {name[:100]!r} cannot be read: {error.strerror}.") from error
+    if is_folder:
         raise UserError(f"image {name!r} is a folder; give single images, such as those in it.")
-    if not path.exists():
+    if not is_there:
         siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"image {name!r} does not exist.{nearest(path.name, siblings)}")
     return _Files(path.parent, [(path.name, -1)])[0][0]
@@ -394,7 +398,7 @@ def _open_folder(folder: Path, model: nn.Module, limit: int | None) -> ImageSour
     chosen = _choose(len(files), limit)
     sizes = [f"{files[i][0]} {_size(root / files[i][0])}\n" for i in chosen]
     return ImageSource(
-        _printable(f"{root.parent.name}/{root.name}" if root.name in _SPLIT_FOLDERS else root.resolve().name),
+        printable(f"{root.parent.name}/{root.name}" if root.name in _SPLIT_FOLDERS else root.resolve().name),
         _Files(root, files),
         chosen,
         _preparation(model, labels),
@@ -481,12 +485,6 @@ def _is_special(path: Path) -> bool:
         return not stat.S_ISREG(path.stat().st_mode)
     except OSError:
         return False
-
-
-def _printable(name: str) -> str:
-    """A file's name as a title: in one line, and as text that any file or terminal can hold."""
-    text = name.encode(errors="backslashreplace").decode()
-    return text if text.isprintable() else repr(text)[1:-1]
 
 
 # --- what timm opens
@@ -780,4 +778,4 @@ def _plain(name: str) -> str:
 
 
 def _some(names: Sequence[str], shown: int = 3) -> str:
-    return ", ".join(map(_printable, names[:shown])) + (", …" if len(names) > shown else "")
+    return ", ".join(map(printable, names[:shown])) + (", …" if len(names) > shown else "")

@@ -27,10 +27,22 @@ def nearest(word: str, options: Iterable[str], count: int = 3) -> str:
 
 def one_line(error: BaseException) -> str:
     """A UserError says it all; of other errors the kind and the first line."""
-    lines = str(error).strip().splitlines() or [""]
+    lines = _text(error).strip().splitlines() or [""]
     return lines[0] if isinstance(error, UserError) else f"{type(error).__name__}: {lines[0]}".rstrip(": ")
 
 
 def shortened(error: BaseException) -> str:
     """What an error says, on one line of at most 200 characters; its kind where it says nothing."""
-    return textwrap.shorten(str(error), 200, placeholder=" …") or type(error).__name__
+    return textwrap.shorten(_text(error), 200, placeholder=" …") or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Text as any file can hold it and no terminal obeys it: what cannot be printed becomes \\n, \\x1b and \\udcff."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as second:
+        return f"(its text cannot be had: {type(second).__name__})"

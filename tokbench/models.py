@@ -164,8 +164,12 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
     Never unpickles anything but tensors and plain containers. Raises UserError if there is nothing to read.
     """
-    if not path.is_file():
-        if path.is_dir():
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise UserError(f"checkpoint {str(path)[:100]!r} cannot be read: {error.strerror}.") from error
+    if not is_file:
+        if is_folder:
             raise UserError(f"checkpoint {str(path)!r} is a folder; give the file with the weights.")
         siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"checkpoint {str(path)!r} does not exist.{nearest(path.name, siblings)}")

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import tokbench.fusion  # noqa: F401  (registers the methods that a plugin may not replace)
-from tokbench.errors import UserError, nearest
+from tokbench.errors import UserError, nearest, shortened
 from tokbench.fusion.core import METHODS
 
 LOADED: dict[str, str] = {}
@@ -25,9 +25,13 @@ def load_plugins(paths: Iterable[str | Path]) -> list[str]:
 
 
 def _load(path: Path) -> list[str]:
-    if not path.is_file():
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
         siblings = [other.name for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise UserError(f"plugin '{path}' is not there.{nearest(path.name, siblings)}")
+        raise UserError(f"plugin '{path}' is not there.{nearest(path.name, siblings)}") from None
+    except OSError as error:
+        raise UserError(f"plugin '{str(path)[:100]}' cannot be read: {error.strerror}") from error
     name = f"tokbench_plugin_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -40,11 +44,12 @@ def _load(path: Path) -> list[str]:
         raise
     except BaseException as error:  # also one that exits: a plugin must not end a command as if all were well
         del sys.modules[name]
-        raise UserError(f"plugin '{path}'{_line_of(error, path)}: {type(error).__name__}: {error}") from error
+        where, kind = _line_of(error, path), type(error).__name__
+        raise UserError(f"plugin '{path}'{where}: {kind}: {shortened(error)}") from error
     registered = [method for method, kind in METHODS.items() if kind.__module__ == name]
     if not registered:
         raise UserError(f"plugin '{path}' registers no method; put @tokbench.register_method above its class")
-    LOADED[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    LOADED[path.name] = hashlib.sha256(content).hexdigest()
     return registered
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from tokbench.errors import printable
 from tokbench.store import RECORDS, RunFolder
 
 if TYPE_CHECKING:
@@ -161,4 +162,4 @@ class LiveProgress(Progress):
         return table
 
     def _say(self, text: str, style: str | None = None) -> None:
-        self._console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(printable(text), style=style, highlight=False, markup=False, soft_wrap=True)

@@ -8,7 +8,6 @@ with Holm's correction for the number of cells, at 5 %. Flips are counted whethe
 from __future__ import annotations
 
 import math
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from tokbench.conditions import Differences, decide, differences, in_words
 from tokbench.config import Grid, ModelSpec, RunOptions
-from tokbench.errors import UserError
+from tokbench.errors import UserError, shortened
 from tokbench.measure.accuracy import Predictions
 from tokbench.measure.stats import holm, mcnemar_p, paired_drop
 from tokbench.progress import Progress
@@ -176,8 +175,8 @@ class _Run:
         path = self.folder.prediction_path(cell.id)
         try:
             found = Predictions.load(path)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"the predictions of {cell.id} cannot be read: {path} ({type(error).__name__})") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"the predictions of {cell.id} cannot be read: {path} ({shortened(error)})") from error
         images = cell.kinds["accuracy"]["images"]
         if len(found.label) != images:
             raise UserError(f"{path} has {len(found.label)} predictions, its record {images}")

@@ -64,6 +64,7 @@ def apply(
             raise UserError(f"method 'none' has no parameter '{next(iter(params))}'")
         return remove(model)
     made = make_method(method, **params)
+    made.require_depth(len(model.blocks))
     resolved = resolve_schedule(model, countable(made), parsed)
     return insert(model, calibrate(model, made, resolved, images), resolved, trace=trace)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,7 +15,7 @@ from tokbench.config import Cell
 from tokbench.data import ImageSource, ImageStream, load_batches
 from tokbench.errors import RunStopped, UserError, one_line
 from tokbench.images import Skipped
-from tokbench.measure.accuracy import ARRAYS, Predictions, join
+from tokbench.measure.accuracy import ARRAYS, Predictions, join, load_arrays
 from tokbench.schedules import parse_schedule
 from tokbench.store import RunFolder
 
@@ -183,18 +182,24 @@ class PassFile:
 def _read(path: Any) -> tuple[int, HalfPass] | None:
     """(start, what `PassFile.save` wrote), None for a broken file."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            about = json.loads(str(archive["about"]))
-            answers = {
-                cell: Predictions(
-                    **{name: archive[name if name == "label" else f"{name}_{i}"] for name in ARRAYS},
-                    classifies=about["classifies"],
-                )
-                for i, cell in enumerate(about["cells"])
-            }
+        arrays = load_arrays(path)
+        about = json.loads(str(arrays["about"]))
+        start, end, batch_sizes = about["start"], about["end"], about["batch_sizes"]
+        answers = {
+            cell: Predictions.from_arrays(
+                {name: arrays[name if name == "label" else f"{name}_{i}"] for name in ARRAYS}
+                | {"classifies": about["classifies"]}
+            )
+            for i, cell in enumerate(about["cells"])
+        }
         skipped = [Skipped(**image) for image in about["skipped"]]
-        return about["start"], HalfPass(about["end"], answers, about["batch_sizes"], skipped)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        fits = len(arrays["label"]) + len(skipped) == end - start and all(
+            start <= image.index < end and isinstance(image.name, str) and isinstance(image.reason, str)
+            for image in skipped
+        )
+        sized = all(isinstance(size, int) and size > 0 for size in batch_sizes.values())
+        return (start, HalfPass(end, answers, batch_sizes, skipped)) if answers and fits and sized else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

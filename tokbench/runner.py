@@ -21,7 +21,8 @@ from timm.models.vision_transformer import VisionTransformer
 from tokbench.bench import Bench, Subject, calibrates
 from tokbench.config import Grid, ModelSpec, RunOptions
 from tokbench.data import open_dataset
-from tokbench.errors import UserError
+from tokbench.errors import RunStopped, UserError
+from tokbench.fusion.core import make_method
 from tokbench.fusion.patch import require_supported
 from tokbench.measure._model import resolve_input_size
 from tokbench.measure.environment import describe_machine, git_state, package_versions
@@ -31,7 +32,7 @@ from tokbench.progress import Progress
 from tokbench.resolve import check_schedule
 from tokbench.resume import Measured, agreed_conditions
 from tokbench.schedules import parse_schedule
-from tokbench.store import RunFolder, fresh_path, is_run, new_run_path, require_free, stopping_at_write_errors
+from tokbench.store import RunFolder, fresh_path, is_run, new_run_path, require_free
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +69,8 @@ def run(
     options = options or grid.options
     progress = progress or Progress()
     path = Path(out) if out else new_run_path(label=grid.models[0].label)
-    path = fresh_path(path) if fresh else path
+    if fresh and is_run(path):
+        path = fresh_path(path)
     if not is_run(path):
         require_free(path)  # before any model is downloaded
     device = find_device(options.device)
@@ -86,9 +88,12 @@ def run(
         for subject in subjects:
             batch_size = manifest["conditions"]["batch_size"]
             Bench(subject, folder, options, device, progress, measured, batch_size).measure()
-        table = load_table([folder.path])
-        with stopping_at_write_errors(folder.path):
+        try:
+            table = load_table([folder.path])
             plots = _draw(table, folder.path)
+        except UserError as error:
+            kept = "; what was measured is kept." if is_run(path) else ""
+            raise RunStopped(f"{str(error).rstrip('.')}{kept}") from error
         progress.finished(table, plots)
     return table
 
@@ -116,6 +121,8 @@ def _load(spec: ModelSpec, grid: Grid, options: RunOptions) -> Subject:
     for cell in cells:
         if cell.schedule:
             check_schedule(parse_schedule(cell.schedule), len(model.blocks))
+        if not cell.is_baseline:
+            make_method(cell.method.name, **cell.method.params).require_depth(len(model.blocks))
     looks_at_images = "accuracy" in options.only or any(calibrates(cell) for cell in cells)
     source = open_dataset(grid.data, model, limit=options.limit) if looks_at_images else None
     return Subject(spec, model, weights_sha256(model), resolve_input_size(model, None), source, cells)

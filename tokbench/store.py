@@ -20,6 +20,7 @@ import json
 import os
 import re
 import socket
+import stat
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -41,7 +42,8 @@ _TEMPORARY = ".tokbench.tmp"  # nobody else names files so: repair removes those
 # What readers of records rely on. A field that is not named here may hold anything.
 _IDENTITY = ("kind", "cell", "model", "method", "schedule")
 _TEXTS = frozenset({
-    *_IDENTITY, "resolved", "weights_sha256", "data", "data_fingerprint", "dtype", "device", "phase", "message",
+    *_IDENTITY, "resolved", "weights_sha256", "weights", "data", "data_fingerprint", "dtype", "device",
+    "fused_attention", "phase", "message",
 })  # fmt: skip
 _NUMBERS = frozenset({
     "flops", "flops_ratio", "flops_attention", "flops_mlp", "flops_method", "flops_rest", "images", "correct",
@@ -253,8 +255,14 @@ def stopping_at_write_errors(folder: Path) -> Iterator[None]:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a run was begun in that folder."""
-    return (path / MANIFEST).is_file()
+    """Whether a run was begun in that folder. Raises UserError for a path that cannot be looked at."""
+    try:
+        return stat.S_ISREG(os.stat(path / MANIFEST).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot use the run folder {str(path)[:100]!r}: {reason}.") from error
 
 
 def require_free(path: Path) -> None:
@@ -267,7 +275,7 @@ def require_free(path: Path) -> None:
 
 def _is_used(folder: Path) -> bool:
     # What a process leaves that is killed before it writes the manifest is nothing.
-    return any(file.name not in (_LOCK, _OWNER, MANIFEST + _TEMPORARY) for file in folder.iterdir())
+    return any(file.name not in (_LOCK, _OWNER) and _TEMPORARY not in file.name for file in folder.iterdir())
 
 
 def fresh_path(path: Path) -> Path:
@@ -309,10 +317,15 @@ def _as_json(manifest: dict[str, Any]) -> bytes:
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file as a whole: `write` gets it open, and it takes its name once it is on disk.
 
-    Raises OSError if it cannot be written; what was there under this name is then still there.
+    Raises OSError if it cannot be written; what was there under this name is then still there. Pipes and devices are
+    written to as they are.
     """
     path = path.resolve()  # a link stays one
-    temporary = path.with_name(path.name + _TEMPORARY)
+    if path.exists() and not path.is_file():
+        with open(path, "wb") as pipe:
+            write(pipe)
+        return
+    temporary = path.with_name(f".{os.getpid()}{_TEMPORARY}")  # as short as can be: names have a limit
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -355,6 +368,7 @@ def _check_manifest(manifest: dict[str, Any], path: Path) -> None:
     for label, model in (conditions.get("models") or {}).items():
         _check_kinds({"model": model}, {"model": dict}, f"{path}, conditions")
         _check_kinds(model, _MODEL_KINDS, f"{path}, conditions of {label!r}")
+    _check_kinds(manifest.get("machine") or {}, {"cpu": str, "gpu": str}, f"{path}, machine")
     for session in (manifest, *(manifest.get("continued") or [])):
         _check_kinds({"session": session}, {"session": dict}, f"{path}, continued")
         grid = session.get("grid") or {}

@@ -133,6 +133,8 @@ def _time(bench: Bench, members: list[Runnable], size: int, watch: Watch) -> _Ti
     memory = {}
     for member in (member for member in members if member.cell.id in speed):
         try:
+            if not bench.options.compile:  # a compiled model need not say
+                member.require_same_tokens()
             memory[member.cell.id] = measure_memory(member.model, batch_size=size, input_size=bench.subject.input_size)
         except Exception as error:
             fail(member.cell.id, error)

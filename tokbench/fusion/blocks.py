@@ -13,7 +13,8 @@ from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
-from tokbench.fusion.core import Method, State, View, for_every_head, merge, reduce_attention, score_dtype
+from tokbench.errors import UserError, one_line
+from tokbench.fusion.core import Assignment, Method, State, View, for_every_head, merge, reduce_attention, score_dtype
 from tokbench.schedules import Schedule
 
 
@@ -29,6 +30,7 @@ class Fusion:
     has_class_token: bool
     rotary: bool = False
     trace: bool = False
+    checks: bool = False  # each plan before it is carried out: not while anything is timed
     state: State = field(default_factory=State)
 
     def begin(self, x: Tensor) -> None:
@@ -44,6 +46,29 @@ class Fusion:
             return 0
         asked = self.schedule.removals(block, self.depth, patches)
         return max(0, min(asked, self.method.limit(patches, self.prefix), patches - 1))
+
+    def plan(self, view: View, r: int) -> Assignment:
+        """What the method plans. One that exits, or raises what is no Exception, fails as any other does."""
+        before = view.x.clone() if self.checks else view.x
+        try:
+            plan = self.method.plan(view, r)
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            raise RuntimeError(f"{self.method.name}.plan raised {one_line(error)}") from error
+        if self.checks:
+            self._check(plan, view, before)
+        return plan
+
+    def _check(self, plan: Assignment, view: View, before: Tensor) -> None:
+        try:
+            if not isinstance(plan, Assignment):
+                raise UserError(f"it must be an Assignment, not {type(plan).__name__}")
+            plan.require_valid(view)
+            if not torch.allclose(view.x, before, rtol=0, atol=0, equal_nan=True):
+                raise UserError("the tokens in view.x are there to be looked at, and were changed")
+        except UserError as error:
+            raise UserError(f"the plan of '{self.method.name}' in block {view.block}: {error}") from error
 
     def log_size(self) -> Tensor | None:
         """log s for the attention logits, (B, N), where the method uses it and something has merged."""
@@ -85,7 +110,7 @@ class Fusion:
     def reduce(self, view: View, r: int) -> tuple[Tensor, Tensor | None]:
         """Plan and carry it out: tokens (B, M, C), and the reduced attention (B, H, M, M) for methods that reuse it."""
         with torch.autocast(view.x.device.type, enabled=False):
-            plan = self.method.plan(view, r)
+            plan = self.plan(view, r)
             reduced = merge(view.x, plan, view.size)
             attention = None
             if self.method.reuses_attention:

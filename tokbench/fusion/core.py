@@ -11,13 +11,13 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokbench.errors import UserError, nearest
+from tokbench.errors import UserError, nearest, one_line
 
 
 @dataclass
@@ -39,6 +39,36 @@ class Assignment:
     combine: Literal["mean", "sum", "mlerp"] = "mean"
     sliced: bool = False
 
+    def require_valid(self, view: View) -> None:
+        """Raise UserError unless this can be carried out on the tokens of `view`. Looks at values: not for speed."""
+        batch, tokens, _ = view.x.shape
+        if not isinstance(self.kept, Tensor) or self.kept.ndim != 2:
+            raise UserError("kept must be a tensor (B, M)")
+        outputs = self.kept.shape[1]
+        if outputs <= view.prefix:
+            raise UserError(
+                f"kept must hold a patch token beside the {view.prefix} prefix tokens, not {outputs} in all"
+            )
+        indices = {"kept": (self.kept, (batch, outputs), tokens)}
+        if self.source is not None or self.slot is not None:
+            merged = self.source.shape[-1] if isinstance(self.source, Tensor) and self.source.ndim else 0
+            indices["source"] = (cast(Tensor, self.source), (batch, merged), tokens)
+            indices["slot"] = (cast(Tensor, self.slot), (batch, merged), outputs)
+        for name, (index, shape, end) in indices.items():
+            _require_index(name, index, shape, end, view.x.device)
+        weight = self.weight
+        if weight is not None and (tuple(weight.shape) != (batch, tokens) or weight.device != view.x.device):
+            raise UserError(f"weight must be {(batch, tokens)} on {view.x.device}, not {tuple(weight.shape)}")
+        if self.combine not in ("mean", "sum", "mlerp"):
+            raise UserError(f"combine is mean, sum or mlerp, not {self.combine!r}")
+        used = self.kept if self.source is None else torch.cat([self.kept, self.source], dim=1)
+        if (used.sort(dim=1).values.diff(dim=1) == 0).any():
+            raise UserError("a token can be kept or merged away once only")
+        first = torch.arange(outputs if self.sliced else view.prefix, device=view.x.device)
+        if not torch.equal(self.kept[:, : len(first)], first.expand(batch, -1)):
+            promise = "sliced promises that kept is the first tokens"
+            raise UserError(promise if self.sliced else "kept must begin with the prefix tokens")
+
     def target(self, tokens: int) -> Tensor:
         """The output token that each of the N input tokens goes to: (B, N) long, −1 where it is dropped."""
         batch, outputs = self.kept.shape
@@ -54,6 +84,16 @@ class Assignment:
         if self.source is None or self.slot is None:
             return kept
         return kept.scatter_add(1, self.slot, values.gather(1, self.source))
+
+
+def _require_index(name: str, index: Tensor, shape: tuple[int, int], end: int, device: torch.device) -> None:
+    if not isinstance(index, Tensor) or index.dtype != torch.long or index.device != device:
+        found = f"{index.dtype} on {index.device}" if isinstance(index, Tensor) else repr(index)
+        raise UserError(f"{name} must be a tensor of torch.long on {device}, not {found}")
+    if tuple(index.shape) != shape:
+        raise UserError(f"{name} must have shape {shape}, not {tuple(index.shape)}")
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < end:
+        raise UserError(f"{name} holds {int(index.min())} to {int(index.max())}; there are {end}, counted from 0")
 
 
 def merge(x: Tensor, plan: Assignment, size: Tensor | None) -> Tensor:
@@ -187,6 +227,9 @@ class Method:
         """Whether the method ever removes anything in this block."""
         return True
 
+    def require_depth(self, depth: int) -> None:
+        """Raise UserError if a parameter names a block that a model of `depth` blocks does not have."""
+
     def limit(self, patches: int, prefix: int) -> int:
         """The most tokens that may be removed from T = `patches` patch tokens. At least one must remain."""
         return patches - 1
@@ -200,6 +243,7 @@ class Method:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
 
 
+PLACES = ("start", "middle", "end")
 METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound=type[Method])
 
@@ -222,10 +266,15 @@ def register_method(method: M) -> M:
 
 
 def make_method(name: str, **params: Any) -> Method:
-    """A method by name with its parameters. Raises UserError for a name, parameter or type that does not exist."""
+    """A method by name with its parameters.
+
+    Raises UserError for a name, parameter or type that does not exist, and for a method that cannot be made of them.
+    """
     if name not in METHODS:
         known = ["none", *METHODS]
         raise UserError(f"unknown method '{name}'; the methods are {', '.join(known)}.{nearest(name, known)}")
+    if not dataclasses.is_dataclass(METHODS[name]):
+        raise UserError(f"method '{name}': put @dataclass(frozen=True) right above class {METHODS[name].__name__}")
     fields = {f.name: f.default for f in dataclasses.fields(METHODS[name])}  # type: ignore[arg-type]
     params = {key: tuple(value) if isinstance(value, list) else value for key, value in params.items()}
     for key, value in params.items():
@@ -233,9 +282,24 @@ def make_method(name: str, **params: Any) -> Method:
             has = ", ".join(f"{k}={v!r}" for k, v in fields.items()) or "none"
             raise UserError(f"method '{name}' has no parameter '{key}'; it has: {has}.{nearest(key, fields)}")
         check = getattr(METHODS[name], "check_" + key, _same_type)
-        if expected := check(value, fields[key]):
+        if expected := _call(f"method '{name}': check_{key}({value!r})", check, value, fields[key]):
             raise UserError(f"method '{name}': {key}={value!r} cannot be; {key} is {expected}")
-    return METHODS[name](**params)
+    made: Method = _call(f"method '{name}' with {params or 'no parameters'}", METHODS[name], **params)
+    for attribute, words in (("place", PLACES), ("flops_shape", ("constant", "keep"))):
+        if (word := getattr(made, attribute, None)) not in words:
+            raise UserError(f"method '{name}': {attribute} is one of {', '.join(words)}, not {word!r}")
+    return made
+
+
+def _call(what: str, function: Callable[..., Any], *values: Any, **named: Any) -> Any:
+    """What somebody's own code gives. Raises UserError where it fails or exits: it must not end a command as if all
+    were well."""
+    try:
+        return function(*values, **named)
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise UserError(f"{what} failed: {one_line(error)}") from error
 
 
 def _same_type(value: Any, default: Any) -> str:

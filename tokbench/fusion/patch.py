@@ -201,6 +201,22 @@ def fork(model: Model) -> Model:
     return copy.deepcopy(model, shared)
 
 
+def rehearse(model: nn.Module, images: Tensor) -> None:
+    """A forward pass in which every plan is checked before it is carried out. Raises UserError for one that cannot be.
+
+    Wrong plans need not fail: a gather takes tokens twice, and on CUDA one index out of range ends the whole process.
+    """
+    fusion: Any = getattr(model, "fusion", None)
+    if fusion is None:
+        model(images)
+        return
+    fusion.checks = True
+    try:
+        model(images)
+    finally:
+        fusion.checks = False
+
+
 def tokens_per_block(model: Any) -> list[int]:
     """Tokens after each block in the last forward pass, prefix included. Raises UserError if there was none."""
     fusion = getattr(model, "fusion", None)

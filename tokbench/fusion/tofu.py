@@ -34,6 +34,12 @@ class ToFu(Method):
         counts = all(isinstance(block, int) and not isinstance(block, bool) and block >= 0 for block in blocks)
         return "" if value is None or value == AUTO or counts else f"a number of blocks, a list of blocks, or '{AUTO}'"
 
+    def require_depth(self, depth: int) -> None:
+        if isinstance(self.prune_blocks, int) and self.prune_blocks > depth:
+            raise UserError(f"method 'tofu': prune_blocks={self.prune_blocks}; the model has {depth} blocks")
+        if isinstance(self.prune_blocks, tuple) and (beyond := max(self.prune_blocks, default=0)) >= depth:
+            raise UserError(f"method 'tofu': prune_blocks: block {beyond} is not there; blocks are 0 to {depth - 1}")
+
     def limit(self, patches: int, prefix: int) -> int:
         return patches // 2
 

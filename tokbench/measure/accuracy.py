@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tokbench.errors import one_line
 from tokbench.measure._model import evaluation_mode, is_out_of_memory, release_memory
 
 
@@ -80,17 +82,48 @@ class Predictions:
 
     @classmethod
     def load(cls, path: str | Path) -> Predictions:
-        """Read what `save` wrote. Raises OSError or ValueError for other files, KeyError for other arrays."""
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in ARRAYS if name in archive or name not in _LATER}
-            if "classifies" in archive:
-                return cls(**arrays, classifies=bool(archive["classifies"]))
+        """Read what `save` wrote. Raises OSError or ValueError for anything else."""
+        return cls.from_arrays(load_arrays(Path(path)))
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Predictions:
+        """Answers from their arrays by name. Raises ValueError where one is missing, or of another kind or length."""
+        found = {name: arrays[name] for name in ARRAYS if name in arrays}
+        if absent := [name for name in ARRAYS if name not in found and name not in _LATER]:
+            raise ValueError(f"it has no array {absent[0]!r}")
+        for name, array in found.items():
+            if array.dtype.kind != _KINDS[name] or array.shape != (found["label"].size,):
+                raise ValueError(f"its array {name!r} is {array.dtype} of shape {array.shape}")
+        if "classifies" in arrays:
+            return cls(**found, classifies=bool(np.all(arrays["classifies"])))
         # Features of a model without a classifier, in archives of older versions: they were all that was told.
-        return cls(**arrays, classifies=not np.isfinite(arrays.get("similarity", np.nan)).any())
+        return cls(**found, classifies=not np.isfinite(found.get("similarity", np.nan)).any())
+
+
+def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a NumPy archive by name. Nothing in it is unpickled, and no more than 2 GiB are unpacked.
+
+    Raises OSError, and ValueError for all that is no such archive.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no regular file")
+    try:
+        with zipfile.ZipFile(path) as members:
+            if sum(member.file_size for member in members.infolist()) > 2**31:
+                raise ValueError("unpacked it would be larger than 2 GiB")
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # zipfile, zlib and NumPy have a dozen ways to stumble over a damaged archive
+        raise ValueError(f"it is no archive of arrays, or damaged ({one_line(error)})") from error
 
 
 ARRAYS = tuple(own.name for own in fields(Predictions) if own.name != "classifies")
 """The fields of Predictions with one entry per image."""
+_KINDS = {
+    "label": "i", "predicted": "i", "label_probability": "f", "top5": "b", "divergence": "f", "similarity": "f",
+}  # fmt: skip
 _LATER = ("divergence", "similarity")  # which archives of the first version lack
 
 

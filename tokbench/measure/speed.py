@@ -251,7 +251,9 @@ def _common_placement(models: Mapping[str, nn.Module]) -> tuple[torch.device, to
 def _warm_up(model: nn.Module, images: Tensor, passes: int) -> float:
     """Seconds of a pass, roughly, after the passes that compile, allocate and choose kernels."""
     for _ in range(passes):
-        model(images)
+        answers = model(images)
+        if isinstance(answers, Tensor) and len(answers) != len(images):  # it would look fast
+            raise ValueError(f"the model gave {len(answers)} answers to {len(images)} images")
     once = _seconds(model, images, 1)
     return _seconds(model, images, max(1, int(ESTIMATE_SECONDS / once)))
 

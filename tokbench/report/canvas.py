@@ -31,4 +31,4 @@ def save(figure: Figure, out: Path, dpi: int) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         replace_file(out, lambda file: figure.savefig(file, format=kind, dpi=dpi, metadata=_NO_DATE.get(kind, {})))
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}.") from error
+        raise UserError(f"cannot write {out}: {error.strerror or error}.") from error

@@ -58,9 +58,9 @@ def write_report(runs: Sequence[str | Path], out: str | Path, *, tell: Callable[
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(out, lambda file: file.write(page.encode()))
+        replace_file(out, lambda file: file.write(page.encode(errors="backslashreplace")))
     except OSError as error:
-        raise UserError(f"cannot write the report {out}: {error.strerror}.") from error
+        raise UserError(f"cannot write the report {out}: {error.strerror or error}.") from error
     return out
 
 

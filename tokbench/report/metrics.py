@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from tokbench.errors import UserError, nearest
+from tokbench.errors import UserError, nearest, printable
 from tokbench.store import RunFolder
 
 Record = dict[str, Any]
@@ -338,7 +338,7 @@ def _row(kinds: Mapping[str, Record], run: str, machine: Mapping[str, Any]) -> d
     }
     for column, value in _VALUES.items():
         row[column] = value(known)
-    return row
+    return {column: printable(value) if isinstance(value, str) else value for column, value in row.items()}
 
 
 def _variant(method: str, params: Mapping[str, Any]) -> str:

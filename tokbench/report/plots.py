@@ -87,8 +87,6 @@ def plot_pareto(
     y = known_gain(df) if y is None else y
     names = list(dict.fromkeys(_panels(df, x, y)))
     absent = [f"{' and '.join(lacking)} of {run}" for run, lacking in _absent(df, names, y).items()]
-    if absent and tell:
-        tell(f"left out of the plot: {', '.join(absent)} (no cell has that together with {y}).")
     groups = [group for _, group in df.groupby(list(PANEL), sort=False, dropna=False)]
     rows = [{name: cells for name in names if len(cells := _drawable(group, name, y))} for group in groups]
     rows = [row for row in rows if row]
@@ -98,6 +96,8 @@ def plot_pareto(
     with rc_context(art.rc):
         figure = _draw(rows, y, art, printed, linear)
         save(figure, out, dpi=200 if art.size.text else 300)
+    if absent and tell:
+        tell(f"left out of the plot: {', '.join(absent)} (no cell has that together with {y}).")
     return out
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from tokbench.conditions import Differences, in_words
-from tokbench.errors import UserError
+from tokbench.errors import RunStopped, UserError
 from tokbench.store import replace_file
 
 
@@ -123,7 +123,7 @@ def require_writable(path: Path) -> None:
 
 
 def write_junit(check: Check, path: Path) -> None:
-    """Write JUnit XML, as CI servers read it: a test case per gate and cell."""
+    """Write JUnit XML, as CI servers read it: a test case per gate and cell. Raises RunStopped where it cannot be."""
     failures = sum(not verdict.passed for verdict in check.verdicts)
     counts = {"tests": str(len(check.verdicts)), "failures": str(failures), "errors": "0"}
     root = ElementTree.Element("testsuites", counts)
@@ -141,7 +141,10 @@ def write_junit(check: Check, path: Path) -> None:
             ElementTree.SubElement(case, "failure", {"message": _xml(verdict.text), "type": verdict.gate})
     ElementTree.indent(root)
     tree = ElementTree.ElementTree(root)
-    replace_file(path, lambda file: tree.write(file, encoding="utf-8", xml_declaration=True))
+    try:
+        replace_file(path, lambda file: tree.write(file, encoding="utf-8", xml_declaration=True))
+    except OSError as error:
+        raise RunStopped(f"cannot write {path}: {error.strerror or error}.") from error
 
 
 def github_errors(check: Check) -> list[str]:
@@ -183,7 +186,7 @@ def tell_github(check: Check, environment: Mapping[str, str] = os.environ) -> No
         print(command, flush=True)
     path = environment.get("GITHUB_STEP_SUMMARY")
     if path:
-        with open(path, "a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(summary(check))
 
 
