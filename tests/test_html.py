@@ -59,6 +59,26 @@ def test_findings_are_as_strong_as_the_intervals(run: Path) -> None:
     assert "known to about ±1.0 points" in text
 
 
+def test_the_answer_is_the_fastest_cell_without_a_significant_loss(run: Path, tmp_path: Path) -> None:
+    def answer(df: pd.DataFrame) -> str:
+        return findings(df)[0].answer
+
+    df = load_table([run])
+    assert answer(df) == (
+        "ToMe at r=8 makes bundled 1.30 times as fast [1.29, 1.31] on this CPU in batches of 32, with no loss of "
+        "accuracy that 1,000 images can show: drop 0.2 points [−0.3, 0.7]."
+    )
+    slow = answer(df.assign(latency_ms=[10.0, 12.0, 10.0, 10.0, 10.0]))
+    assert slow.endswith("One image at a time it is no faster: 12 ms, unreduced 10 ms.")
+    assert answer(df.assign(speedup_low=0.9)).startswith("Nothing that was tried makes bundled surely faster with no")
+    untimed = df.assign(speedup=float("nan"), speedup_low=float("nan"))
+    assert answer(untimed).startswith("ToMe at r=8 takes 75 % of the FLOPs of bundled, with no loss")
+    assert "not measured" in answer(untimed)
+    broken = df.assign(nonfinite=pd.array([0, 3, 0, 0, 0], "Int64"))
+    assert answer(broken).startswith("Nothing that was tried")
+    assert answer(df.assign(drop_low=float("nan"))) == ""
+
+
 def test_cells_of_two_runs_that_may_be_compared_are_told_apart(run: Path, tmp_path: Path) -> None:
     again = make_run(tmp_path / "again")
     text = said(run, again)

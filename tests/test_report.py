@@ -489,10 +489,13 @@ def test_columns_of_equal_cost_never_run_into_each_other(df: pd.DataFrame) -> No
 
 
 def test_two_machines_are_laid_over_each_other_and_named(run: Path, tmp_path: Path) -> None:
-    other = make_run(tmp_path / "other", device="cuda")
-    text = svg(load_table([run, other]), tmp_path)
+    both = load_table([run, make_run(tmp_path / "other", device="cuda")])
+    both.loc[both["run"] == "other", ["throughput", "throughput_low", "throughput_high"]] *= 4
+    text = svg(both, tmp_path)
     assert text.count("bundled: token fusion") == 1 and "A CPU" in text and "A GPU" in text
     assert "A CPU (cpu)" not in text  # in the legend, not among what all cells share
+    assert re.search(r"italic[^<]*>A GPU<", text) and not re.search(r"italic[^<]*>A CPU<", text)
+    assert re.search(r"italic[^<]*>ToMe r=13<", text)  # the second run's, elsewhere than the first's
     again = svg(load_table([run, make_run(tmp_path / "again")]), tmp_path)
     assert ">run<" in again and ">again<" in again
 

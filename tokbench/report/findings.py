@@ -20,15 +20,24 @@ _LIKENESS = {
 
 @dataclass
 class Findings:
-    """What is known of one model under one set of conditions: `title` names them, `sentences` say it."""
+    """What is known of one model under one set of conditions.
+
+    Attributes:
+        title: names them.
+        answer: what one may take without losing accuracy, for who reads one sentence; "" where that is not known.
+        sentences: all of it.
+    """
 
     title: str
+    answer: str = ""
     sentences: list[str] = field(default_factory=list)
 
 
 def findings(df: pd.DataFrame) -> list[Findings]:
     """Sentences for each set of comparable cells of `metrics.load_table`, in the order they were measured."""
-    return [Findings(group_title(group), _sentences(group)) for group in comparable(tell_runs_apart(df))]
+    return [
+        Findings(group_title(group), _answer(group), _sentences(group)) for group in comparable(tell_runs_apart(df))
+    ]
 
 
 def group_title(group: pd.DataFrame) -> str:
@@ -80,6 +89,41 @@ def speed_phrase(row: pd.Series) -> str:
     """A cell's speed-up with its interval: "1.46× [1.44, 1.48] the speed"."""
     interval = "" if pd.isna(row["speedup_low"]) else f" [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
     return f"{row['speedup']:.2f}×{interval} the unreduced model's speed"
+
+
+def _answer(group: pd.DataFrame) -> str:
+    """The fastest cell, or the one with the fewest FLOPs, among those with no significant loss of top-1."""
+    cells = group[~group["is_baseline"] & group["drop_low"].notna() & ~nonfinite(group)]
+    if cells.empty:
+        return ""
+    kept, model = cells[cells["drop_low"] <= 0], str(group["model"].iloc[0])
+    images = int(cells["images"].max())
+    unseen = f"no loss of accuracy that {images:,} {_plural(images, 'image')} can show"
+    if cells["speedup_low"].notna().any():
+        faster = kept[kept["speedup_low"] > 1]
+        if faster.empty:
+            return f"Nothing that was tried makes {model} surely faster with {unseen}."
+        best = faster.loc[faster["speedup"].idxmax()]
+        interval = f"[{best['speedup_low']:.2f}, {best['speedup_high']:.2f}]"
+        batches = (
+            f" in batches of {best['batch_size']}" if pd.notna(best["batch_size"]) and best["batch_size"] > 1 else ""
+        )
+        gain = f"makes {model} {best['speedup']:.2f} times as fast {interval}{_on(best)}{batches}"
+        alone = group[group["is_baseline"] & (group["run"] == best["run"])]["latency_ms"]
+        told = f"{_upper(cell_name(best))} {gain}, with {unseen}: {_short_drop(best)}."
+        if (alone <= best["latency_ms"]).any():
+            told += f" One image at a time it is no faster: {_milliseconds(best)}, unreduced {alone.min():.3g} ms."
+        return told
+    cheaper = kept[kept["flops_ratio"] < 1]
+    if cheaper.empty:
+        return (
+            f"Nothing that was tried saves FLOPs of {model} with {unseen}." if kept["flops_ratio"].notna().any() else ""
+        )
+    best = cheaper.loc[cheaper["flops_ratio"].idxmin()]
+    return (
+        f"{_upper(cell_name(best))} takes {_flops_phrase(best)} of {model}, with {unseen}: {_short_drop(best)}. "
+        "Whether it is faster was not measured."
+    )
 
 
 def _sentences(group: pd.DataFrame) -> list[str]:
@@ -337,6 +381,10 @@ def _flops_phrase(row: pd.Series) -> str:
 
 def _where(row: pd.Series) -> str:
     return str(row["machine"] or row["device"] or "")
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _on(row: pd.Series) -> str:

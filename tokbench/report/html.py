@@ -24,6 +24,7 @@ _SYMBOLS = {
     "h": "hexagon", "P": "cross", "X": "x", "p": "pentagon", "<": "triangle-left", ">": "triangle-right",
     "d": "diamond-tall", "8": "octagon",
 }  # fmt: skip
+_DASHES = ("solid", "dash", "dot", "dashdot")  # by run, where several share a plot
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path, *, tell: Callable[[str], None] = lambda _: None) -> Path:
@@ -74,6 +75,7 @@ def plot_data(df: pd.DataFrame) -> dict[str, Any]:
     }  # fmt: skip
     groups = comparable(df)
     group_of = {index: number for number, group in enumerate(groups) for index in group.index}
+    place_of = {run: place for group in groups for place, run in enumerate(dict.fromkeys(group["run"]))}
     cells = []
     for index, row in df.iterrows():
         style = method_style(row["method"])
@@ -81,7 +83,10 @@ def plot_data(df: pd.DataFrame) -> dict[str, Any]:
             _plain({column: row[column] for column in COLUMNS})
             | {
                 "name": cell_name(row),
-                "series": variant_name(row["method"], row["variant"]),
+                "series": " · ".join(
+                    filter(None, (variant_name(row["method"], row["variant"]), row.get("run_of_several")))
+                ),
+                "dash": _DASHES[place_of[row["run"]] % len(_DASHES)],
                 "color": style.color,
                 "symbol": _SYMBOLS[style.marker],
                 "size": round(9 * style.size, 1),

@@ -376,6 +376,7 @@ class _Label:
     color: Any
     spots: list[Spot]
     rotation: int = 0
+    slant: str = "normal"
 
 
 def label_panel(panel: Axes, group: pd.DataFrame, x: str, y: str, art: Art, printed: pd.DataFrame | None) -> None:
@@ -415,7 +416,9 @@ def _point_labels(panel: Axes, cells: pd.DataFrame, x: str, y: str, art: Art, ad
                for other in labels):  # fmt: skip
             continue  # the same cell of another run
         spots = spots_around(point, _text_size(panel, text, art), _pixels_per_point(panel), leftwards=leftwards)
-        labels.append(_Label(text, at, art.theme.shade(art.theme.method(style), 0.4), spots))
+        # Of further runs in italics, as in the legend.
+        slant = "italic" if cell.get("run") in list(art.runs)[1:] else "normal"
+        labels.append(_Label(text, at, art.theme.shade(art.theme.method(style), 0.4), spots, slant=slant))
     return labels
 
 
@@ -434,7 +437,7 @@ def _write(panel: Axes, label: _Label, spot: Spot, art: Art) -> None:
     line = {"arrowstyle": "-", "color": label.color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
     panel.annotate(
         label.text, label.at, tuple(offset), textcoords="offset points", ha="center", va="center", zorder=6,
-        color=label.color, fontsize=art.size.label, rotation=label.rotation, path_effects=art.halo,
+        color=label.color, fontsize=art.size.label, rotation=label.rotation, style=label.slant, path_effects=art.halo,
         arrowprops=line if len(spot.leader) else None,
     )  # fmt: skip
 

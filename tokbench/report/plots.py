@@ -13,6 +13,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 
 from tokbench.errors import UserError, nearest
@@ -284,15 +285,27 @@ def _legend(
         )
     handles, labels = zip(*entries, strict=True)
     if art.size.text:
-        figure.legend(handles, labels, loc="outside right center", frameon=False, handlelength=2.2, labelspacing=0.75)
+        legend = figure.legend(
+            handles, labels, loc="outside right center", frameon=False, handlelength=2.2, labelspacing=0.75
+        )
+        _slant_runs(legend, art)
         figure.supxlabel(_footnote(df, names, y), x=0.01, ha="left", fontsize=8, color=art.theme.muted)
         return
     longest = max(len(label) for label in labels)
     per_row = int(art.size.width * 72 / (0.55 * art.size.font * (longest + 5)))
-    figure.legend(
+    legend = figure.legend(
         handles, labels, loc="outside lower center", frameon=False, ncols=max(1, min(per_row, len(labels))),
         handlelength=1.8, labelspacing=0.35, columnspacing=1.2, handletextpad=0.5,
     )  # fmt: skip
+    _slant_runs(legend, art)
+
+
+def _slant_runs(legend: Legend, art: Art) -> None:
+    """Further runs are named in italics, as the labels of their cells are."""
+    further = list(art.runs.values())[1:]
+    for text in legend.get_texts():
+        if text.get_text() in further:
+            text.set_fontstyle("italic")
 
 
 def _run_handle(place: int, art: Art) -> Line2D:
