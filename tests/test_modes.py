@@ -9,10 +9,12 @@ import pytest
 import torch
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tokbench
 from tokbench.fusion.core import Assignment, View, make_method, merge
 from tokbench.measure.compiled import compile_model
+from tokbench.measure.kernels import attention_kernels
 
 METHODS = [name for name in tokbench.list_methods() if name != "none"]
 TINY = dict(img_size=32, patch_size=4, embed_dim=24, depth=4, num_heads=3, num_classes=10)
@@ -154,6 +156,26 @@ def test_channels_last_gives_the_same(method, build):
         last = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
     torch.testing.assert_close(last, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(tokbench.token_map(model), where)
+
+
+# Attention kernels
+
+
+@pytest.mark.parametrize("build", [vit, eva])
+def test_the_kernels_that_attention_came_to_are_named(build):
+    model, x = build(), torch.rand(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert attention_kernels(model, x) == ["flash_attention_for_cpu"]
+    for method in METHODS:
+        assert attention_kernels(tokbench.apply(tokbench.fork(model), method, 9), x) in (
+            ["flash_attention_for_cpu"],
+            [],
+        )
+    with sdpa_kernel(SDPBackend.MATH):
+        assert attention_kernels(model, x) == []
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    assert attention_kernels(model, x) == []
 
 
 # Input sizes

@@ -613,6 +613,8 @@ def test_a_baseline_without_fused_attention_is_said(source, tmp_path, monkeypatc
     table = runner.run(small_grid(only=("flops", "speed")), tmp_path / "run", progress=listener)
     assert any("fused attention is off" in text for text in listener.warnings)
     assert "Fused attention was off" in render_table(table, "md")
+    speeds = [record for record in RunFolder.open(tmp_path / "run").records() if record["kind"] == "speed"]
+    assert all(record["attention_kernels"] == ["flash_attention_for_cpu"] for record in speeds)  # of the other blocks
     fused = {"fused_attention": "on"}
     assert "Fused attention was off" not in render_table(table.assign(**fused), "md")
 

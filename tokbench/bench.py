@@ -25,6 +25,7 @@ from tokbench.fusion.core import METHODS, make_method
 from tokbench.fusion.patch import fork, rehearse, tokens_per_block
 from tokbench.measure._model import release_memory
 from tokbench.measure.flops import count_flops
+from tokbench.measure.kernels import attention_kernels
 from tokbench.progress import Progress
 from tokbench.records import flops_fields
 from tokbench.resolve import FlopsWarning, apply
@@ -66,12 +67,14 @@ def calibrates(cell: Cell) -> bool:
 class Runnable:
     """A cell as a model that runs, its speed limit, and what all its records have in common.
 
-    limit: the control `free` with the cell's own tokens per block; None for cells that remove nothing, and for `free`.
+    attention_kernels: see `measure.kernels`. limit: the control `free` with the cell's own tokens per block; None for
+    cells that remove nothing, and for `free`.
     """
 
     cell: Cell
     model: nn.Module
     identity: dict[str, Any]
+    attention_kernels: list[str]
     limit: nn.Module | None = None
 
     @property
@@ -202,10 +205,12 @@ class Bench:
             if images is not None:
                 identity["calibrated"] = {"images": len(images), **fusion.method.parameters()}
         image = torch.rand(1, *self.subject.input_size, generator=torch.Generator().manual_seed(0))
+        image = image.to(self.device, self.dtype)
         with torch.inference_mode():
-            rehearse(model, image.to(self.device, self.dtype))
+            rehearse(model, image)
+        kernels = attention_kernels(model, image)
         identity["tokens"] = tokens_per_block(model)
-        return Runnable(cell, model, identity, _speed_limit(model, base))
+        return Runnable(cell, model, identity, kernels, _speed_limit(model, base))
 
     def _calibration_images(self) -> torch.Tensor:
         """The first images of the data, without their labels."""

@@ -73,7 +73,13 @@ def time_cells(bench: Bench) -> None:
                 compiled=bench.options.compile,
             )
             bench.record(
-                runnable, "speed", **fields, **again, other_cpu=disturbance.other_cpu, gpu_state=disturbance.gpu
+                runnable,
+                "speed",
+                **fields,
+                **again,
+                attention_kernels=runnable.attention_kernels,
+                other_cpu=disturbance.other_cpu,
+                gpu_state=disturbance.gpu,
             )
 
 
