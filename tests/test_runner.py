@@ -745,3 +745,16 @@ def test_smaller_batches_are_compiled_anew(source, tmp_path, monkeypatch, small_
     small_memory("tome", 3)
     runner.run(small_grid(MethodSpec("tome", ("8",)), only=("speed",), compile=True), tmp_path / "run")
     assert len(compiled) == 3 * 3  # the unreduced model, the cell and its limit, for batches of 10, 5 and 3
+
+
+def test_the_unreduced_model_that_is_timed_is_timms_own(source, tmp_path, monkeypatch):
+    timed = {}
+    real = timing.measure_speed
+    monkeypatch.setattr(timing, "measure_speed", lambda models, **how: timed.update(models) or real(models, **how))
+    runner.run(small_grid(only=("speed",)), tmp_path / "run")
+    baseline, own = timed["tiny/none"], tiny_model()
+    assert next(iter(timed)) == "tiny/none" and type(baseline) is VisionTransformer
+    assert {type(module) for module in baseline.modules()} == {type(module) for module in own.modules()}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in baseline.modules())
+    assert all(block.attn.fused_attn for block in baseline.blocks)
+    assert torch.equal(baseline(torch.ones(2, 3, 32, 32)), own(torch.ones(2, 3, 32, 32)))

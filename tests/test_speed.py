@@ -355,6 +355,7 @@ def test_the_machine_is_described_for_json() -> None:
     assert machine["cores"] >= 1
     assert machine["cpu"] and machine["platform"]
     assert machine["torch"] == package_versions()["torch"]
+    assert machine["torch_build"].startswith(torch.__version__) and machine["cpu_capability"]
     assert "gpu" not in machine
 
 
