@@ -104,18 +104,18 @@ def test_the_text_says_the_rule_the_numbers_and_why_the_other_lost(made):
     assert "Asked for: a drop of at most 3 points of top-1." in text
     assert "Pick: ToMe at r=13 (drop 2.0 points [1.0, 3.0], 1.70× [1.68, 1.72] the speed, 0.2 GFLOPs)." in text
     assert "It is the fastest of 3 that meet the limits" in text
-    assert "Runner-up: ToMe at r=8 (" in text and "slower: down to 1.29× the speed, against down to 1.68×" in text
+    assert "Runner-up: ToMe at r=8 (" in text and "slower: at worst 1.29× the speed, against at worst 1.68×" in text
     assert text.endswith(
         'import tokbench\nmodel = tokbench.load_model("bundled")\ntokbench.apply(model, "tome", "constant:13")'
     )
     text = only(made, max_drop=0.5).text()
     assert "Nothing meets that.\nNearest: ToMe at r=8" in text and "import" not in text
-    assert "up to 0.70 points, 0.2 more than the limit of 0.5." in text
+    assert "at worst 0.70 points, 0.2 more than the limit of 0.5." in text
 
 
 def test_an_unsure_win_says_so(made):
     text = only(made, min_speedup=1.68).text()
-    assert "a drop of up to 4.00 points, against a drop of up to 3.00 points; the intervals overlap" in text
+    assert "a drop of at worst 4.00 points, against a drop of at worst 3.00 points; the intervals overlap" in text
     assert "overlap" not in only(made, max_drop=4.0).text()
 
 
@@ -162,7 +162,7 @@ def test_latency_is_judged_by_the_upper_end_of_its_interval_and_by_the_median_wh
             latency_high_ms=lambda line: 1.02 * line["latency_ms"])  # fmt: skip
     found = only(made, max_latency_ms=5.9)
     assert name(found.best) == "topk/keep:0.7@3,6,9" and not found.notes
-    assert "a median latency of up to 6.00 ms, 0.1 more than the limit of 5.9" in found.why
+    assert "a median latency of at worst 6.00 ms, 0.1 more than the limit of 5.9" in found.why
     changed(made, "speed", "topk", latency_low_ms=None, latency_high_ms=None)
     assert "of the latency of top-k at keep 0.7@3,6,9: that limit" in only(made, max_latency_ms=5.9).notes[0]
 
@@ -177,7 +177,7 @@ def test_images_without_labels_are_judged_by_agreement(made):
     assert "It is the fastest of 3" in found.text() and "agreement 98.0 % [97.0, 99.0]" in found.text()
     found = only(made, min_agreement=99.5)
     assert found.best is None and found.misses == {"min_agreement": pytest.approx(0.2)}
-    assert "down to 99.30 % agreement, 0.2 less than the limit of 99.5" in found.why
+    assert "at worst 99.30 % agreement, 0.2 less than the limit of 99.5" in found.why
     found = only(made, max_gflops=0.25)
     assert name(found.best) == "tome/constant:13" and "in most agreement with the unreduced model" in found.rule
     assert "agrees on 99.62 % only" in only(made, min_agreement=99.9).notes[0]
@@ -193,7 +193,7 @@ def test_a_model_without_classes_is_judged_by_its_features(made):
     found = only(made, max_gflops=0.25)
     assert name(found.best) == "tome/constant:13" and "cosine of features 0.9800 [0.9700, 1.0000]" in found.text()
     assert found.why.startswith(
-        "further away in features: a cosine of down to 0.9600, against a cosine of down to 0.97"
+        "further away in features: a cosine of at worst 0.9600, against a cosine of at worst 0.97"
     )
 
 

@@ -451,7 +451,7 @@ def pick(
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="models, methods, schedules or data.")],
+    what: Annotated[str, typer.Argument(metavar="models|methods|schedules|data", help="What to list.")],
     pattern: Annotated[str, typer.Argument(help="For models: part of the name, or '*small*'.")] = "",
     plugin: Plugins = None,
 ) -> None:

@@ -171,7 +171,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if not is_file:
         if is_folder:
             raise UserError(f"checkpoint {str(path)!r} is a folder; give the file with the weights.")
-        siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        siblings = [other.name for other in path.parent.iterdir() if other.is_file()] if path.parent.is_dir() else []
         raise UserError(f"checkpoint {str(path)!r} does not exist.{nearest(path.name, siblings)}")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _torch_load(path)

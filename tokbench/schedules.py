@@ -96,7 +96,8 @@ def _wrong(text: str, part: str, why: str) -> ScheduleError:
 
 def _count(text: str, part: str) -> int:
     if not _is_count(part):
-        raise _wrong(text, part, "expected a whole number of tokens, 0 or more")
+        kind = "" if ":" in text else ", or a share as in flops:0.5"
+        raise _wrong(text, part, f"expected a whole number of tokens, 0 or more{kind}")
     return int(part)
 
 

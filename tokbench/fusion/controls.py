@@ -38,7 +38,7 @@ class Random(Method):
     """Drop r random patch positions: one draw for each (seed, block), the same for every image."""
 
     name = "random"
-    paper = "control"
+    paper = "control: drops patches at random"
     tracks_size = False
 
     seed: int = 0
@@ -59,7 +59,7 @@ class Free(Method):
     """
 
     name = "free"
-    paper = "control, for speed only"
+    paper = "control, for speed only: drops as many patches without choosing"
     tracks_size = False
     speed_only = True
 

@@ -340,13 +340,12 @@ def _why(best: pd.Series, other: pd.Series, rank: str, quality: str) -> str:
 
 def _value(row: pd.Series, metric: str) -> str:
     """What counts of a cell in a metric: the unfavorable end of the interval, where there is one."""
-    end = "up to " if METRICS[metric].better == "lower" else "down to "
     exact = (
         not METRICS[metric].low
         or (row["is_baseline"] and metric in _OF_ITSELF)
         or (metric == "latency" and row["latency_without_interval"])
     )
-    return _WORDS[metric].value.format("" if exact else end, row[_end(metric)])
+    return _WORDS[metric].value.format("" if exact else "at worst ", row[_end(metric)])
 
 
 def _notes(

@@ -379,7 +379,9 @@ def _notes(df: pd.DataFrame, columns: Sequence[_Column]) -> list[str]:
     if df["gflops"].notna().any():
         notes.append("FLOPs are multiply-adds, per image.")
     if df["drop"].notna().any():
-        notes.append("Drop: points of top-1 lost against `none`, same images, with its 95 % interval.")
+        notes.append(
+            "Drop: points of top-1 lost against `none` (negative: gained), same images, with its 95 % interval."
+        )
     if any(not_significant(row) for _, row in df[~df["is_baseline"]].iterrows()):
         notes.append("n.s.: cannot be told from no drop.")
     on_front = df[df[[f"front_{x}" for x in FRONTS.values()]].any(axis=1)]
@@ -388,6 +390,16 @@ def _notes(df: pd.DataFrame, columns: Sequence[_Column]) -> list[str]:
             f"Front: the best {_GAINS[gain]} for its FLOPs (or speed-up): no other cell is as good in both and better "
             "in one; costs within 1 % are equal."
         )
+    if METRICS["agreement"].short in heads:
+        notes.append("Agree: share of the images on which the answer is that of `none`, right or wrong.")
+    if METRICS["kl"].short in heads:
+        notes.append("KL: how far the class probabilities are from those of `none`; 0 is the same.")
+    if METRICS["similarity"].short in heads:
+        notes.append("Cosine: of the features with those of `none`; 1 is the same direction.")
+    if "Tokens" in heads:
+        notes.append("Tokens: left after the last block, class token and the like included.")
+    if METRICS["latency"].short in heads:
+        notes.append("Latency: of a single image, the median; p95: 95 % of the passes are faster.")
     if METRICS["efficiency"].short in heads:
         notes.append("Efficiency: speed relative to the control `free`, which drops as many tokens without choosing.")
     if (df["fused_attention"] == "off").any():
