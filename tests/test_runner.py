@@ -648,7 +648,12 @@ def fail_once(monkeypatch, owner, name: str, error: Exception) -> None:
 
 @pytest.mark.parametrize(
     ("owner", "name", "phase"),
-    [(VisionTransformer, "to", "setup"), (answers, "evaluate", "accuracy"), (timing, "Watch", "speed")],
+    [
+        (VisionTransformer, "to", "setup"),
+        (bench, "release_memory", "setup"),
+        (answers, "evaluate", "accuracy"),
+        (timing, "Watch", "speed"),
+    ],
 )
 def test_a_model_that_fails_as_a_whole_leaves_the_others(source, tmp_path, monkeypatch, owner, name, phase):
     fail_once(monkeypatch, owner, name, RuntimeError("lost the device"))

@@ -123,6 +123,7 @@ class Bench:
         phase = "setup"
         try:
             try:
+                release_memory(self.device)
                 self._prepare(self.subject.model.to(self.device, self.dtype), waiting)
                 if (phase := "accuracy") in self.options.only:
                     measure_accuracy(self)
@@ -141,7 +142,6 @@ class Bench:
             # The next model is not to find this one's weights on the device, where they count to its peak memory.
             self.running.clear()
             self.subject.model.to("meta")
-            release_memory(self.device)
 
     def lacks(self, cell: Cell, kind: str) -> bool:
         if kind == "accuracy" and not cell.is_baseline and METHODS[cell.method.name].speed_only:

@@ -60,7 +60,11 @@ def evaluation_mode(models: Iterable[nn.Module]) -> Iterator[None]:
             module.training = training
 
 
-_OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory|CU(BLAS|DNN|SOLVER|FFT)_(STATUS_)?ALLOC_FAILED")
+# Libraries that find no room for a handle or a workspace say that they are not initialized, or find no way to compute.
+_OUT_OF_MEMORY = re.compile(
+    "can't allocate memory|out of memory|CU(BLAS|DNN|SOLVER|FFT)_(STATUS_)?ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|"
+    "unable to find an engine|Unable to find a valid cuDNN algorithm"
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
