@@ -763,3 +763,10 @@ def test_the_unreduced_model_that_is_timed_is_timms_own(source, tmp_path, monkey
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in baseline.modules())
     assert all(block.attn.fused_attn for block in baseline.blocks)
     assert torch.equal(baseline(torch.ones(2, 3, 32, 32)), own(torch.ones(2, 3, 32, 32)))
+
+
+def test_the_unreduced_model_is_no_speedup_to_doubt(source, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(timing, "doubtful_speedups", lambda results: told.extend(one.name for one in results) or [])
+    runner.run(small_grid(only=("speed",)), tmp_path / "run")
+    assert told == ["tiny/tome/8", "tiny/random/8"]

@@ -53,7 +53,8 @@ def time_cells(bench: Bench) -> None:
             size = (size + 1) // 2
         release_memory(bench.device)
     disturbance = watch.stop()
-    for sentence in (*disturbance.warnings, *doubtful_speedups([timed.speed[name] for name in timed.memory])):
+    speedups = [timed.speed[name] for name in timed.memory if name != reference.cell.id]
+    for sentence in (*disturbance.warnings, *doubtful_speedups(speedups)):
         bench.progress.warn(sentence)
     # Added to a run, the cells ran beside an unreduced model whose own record is an earlier session's.
     again = {} if reference in lacking else {"reference_seconds": timed.speed[reference.cell.id].rounds}
