@@ -496,6 +496,7 @@ def test_two_machines_are_laid_over_each_other_and_named(run: Path, tmp_path: Pa
     assert "A CPU (cpu)" not in text  # in the legend, not among what all cells share
     assert re.search(r"italic[^<]*>A GPU<", text) and not re.search(r"italic[^<]*>A CPU<", text)
     assert re.search(r"italic[^<]*>ToMe r=13<", text)  # the second run's, elsewhere than the first's
+    assert "italic" not in svg(both, tmp_path, x="gflops").partition(">A GPU<")[0].rpartition(">ToMe")[0]
     again = svg(load_table([run, make_run(tmp_path / "again")]), tmp_path)
     assert ">run<" in again and ">again<" in again
 

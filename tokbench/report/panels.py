@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -412,12 +412,14 @@ def _point_labels(panel: Axes, cells: pd.DataFrame, x: str, y: str, art: Art, ad
         at = (float(cell[find_metric(x).column]), float(cell[find_metric(y).column]))
         point = panel.transData.transform(at)
         near = 8 * _pixels_per_point(panel)
-        if any(text == other.text and np.hypot(*(panel.transData.transform(other.at) - point)) < near
-               for other in labels):  # fmt: skip
-            continue  # the same cell of another run
-        spots = spots_around(point, _text_size(panel, text, art), _pixels_per_point(panel), leftwards=leftwards)
         # Of further runs in italics, as in the legend.
         slant = "italic" if cell.get("run") in list(art.runs)[1:] else "normal"
+        same = [place for place, other in enumerate(labels) if other.text == text
+                and np.hypot(*(panel.transData.transform(other.at) - point)) < near]  # fmt: skip
+        if same:  # the same cell of another run
+            labels[same[0]] = labels[same[0]] if slant == "italic" else replace(labels[same[0]], slant=slant)
+            continue
+        spots = spots_around(point, _text_size(panel, text, art), _pixels_per_point(panel), leftwards=leftwards)
         labels.append(_Label(text, at, art.theme.shade(art.theme.method(style), 0.4), spots, slant=slant))
     return labels
 
