@@ -66,7 +66,12 @@ def test_the_answer_is_the_fastest_cell_without_a_significant_loss(run: Path, tm
     df = load_table([run])
     assert answer(df) == (
         "ToMe at r=8 makes bundled 1.30 times as fast [1.29, 1.31] on this CPU in batches of 32, with no loss of "
-        "accuracy that 1,000 images can show: drop 0.2 points [−0.3, 0.7]."
+        "accuracy that 1,000 images can show: drop 0.2 points [−0.3, 0.7], so up to 0.7 may be lost."
+    )
+    few = df.assign(images=pd.array([20] * 5, "Int64"), drop_low=-10.0, drop_high=[0.0, 20.0, 22.0, 24.5, 26.0])
+    assert answer(few) == (
+        "20 images cannot tell what is to be had without losing accuracy: top-k at keep 0.7@3,6,9, the fastest cell "
+        "with no significant loss, may lose up to 24.5 points."
     )
     slow = answer(df.assign(latency_ms=[10.0, 12.0, 10.0, 10.0, 10.0]))
     assert slow.endswith("One image at a time it is no faster: 12 ms, unreduced 10 ms.")

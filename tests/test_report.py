@@ -361,6 +361,15 @@ def test_an_empty_table_renders_in_every_format() -> None:
     assert rich_text(empty, 80)
 
 
+def test_notes_under_a_table_of_several_runs_say_which_one_they_mean(run: Path, tmp_path: Path) -> None:
+    both = load_table([run, make_run(tmp_path / "other", device="cuda")])
+    both.loc[both.index[-1], "error"] = "out of memory"
+    text = render_table(both, "md")
+    assert "Runs: run (A CPU), other (A GPU)." in text
+    assert "other random:seed=1 constant:13 failed: out of memory" in text
+    assert "Runs:" not in render_table(both[both["run"] == "run"], "md")
+
+
 def test_two_models_get_a_model_column(tmp_path: Path, run: Path) -> None:
     both = load_table([run, make_run(tmp_path / "two", model="other")])
     assert render_table(both, "md").splitlines()[2].startswith("| Run | Model | Method |")

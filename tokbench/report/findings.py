@@ -17,6 +17,8 @@ _LIKENESS = {
     "similarity": "cosine to the unreduced model's features",
 }
 
+_VAGUE = 5.0  # points of top-1: a drop that may be more than this is no answer
+
 
 @dataclass
 class Findings:
@@ -104,13 +106,15 @@ def _answer(group: pd.DataFrame) -> str:
         if faster.empty:
             return f"Nothing that was tried makes {model} surely faster with {unseen}."
         best = faster.loc[faster["speedup"].idxmax()]
+        if best["drop_high"] > _VAGUE:
+            return _too_vague(best, images, "fastest")
         interval = f"[{best['speedup_low']:.2f}, {best['speedup_high']:.2f}]"
         batches = (
             f" in batches of {best['batch_size']}" if pd.notna(best["batch_size"]) and best["batch_size"] > 1 else ""
         )
         gain = f"makes {model} {best['speedup']:.2f} times as fast {interval}{_on(best)}{batches}"
         alone = group[group["is_baseline"] & (group["run"] == best["run"])]["latency_ms"]
-        told = f"{_upper(cell_name(best))} {gain}, with {unseen}: {_short_drop(best)}."
+        told = f"{_upper(cell_name(best))} {gain}, with {unseen}: {_at_most(best)}."
         if (alone <= best["latency_ms"]).any():
             told += f" One image at a time it is no faster: {_milliseconds(best)}, unreduced {alone.min():.3g} ms."
         return told
@@ -120,9 +124,24 @@ def _answer(group: pd.DataFrame) -> str:
             f"Nothing that was tried saves FLOPs of {model} with {unseen}." if kept["flops_ratio"].notna().any() else ""
         )
     best = cheaper.loc[cheaper["flops_ratio"].idxmin()]
+    if best["drop_high"] > _VAGUE:
+        return _too_vague(best, images, "cheapest")
     return (
-        f"{_upper(cell_name(best))} takes {_flops_phrase(best)} of {model}, with {unseen}: {_short_drop(best)}. "
+        f"{_upper(cell_name(best))} takes {_flops_phrase(best)} of {model}, with {unseen}: {_at_most(best)}. "
         "Whether it is faster was not measured."
+    )
+
+
+def _at_most(row: pd.Series) -> str:
+    return f"{_short_drop(row)}" + (
+        f", so up to {_number(row, row['drop_high'])} may be lost" if row["drop_high"] > 0 else ""
+    )
+
+
+def _too_vague(row: pd.Series, images: int, which: str) -> str:
+    return (
+        f"{images:,} {_plural(images, 'image')} cannot tell what is to be had without losing accuracy: "
+        f"{cell_name(row)}, the {which} cell with no significant loss, may lose up to {_points(row, row['drop_high'])}."
     )
 
 

@@ -26,6 +26,7 @@ from tokbench.report.metrics import (
     measured_names,
     nonfinite,
     pareto_front,
+    run_names,
 )
 
 TextFormat = Literal["md", "csv", "tex", "json"]
@@ -376,6 +377,9 @@ def _notes(df: pd.DataFrame, columns: Sequence[_Column]) -> list[str]:
     """Only what a reader of this table, with these columns, needs."""
     heads = {column.head for column in columns}
     notes = []
+    runs = {run: name for run, name in run_names(df).items() if run != name}
+    if len(runs) > 1:
+        notes.append(f"Runs: {', '.join(f'{run} ({name})' for run, name in runs.items())}.")
     if df["gflops"].notna().any():
         notes.append("FLOPs are multiply-adds, per image.")
     if df["drop"].notna().any():
@@ -409,13 +413,19 @@ def _notes(df: pd.DataFrame, columns: Sequence[_Column]) -> list[str]:
     if METRICS["method_share"].short in heads and df["method_share"].gt(0).any():
         notes.append("Overhead: what the method itself computes, as a share of the cell's FLOPs.")
     for _, row in df[nonfinite(df)].iterrows():
-        what = f"{row['variant']} {row['schedule']}".rstrip()
         notes.append(
-            f"{what}: NaN or infinite logits for {row['nonfinite']:,} images, which count as wrong; on no front."
+            f"{_cell_words(row, df)}: NaN or infinite logits for {row['nonfinite']:,} images, which count as wrong; "
+            "on no front."
         )
     for _, row in df[df["error"].notna()].iterrows():
-        notes.append(f"{row['variant']} {row['schedule']} failed: {row['error']}")
+        notes.append(f"{_cell_words(row, df)} failed: {row['error']}")
     return notes
+
+
+def _cell_words(row: pd.Series, df: pd.DataFrame) -> str:
+    """A row as one says it, with its run and model where there are several."""
+    several = [row[column] for column in ("run", "model") if df[column].nunique() > 1]
+    return " ".join(filter(None, (*several, row["variant"], row["schedule"])))
 
 
 def _rich(df: pd.DataFrame, columns: list[_Column], left_out: list[str]) -> Table:
