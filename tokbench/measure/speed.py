@@ -231,7 +231,6 @@ def _short_collections() -> Iterator[None]:
     if gc.get_freeze_count():
         yield
         return
-    gc.collect()
     gc.freeze()
     try:
         yield
