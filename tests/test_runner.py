@@ -13,7 +13,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from tokbench import answers, bench, records, runner, timing
+from tokbench import answers, bench, records, resolve, runner, timing
 from tokbench.config import Cell, Grid, MethodSpec, ModelSpec, RunOptions
 from tokbench.errors import UserError
 from tokbench.fusion.core import METHODS, Method
@@ -212,6 +212,18 @@ def test_flops_schedules_are_resolved_to_what_runs(source, tmp_path):
     assert record["schedule"] == "flops:0.6"
     assert record["resolved"].startswith("list:")
     assert record["flops_ratio"] == pytest.approx(0.6, abs=0.02)
+
+
+@pytest.mark.parametrize("only", [("flops",), ("accuracy",)])
+def test_the_unreduced_model_is_counted_once_for_all_cells(source, tmp_path, monkeypatch, only):
+    counted = []
+    for module in (bench, resolve):
+        real = module.count_flops
+        spy = lambda model, *size, real=real: counted.append(hasattr(model, "fusion")) or real(model, *size)  # noqa: E731
+        monkeypatch.setattr(module, "count_flops", spy)
+    grid = small_grid(MethodSpec("tome", ("flops:0.8", "flops:0.6")), MethodSpec("topk", ("flops:0.6",)), only=only)
+    runner.run(grid, tmp_path / "run")
+    assert counted.count(False) == 1 and counted.count(True) >= 3
 
 
 def test_reduced_precision_reaches_the_model(source, tmp_path):

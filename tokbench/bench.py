@@ -10,6 +10,7 @@ import itertools
 import traceback
 import warnings
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -30,6 +31,7 @@ from tokbench.progress import Progress
 from tokbench.records import flops_fields
 from tokbench.resolve import FlopsWarning, apply
 from tokbench.resume import Measured
+from tokbench.schedules import parse_schedule
 from tokbench.store import RunFolder
 from tokbench.timing import time_cells
 
@@ -167,8 +169,7 @@ class Bench:
                     count = count_flops(runnable.model, self.subject.input_size)
                     uncounted |= count.unsupported.keys()
                     limit = count_flops(runnable.limit, self.subject.input_size) if runnable.limit else count
-                    unreduced = self.measured.find(self.subject.cells[0], "flops")
-                    whole = unreduced["flops"] if unreduced else count.total
+                    whole = count.total if cell.is_baseline else self._unreduced_flops
                     self.record(runnable, "flops", **flops_fields(count, limit, whole))
             except RunStopped:
                 raise
@@ -197,7 +198,15 @@ class Bench:
             images = self._calibration_images() if calibrates(cell) else None
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", FlopsWarning)
-                apply(model, cell.method.name, cell.schedule, images=images, **cell.method.params)
+                whole = self._unreduced_flops if parse_schedule(cell.schedule).kind == "flops" else None
+                apply(
+                    model,
+                    cell.method.name,
+                    cell.schedule,
+                    images=images,
+                    unreduced_flops=whole,
+                    **cell.method.params,
+                )
             for warning in caught:
                 self.progress.warn(f"{cell.id}: {warning.message}")
             fusion = cast(Any, model).fusion
@@ -211,6 +220,11 @@ class Bench:
         kernels = attention_kernels(model, image)
         identity["tokens"] = tokens_per_block(model)
         return Runnable(cell, model, identity, kernels, _speed_limit(model, base))
+
+    @cached_property
+    def _unreduced_flops(self) -> int:
+        record = self.measured.find(self.subject.cells[0], "flops")
+        return record["flops"] if record else count_flops(self.subject.model, self.subject.input_size).total
 
     def _calibration_images(self) -> torch.Tensor:
         """The first images of the data, without their labels."""

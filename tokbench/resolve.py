@@ -40,6 +40,7 @@ def apply(
     *,
     trace: bool = False,
     images: Tensor | None = None,
+    unreduced_flops: int | None = None,
     **params: Any,
 ) -> VisionTransformer:
     """Put a token-fusion method into a timm ViT, in place; calling it again replaces the method.
@@ -50,6 +51,7 @@ def apply(
         schedule: how many tokens go where, as `tokbench list schedules` shows: 13, "keep:0.7@3,6,9", "flops:0.5".
         trace: keep the token map.
         images: (B, C, H, W) calibration images, for methods that measure the model.
+        unreduced_flops: what `count_flops` gives without a method, where it is known; "flops:…" counts it if not.
         params: the method's own parameters, as `tokbench list methods` shows.
 
     Raises:
@@ -65,7 +67,7 @@ def apply(
         return remove(model)
     made = make_method(method, **params)
     made.require_depth(len(model.blocks))
-    resolved = resolve_schedule(model, countable(made), parsed)
+    resolved = resolve_schedule(model, countable(made), parsed, unreduced_flops)
     return insert(model, calibrate(model, made, resolved, images), resolved, trace=trace)
 
 
@@ -77,8 +79,10 @@ def check_schedule(schedule: Schedule, depth: int) -> None:
         raise UserError(f"schedule '{schedule}' has {len(schedule.values)} entries; the model has {depth} blocks")
 
 
-def resolve_schedule(model: VisionTransformer, method: Method, schedule: Schedule) -> Schedule:
-    """A schedule that names tokens, found by counting if it names FLOPs.
+def resolve_schedule(
+    model: VisionTransformer, method: Method, schedule: Schedule, unreduced_flops: int | None = None
+) -> Schedule:
+    """A schedule that names tokens, found by counting if it names FLOPs; what is known already is not counted again.
 
     `flops:F` becomes the method's own shape, scaled until its counted FLOPs are nearest F × the unreduced model's:
     a list of removals that differ by at most one, or one keep rate at blocks L//4, L//2 and 3L//4. Warns
@@ -89,7 +93,7 @@ def resolve_schedule(model: VisionTransformer, method: Method, schedule: Schedul
     if schedule.kind != "flops":
         return schedule
     probe = remove(fork(model))
-    unreduced, wanted = count_flops(probe).total, schedule.values[0]
+    unreduced, wanted = unreduced_flops or count_flops(probe).total, schedule.values[0]
     scaled, last = _keep_rates(depth, patches) if method.flops_shape == "keep" else _even(method, depth, patches)
 
     @cache
