@@ -13,7 +13,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock, VisionTransformer
 
 import tokbench
-from tokbench.fusion.core import Assignment, bipartite_match, merge
+from tokbench.fusion.core import Assignment, bipartite_match, merge, pick, wide
 
 METHODS = [name for name in tokbench.list_methods() if name != "none"]
 GONE = {"evit": [4, 8, 12, 16], "mctf": [0, 5, 10, 15]}  # of 5 a block: EViT adds one back, MCTF skips block 0
@@ -257,6 +257,17 @@ def test_merging_has_the_gradient_of_its_definition(combine, size):
     assert torch.autograd.gradcheck(run, (x, weight))
     for grad in torch.autograd.grad(run(x, weight).square().sum(), (x, weight), allow_unused=True):
         assert grad is not None and grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_picking_tokens_is_gathering_them(contiguous):
+    x = torch.randn(3, 5, 7) if contiguous else torch.randn(3, 7, 5).mT
+    x.requires_grad_()
+    index = torch.tensor([[4, 0, 0], [1, 2, 3], [3, 4, 1]])
+    picked, gathered = pick(x, index), x.gather(1, wide(index, x))
+    assert torch.equal(picked, gathered)
+    (ours,), (theirs,) = (torch.autograd.grad(out.square().sum(), x) for out in (picked, gathered))
+    assert torch.equal(ours, theirs) and ours.abs().sum() > 0
 
 
 @settings(max_examples=40, deadline=None)

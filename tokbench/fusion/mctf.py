@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokbench.fusion.core import Assignment, Method, View, after_prefix, best_proposals, register_method, two_sets
+from tokbench.fusion.core import (
+    Assignment,
+    Method,
+    View,
+    after_prefix,
+    best_proposals,
+    pick,
+    positions,
+    register_method,
+    two_sets,
+)
 
 
 @register_method
@@ -65,34 +75,33 @@ class MCTF(Method):
     def plan(self, view: View, r: int) -> Assignment:
         # Softmax can underflow to 0, which no weighted mean or reciprocal survives.
         received = view.attention().mean((1, 2)).clamp_min(1e-30)
-        a, b = two_sets(view.prefix + view.patches, view.prefix, received.device)
-        attraction = self.attraction(view, received, a, b)
         weight = received if view.size is None else received * view.size / view.size.amax(1, keepdim=True)
         match = _both_ways if self.bidirectional else best_proposals
-        return Assignment(*match(attraction, a, b, view.prefix, r), weight)
+        return Assignment(*match(self.attraction(view, received), view.prefix, r), weight)
 
-    def attraction(self, view: View, received: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def attraction(self, view: View, received: Tensor) -> Tensor:
         """W between the tokens of A and B: (B, |A|, |B|). Maxima scale all of an image's scores alike."""
-        unit = F.normalize(view.x.to(received.dtype), dim=-1)
-        similar = (unit[:, a] @ unit[:, b].mT + 1) / 2
-        scores = similar.clamp_min(0) ** (1 / self.tau_sim) * _pairs(1 / received, a, b, self.tau_info)
-        return scores if view.size is None else scores * _pairs(1 / view.size, a, b, self.tau_size)
+        a, b = two_sets(F.normalize(view.x.to(received.dtype), dim=-1), view.prefix)
+        similar = (a @ b.mT + 1) / 2
+        scores = similar.clamp_min(0) ** (1 / self.tau_sim) * _pairs(1 / received, view.prefix, self.tau_info)
+        return scores if view.size is None else scores * _pairs(1 / view.size, view.prefix, self.tau_size)
 
 
-def _pairs(score: Tensor, a: Tensor, b: Tensor, temperature: float) -> Tensor:
+def _pairs(score: Tensor, prefix: int, temperature: float) -> Tensor:
     # The root before the product: the product of two small scores may be no float32.
-    score = (score / score.amax(1, keepdim=True)) ** (1 / temperature)
-    return score[:, a].unsqueeze(-1) * score[:, b].unsqueeze(1)
+    a, b = two_sets((score / score.amax(1, keepdim=True)) ** (1 / temperature), prefix)
+    return a.unsqueeze(-1) * b.unsqueeze(1)
 
 
-def _both_ways(attraction: Tensor, a: Tensor, b: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
+def _both_ways(attraction: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """r // 2 from A to B, then the rest from B to the A tokens left; order: prefix, A ascending, B by falling score."""
     batch = attraction.shape[0]
+    a, b = positions(attraction, prefix)
     best, partner = attraction.max(-1)
     ranked = best.argsort(dim=-1, descending=True, stable=True)
     going, staying = ranked[:, : r // 2], ranked[:, r // 2 :].sort(dim=-1).values
 
-    left = attraction.gather(1, staying.unsqueeze(-1).expand(-1, -1, len(b)))
+    left = pick(attraction, staying)
     best_back, partner_back = left.max(1)
     ranked_back = best_back.argsort(dim=-1, descending=True, stable=True)
     going_back, staying_back = ranked_back[:, : r - r // 2], ranked_back[:, r - r // 2 :]

@@ -47,21 +47,20 @@ class MSTM(Method):
 
     def features(self, view: View) -> Tensor:
         """f: (B, N, d)."""
-        keys = view.mean_keys()
-        features = keys
+        assert view.token_map is not None
+        keys, owner = view.mean_keys(), view.token_map[:, view.prefix :]
+        cells = pick(keys, owner).mT.unflatten(-1, view.grid)
+        pooled = torch.zeros_like(cells)
         for side in self.scales:
-            features = features + self.scale_weight * _pooled(keys, view, side)
-        return features
+            pooled += _pooled(cells, side)
+        # Averaged over each token's own cells.
+        summed = torch.zeros_like(keys).scatter_add_(1, wide(owner, keys), pooled.flatten(2).mT)
+        count = torch.zeros_like(keys[..., 0]).scatter_add_(1, owner, torch.ones_like(owner, dtype=keys.dtype))
+        return keys + self.scale_weight * summed / count.clamp_min(1).unsqueeze(-1)
 
 
-def _pooled(keys: Tensor, view: View, side: int) -> Tensor:
-    """pool_m: what windows of side×side grid cells hold on average, averaged over each token's own cells."""
-    assert view.token_map is not None
-    (batch, _, channels), (rows, columns) = keys.shape, view.grid
-    owner = view.token_map[:, view.prefix :]
-    cells = pick(keys, owner).mT.reshape(batch, channels, rows, columns)
+def _pooled(cells: Tensor, side: int) -> Tensor:
+    """To each cell of a grid (B, d, rows, columns) the mean of the side×side window that it is in."""
+    rows, columns = cells.shape[2:]
     pooled = F.avg_pool2d(cells, side, ceil_mode=True)
-    spread = pooled.repeat_interleave(side, 2).repeat_interleave(side, 3)[:, :, :rows, :columns].flatten(2).mT
-    summed = torch.zeros_like(keys).scatter_add(1, wide(owner, keys), spread)
-    count = torch.zeros_like(keys[..., 0]).scatter_add(1, owner, torch.ones_like(spread[..., 0]))
-    return summed / count.clamp_min(1).unsqueeze(-1)
+    return pooled.repeat_interleave(side, 2).repeat_interleave(side, 3)[:, :, :rows, :columns]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from tokbench.fusion.core import Assignment, Method, View, after_prefix, register_method
+from tokbench.fusion.core import Assignment, Method, View, after_prefix, pick, register_method
 
 
 @register_method
@@ -28,15 +28,14 @@ class PiToMe(Method):
         unit = F.normalize(view.mean_keys()[:, view.prefix :], dim=-1)
         cosine = unit @ unit.mT
         margin = 0.75 - 0.75 * view.block / view.depth
-        energy = F.elu(cosine - margin).mean(-1)
+        energy = F.elu(cosine - margin, inplace=True).mean(-1)
         ranked = energy.argsort(dim=-1, descending=True, stable=True)
 
         everywhere = view.block < (view.depth + 1) // 2
         matched = ranked if everywhere else ranked[:, : 2 * r]
         a, b = matched[:, ::2], matched[:, 1::2]
         columns = b.unsqueeze(1).expand(-1, a.shape[1], -1)
-        rows = a.unsqueeze(-1).expand(-1, -1, cosine.shape[-1])
-        best, partner = cosine.gather(1, rows).gather(2, columns).max(-1)
+        best, partner = pick(cosine, a).gather(2, columns).max(-1)
         if everywhere:
             order = best.argsort(dim=-1, descending=True, stable=True)
             source, stay = a.gather(1, order[:, :r]), a.gather(1, order[:, r:])
