@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from scipy.special import softmax
 from scipy.stats import entropy
 from torch import Tensor, nn
 
+from tokbench.measure import accuracy
 from tokbench.measure._model import is_out_of_memory
 from tokbench.measure.accuracy import ARRAYS, Predictions, evaluate, join
 
@@ -296,3 +298,50 @@ def test_archives_from_before_there_were_divergences_are_read(tmp_path: Path) ->
     features = evaluate({"a": Table(random_logits(5, 4))}, numbered([-1] * 5), device=CPU, classifier=False)["a"]
     np.savez(tmp_path / "features.npz", **{name: getattr(features, name) for name in ARRAYS})
     assert not Predictions.load(tmp_path / "features.npz").classifies
+
+
+class _Hostile:
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_archives_that_hold_no_answers_are_refused(tmp_path: Path, monkeypatch) -> None:
+    """Whatever somebody made of them: neither unpickled nor taken for answers, and no bomb is unpacked."""
+    good = {
+        "label": np.arange(4), "predicted": np.arange(4), "label_probability": np.ones(4, np.float32),
+        "top5": np.ones(4, bool),
+    }  # fmt: skip
+    path = tmp_path / "answers.npz"
+    np.savez_compressed(path, **good)
+    assert Predictions.load(path).top1() == 1
+    whole = path.read_bytes()
+    changes = {
+        "label": np.array([_Hostile(tmp_path / "made")] * 4, dtype=object), "predicted": np.arange(3),
+        "top5": np.ones((4, 1), bool), "label_probability": np.array(["x"] * 4),
+    }  # fmt: skip
+    for name, array in changes.items():
+        np.savez(path, allow_pickle=True, **{**good, name: array})
+        with pytest.raises(ValueError, match=f"its array {name!r} is|Object arrays cannot be loaded"):
+            Predictions.load(path)
+    assert not (tmp_path / "made").exists()
+    np.savez(path, label=np.arange(4))
+    with pytest.raises(ValueError, match="it has no array 'predicted'"):
+        Predictions.load(path)
+    encrypted = bytearray(whole)
+    encrypted[whole.find(b"PK\1\2") + 8] |= 1
+    for content in (b"", b"text", whole[:300], bytes(encrypted)):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="it is no archive of arrays, or damaged"):
+            Predictions.load(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="no regular file"):
+        Predictions.load(path)
+    path.unlink()
+    path.write_bytes(whole)
+    monkeypatch.setattr(accuracy, "LARGEST_ARCHIVE", 100)
+    with pytest.raises(ValueError, match="unpacked it would be larger than"):
+        Predictions.load(path)

@@ -353,6 +353,7 @@ checkpoints = st.one_of(
 )  # fmt: skip
 
 
+@example(("a.pth", _saved({"pos_embed": torch.zeros(0, 1, 0)})), 56)
 @given(checkpoints, st.sampled_from([None, 56, 112]))
 def test_checkpoints(file, input_size):
     name, content = file

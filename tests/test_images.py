@@ -24,6 +24,7 @@ from tokbench.data import load_batches, open_dataset
 from tokbench.errors import RunStopped
 from tokbench.images import ImageError, decode
 from tokbench.measure.accuracy import Predictions
+from tokbench.resume import HalfPass, Reader
 from tokbench.store import RunFolder
 
 RAMP = np.tile(np.linspace(0, 255, 32, dtype=np.uint8), (24, 1))  # 24 × 32, dark on the left
@@ -280,12 +281,39 @@ def test_formats_that_start_other_programs_are_no_images(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-def test_a_run_without_one_good_image_stops_with_one_line(tmp_path, monkeypatch):
+def test_an_image_that_a_stream_cannot_decode_itself_stops_the_run(tmp_path):
+    """As TensorFlow decodes for tfds/: its iteration ends there."""
+
+    def decoded_elsewhere():
+        yield Image.new("RGB", (40, 40)), 0
+        raise RuntimeError("Expected image (JPEG, PNG, or GIF), got unknown format\n[Op:IteratorGetNext]")
+
+    prepare = open_dataset(str(make_folder(tmp_path, {"a": 1})), vit(1))._prepare
+    stream = data.ImageStream("tfds/x", decoded_elsewhere(), 3, prepare, "f", None, 1)
+    with pytest.raises(RunStopped, match="images of tfds/x cannot be read: RuntimeError: Expected image .* format$"):
+        list(Reader(stream, 2, 0, HalfPass(), None).batches())
+
+
+def test_calibration_takes_the_first_images_that_can_be_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "load_model", lambda *args, **kwargs: tiny_model())
+    folder = make_folder(tmp_path / "data", {"a": 35})
+    for image in sorted((folder / "a").iterdir())[:33]:
+        image.write_bytes(b"x")
+    grid = replace(small_grid(MethodSpec("tofu", ("8",), {"prune_blocks": "auto"})), data=str(folder))
+    runner.run(grid, tmp_path / "run", options=RunOptions(device="cpu", only=("flops",)))
+    assert RunFolder.open(tmp_path / "run").records()[1]["calibrated"]["images"] == 2
+
+
+@pytest.mark.parametrize(
+    "method, measure",
+    [(MethodSpec("tome", ("8",)), "accuracy"), (MethodSpec("tofu", ("8",), {"prune_blocks": "auto"}), "flops")],
+)
+def test_a_run_without_one_good_image_stops_with_one_line(tmp_path, monkeypatch, method, measure):
     monkeypatch.setattr(runner, "load_model", lambda *args, **kwargs: tiny_model())
     folder = make_folder(tmp_path / "data", {"a": 3})
     for image in (folder / "a").iterdir():
         image.write_bytes(b"x")
-    options = RunOptions(device="cpu", batch_size=2, only=("accuracy",), max_bad=100)
-    grid = replace(small_grid(MethodSpec("tome", ("8",))), data=str(folder))
+    options = RunOptions(device="cpu", batch_size=2, only=(measure,), max_bad=100)
+    grid = replace(small_grid(method), data=str(folder))
     with pytest.raises(RunStopped, match="none of the 3 images of data can be decoded"):
         runner.run(grid, tmp_path / "run", options=options)

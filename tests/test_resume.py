@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_runner import CLASSES, IMAGES, Listener, Source, small_grid, stand_in, tiny_model
@@ -117,6 +119,33 @@ def test_a_broken_part_of_a_pass_is_measured_again(source, tmp_path, monkeypatch
     runner.run(small_grid(), tmp_path / "run")
     assert source.read == list(range(10, IMAGES))
     assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"start": 1},
+        {"end": 10**20},
+        {"end": "10"},
+        {"cells": []},
+        {"cells": 3},
+        {"batch_sizes": {"tiny/none": 0}},
+        {"batch_sizes": [1]},
+        {"skipped": [{"index": 0, "name": "a", "reason": "b"}]},
+        {"skipped": [{"index": "0"}]},
+        "[" * 20_000,
+    ],
+    ids=str,
+)
+def test_a_part_of_a_pass_that_contradicts_itself_is_measured_again(source, tmp_path, monkeypatch, change):
+    stop_at(monkeypatch, source, 15, small_grid(only=("accuracy",)), tmp_path / "run")
+    (part,) = (tmp_path / "run" / "partial").rglob("*.npz")
+    with np.load(part) as archive:
+        arrays = dict(archive)
+    about = change if isinstance(change, str) else json.dumps({**json.loads(str(arrays["about"])), **change})
+    np.savez(part, **{**arrays, "about": np.array(about)})
+    runner.run(small_grid(only=("accuracy",)), tmp_path / "run")
+    assert source.read == list(range(IMAGES))
 
 
 def test_a_stream_starts_again(source, tmp_path, monkeypatch):

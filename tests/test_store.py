@@ -269,3 +269,16 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path, name):
     with pytest.raises(UserError, match="run folder .*: "):
         if not is_run(tmp_path / name):
             RunFolder.create(tmp_path / name, {})
+
+
+def test_lines_that_nobody_wrote_are_refused_and_cut(run: RunFolder, monkeypatch) -> None:
+    run.append(RECORD)
+    whole = (run.path / "records.jsonl").read_bytes()
+    with open(run.path / "records.jsonl", "ab") as file:
+        file.write(b"\0" * 200_000)  # as a file system leaves them after a power cut
+    assert len(run.records()) == 1
+    run.repair()
+    assert (run.path / "records.jsonl").read_bytes() == whole
+    monkeypatch.setattr(store, "_LONGEST_LINE", 10)
+    with pytest.raises(UserError, match="line 1: longer than 10 bytes"):
+        run.records()

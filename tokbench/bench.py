@@ -227,11 +227,14 @@ class Bench:
         return record["flops"] if record else count_flops(self.subject.model, self.subject.input_size).total
 
     def _calibration_images(self) -> torch.Tensor:
-        """The first images of the data, without their labels."""
+        """The first images of the data that can be decoded, without their labels."""
         source = self.subject.source
         assert source is not None
-        batch = next(iter(load_batches(source, CALIBRATION_IMAGES, workers=0)))
-        return batch.images.to(self.device, self.dtype)
+        batches = load_batches(source, CALIBRATION_IMAGES, workers=0)
+        images = list(itertools.islice((image for batch in batches for image in batch.images), CALIBRATION_IMAGES))
+        if not images:
+            raise RunStopped(f"none of the {len(source):,} images of {source.name} can be decoded: nothing to measure.")
+        return torch.stack(images).to(self.device, self.dtype)
 
     def _identity(self, cell: Cell) -> dict[str, Any]:
         subject = self.subject.conditions()

@@ -359,7 +359,7 @@ def _resample_positions(state: dict[str, Tensor], model: VisionTransformer | Eva
     prefix = _embedded_prefix_tokens(model)
     if old is None or new is None or old.ndim != 3 or old.shape[1] == new.shape[1]:
         return
-    if math.isqrt(max(0, old.shape[1] - prefix)) ** 2 == old.shape[1] - prefix:
+    if old.numel() and len(old) == 1 and math.isqrt(max(0, old.shape[1] - prefix)) ** 2 == old.shape[1] - prefix > 0:
         grid = list(model.patch_embed.grid_size)
         state["pos_embed"] = resample_abs_pos_embed(old, grid, num_prefix_tokens=prefix)
 

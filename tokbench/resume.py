@@ -17,7 +17,7 @@ from tokbench.errors import RunStopped, UserError, one_line
 from tokbench.images import Skipped
 from tokbench.measure.accuracy import ARRAYS, Predictions, join, load_arrays
 from tokbench.schedules import parse_schedule
-from tokbench.store import RunFolder
+from tokbench.store import RunFolder, stopping_at_write_errors
 
 SAVE_SECONDS = 5.0
 # What predictions and speed may depend on, so that one run has one version of each.
@@ -132,8 +132,9 @@ class PassFile:
             if part is None or part[0] != (parts[-1].end if parts else 0):
                 break
             parts.append(part[1])
-        for path in reversed(paths[len(parts) :]):
-            path.unlink()
+        with stopping_at_write_errors(self.folder.path):
+            for path in reversed(paths[len(parts) :]):
+                path.unlink()
         if not parts:
             return None
         self._start = parts[-1].end

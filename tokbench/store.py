@@ -38,6 +38,7 @@ RECORDS = "records.jsonl"
 # Which images no cell saw, and why, by model.
 SKIPPED = "skipped.json"
 _LOCK, _OWNER = ".lock", ".owner.json"
+_LONGEST_LINE = 2**26
 _TEMPORARY = ".tokbench.tmp"  # nobody else names files so: repair removes those that a crash left
 # What readers of records rely on. A field that is not named here may hold anything.
 _IDENTITY = ("kind", "cell", "model", "method", "schedule")
@@ -186,11 +187,20 @@ class RunFolder:
         path = self.path / RECORDS
         if not path.is_file():
             return []
+        records: list[dict[str, Any]] = []
         try:
-            *lines, _torn = path.read_bytes().split(b"\n")
+            with open(path, "rb") as file:
+                for number in itertools.count(1):
+                    line = file.readline(_LONGEST_LINE + 1)
+                    if len(line) > _LONGEST_LINE:
+                        raise UserError(f"{path}, line {number}: longer than {_LONGEST_LINE:,} bytes.")
+                    if not line.endswith(b"\n"):  # torn, or the end
+                        return records
+                    if line.strip():
+                        records.append(_parse(line, f"{path}, line {number}"))
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}.") from error
-        return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+        return records
 
     def repair(self) -> None:
         """Finish what a crash left half done: a torn last line, temporary files, no records yet."""
@@ -350,14 +360,17 @@ def _sync_folder(folder: Path) -> None:
 
 def _cut_torn_line(file: BinaryIO) -> int:
     """Drop what follows the last newline, and go to the end: its position comes back."""
-    end = file.seek(0, os.SEEK_END)
-    if end:
-        file.seek(end - 1)
-        if file.read(1) != b"\n":
-            file.seek(0)
-            end = file.read().rfind(b"\n") + 1
-            file.truncate(end)
-    return file.seek(end)
+    end = kept = file.seek(0, os.SEEK_END)
+    while kept:
+        start = max(0, kept - 2**16)
+        file.seek(start)
+        newline = file.read(kept - start).rfind(b"\n")
+        kept = start + newline + 1
+        if newline >= 0:
+            break
+    if kept < end:
+        file.truncate(kept)
+    return file.seek(kept)
 
 
 def _check_manifest(manifest: dict[str, Any], path: Path) -> None:

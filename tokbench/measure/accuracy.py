@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from tokbench.errors import one_line
 from tokbench.measure._model import evaluation_mode, is_out_of_memory, release_memory
 
+LARGEST_ARCHIVE = 2**31  # sixty million answers
+
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
@@ -101,7 +103,7 @@ class Predictions:
 
 
 def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of a NumPy archive by name. Nothing in it is unpickled, and no more than 2 GiB are unpacked.
+    """The arrays of a NumPy archive by name. Nothing is unpickled, and no more than `LARGEST_ARCHIVE` bytes unpacked.
 
     Raises OSError, and ValueError for all that is no such archive.
     """
@@ -109,8 +111,8 @@ def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
         raise ValueError("it is no regular file")
     try:
         with zipfile.ZipFile(path) as members:
-            if sum(member.file_size for member in members.infolist()) > 2**31:
-                raise ValueError("unpacked it would be larger than 2 GiB")
+            if sum(member.file_size for member in members.infolist()) > LARGEST_ARCHIVE:
+                raise ValueError(f"unpacked it would be larger than {LARGEST_ARCHIVE / 2**30:g} GiB")
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError):
