@@ -323,7 +323,7 @@ def test_archives_that_hold_no_answers_are_refused(tmp_path: Path, monkeypatch) 
         "top5": np.ones((4, 1), bool), "label_probability": np.array(["x"] * 4),
     }  # fmt: skip
     for name, array in changes.items():
-        np.savez(path, allow_pickle=True, **{**good, name: array})
+        np.savez(path, **{**good, name: array})
         with pytest.raises(ValueError, match=f"its array {name!r} is|Object arrays cannot be loaded"):
             Predictions.load(path)
     assert not (tmp_path / "made").exists()

@@ -464,6 +464,19 @@ def test_tampered_runs_are_measured_again(_):
         assert_answer_or_one_line("check", "--out=again", "--baseline", "tampered")
 
 
+def test_a_run_folder_may_have_any_name():
+    name = "./-a\n[red]'\"<b>$x$\x1b[31m\udcff"
+    try:
+        for words in (GO_ON, ("table", "--format=md"), ("table", "--format=csv"), ("plot",), ("report",), ("check",)):
+            code, err = call(*words, name, *["--baseline=whole"] * (words == ("check",)))
+            assert (code, "\x1b" in err) == (0, False), (words, err)
+        assert {"report.html", "pareto.png"} <= {path.name for path in Path(name).iterdir()}
+        assert_answer_or_one_line("pick", name, "--max-drop=5")
+        assert_answer_or_one_line("table", name + "?")
+    finally:
+        shutil.rmtree(name)
+
+
 RECORD = {
     "schema": 1, "kind": "accuracy", "cell": "m/tome/8", "model": "m", "method": "tome", "params": {}, "schedule": "8",
     "weights_sha256": "a", "input_size": [3, 32, 32], "device": "cpu", "dtype": "fp32", "top1": 0.5, "drop": 1.0,
