@@ -93,7 +93,7 @@ METRICS: dict[str, Metric] = {
     ),
     "latency_p95": Metric("Latency at batch 1, 95th percentile (ms)", "p95 ms", "latency_p95_ms", "lower", 2, tie=_TIE),
     "efficiency": Metric(
-        "Efficiency (speed relative to `free`, same token counts)",
+        'Efficiency (speed relative to the control "free")',
         "Efficiency",
         "efficiency",
         "higher",
