@@ -177,7 +177,7 @@ def test_dry_run_names_the_cells_and_loads_nothing(tokbench_command, monkeypatch
         (["show", "bundled:1", "--method", "none"], ["nothing to show"]),
         (["show", "bundled:1", "--out", "a.gif"], ["png, svg, pdf"]),
         (["report", "nowhere", "--out", "page.pdf"], ["page.html"]),
-        (["list"], ["WHAT"]),
+        (["list"], ["models|methods|schedules|data"]),
         (["list", "method"], ["'method'", "Did you mean 'methods'"]),
         (["list", "methods", "tome"], ["'tome'", "only models"]),
         (["pick", "run", "--max-drop", "abc"], ["--max-drop must be a number, not 'abc'"]),
