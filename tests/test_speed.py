@@ -648,3 +648,12 @@ def test_a_model_that_fails_at_any_time_is_left_out_and_named(clock: Clock, fail
     assert told == ["tome: late"]
     assert [(result.name, result.speedup) for result in results] == [("none", 1), ("mctf", 0.5)]
     assert len(results[0].rounds) == len(results[1].rounds)
+
+
+def test_a_model_that_answers_fewer_images_than_it_was_shown_is_not_timed() -> None:
+    class First(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images[:1].flatten(1)
+
+    with pytest.raises(ValueError, match="gave 1 answers to 4 images"):
+        measure_speed({"first": First()}, batch_size=4, input_size=(3, 8, 8), rounds=1, seconds=0.01)
