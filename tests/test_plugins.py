@@ -157,7 +157,7 @@ WRONG_PLANS = {
     "far": ("", "Assignment(good + 1000)", "block 0: kept holds 1000 to 1056; there are 65"),
     "floats": ("", "Assignment(good.float())", "kept must be a tensor of torch.long on cpu, not torch.float32"),
     "elsewhere": ("", "Assignment(good.to('meta'))", "not torch.int64 on meta"),
-    "one image": ("", "Assignment(good[:1])", "gave 1 answers to 10 images"),
+    "one image": ("", "Assignment(good[:1])", "gave 1 answers to 10 images|unflatten"),
     "flat": ("", "Assignment(good[0])", "kept must be a tensor"),
     "no patch": ("", "Assignment(good[:, :1])", "kept must hold a patch token beside the 1 prefix tokens"),
     "no class token": ("", "Assignment(good + 1)", "kept must begin with the prefix tokens"),
