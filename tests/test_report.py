@@ -57,9 +57,9 @@ def make_run(path: Path, *, model: str = "bundled", images: int = 1000, **change
             "mcnemar_p": 0.5, "agreement": 0.9,
         })  # fmt: skip
         run.append(same | {"kind": "flops", "flops": flops, "flops_ratio": flops / 4e8})
-        seconds = [32 / throughput * factor for factor in (1.0, 0.9, 1.1, 1.05, 0.95, 1.2, 0.99)]
         run.append(same | {
-            "kind": "speed", "batch_size": 32, "seconds": seconds, "throughput": throughput,
+            "kind": "speed", "batch_size": 32, "throughput": throughput, "throughput_low": throughput / 1.2,
+            "throughput_high": throughput / 0.9,
             "speedup": throughput / 100, "speedup_low": throughput / 101, "speedup_high": throughput / 99,
         })  # fmt: skip
     return path
@@ -97,22 +97,14 @@ def test_error_bars_of_top1_are_the_paired_interval(df: pd.DataFrame) -> None:
     assert df.loc[2, "top1_paired_high"] == pytest.approx(79.0)
 
 
-def test_throughput_interval_holds_the_median_and_comes_from_the_rounds(df: pd.DataFrame) -> None:
-    # Seven rounds: the 95 % order-statistics interval of the median is the whole range.
-    assert df.loc[0, "throughput_low"] == pytest.approx(100 / 1.2)
-    assert df.loc[0, "throughput_high"] == pytest.approx(100 / 0.9)
-
-
-def test_five_rounds_give_no_throughput_interval() -> None:
-    record = {
-        "kind": "speed",
-        "cell": "m/none",
-        "model": "m",
-        "method": "none",
-        "seconds": [1.0] * 5,
-        "throughput": 9.0,
-    }
-    assert np.isnan(table_of_records([record]).loc[0, "throughput_low"])
+def test_models_timed_compiled_are_said_to_be_and_not_compared_with_others(df: pd.DataFrame, tmp_path: Path) -> None:
+    assert set(df["compiled"]) == {"no"} and "compiled" not in render_table(df, "md")
+    other = df.assign(compiled="yes", run="compiled")
+    assert ", compiled, batch 32" in render_table(other, "md") and "compiled" in svg(other, tmp_path)
+    assert len(comparable(pd.concat([df, other]))) == 2
+    record = {"kind": "speed", "cell": "m/none", "model": "m", "method": "none", "compiled": True}
+    flops = {"kind": "flops", "cell": "m/tome/8", "model": "m", "method": "tome", "schedule": "8"}
+    assert list(table_of_records([record, flops])["compiled"]) == ["yes", "yes"]
 
 
 def test_no_records_give_an_empty_table_with_all_columns(df: pd.DataFrame) -> None:

@@ -81,12 +81,15 @@ def speed_fields(
     memory: peak bytes, allocated and reserved. reference: the unreduced model in the same
     rounds. limit: the cell's own `free` in the same rounds.
     """
+    _, quick, slow = median_interval(result.rounds)
     fields = {
         "batch_size": result.batch_size,
         "seconds": result.rounds,
         "iterations": result.iterations,
         "compiled": compiled,
         "throughput": result.throughput,
+        "throughput_low": result.batch_size / slow,
+        "throughput_high": result.batch_size / quick,
         "speedup": result.speedup,
         "speedup_low": result.speedup_low,
         "speedup_high": result.speedup_high,

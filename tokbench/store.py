@@ -51,6 +51,7 @@ _NUMBERS = frozenset({
     "correct5", "skipped", "nonfinite", "top1", "top1_low", "top1_high", "top5", "top5_low", "top5_high", "drop",
     "drop_low", "drop_high", "mcnemar_p", "agreement", "agreement_low", "agreement_high", "kl", "kl_low", "kl_high",
     "similarity", "similarity_low", "similarity_high", "batch_size", "iterations", "throughput",
+    "throughput_low", "throughput_high",
     "speedup", "speedup_low", "speedup_high", "latency_ms", "latency_low_ms", "latency_high_ms", "latency_p95_ms",
     "efficiency", "efficiency_low", "efficiency_high", "free_speedup", "peak_memory_bytes",
 })  # fmt: skip

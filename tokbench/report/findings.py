@@ -51,6 +51,7 @@ def group_title(group: pd.DataFrame) -> str:
         f"{int(images.max()):,} {_plural(int(images.max()), 'image')} of {first['data']}" if len(images) else "",
         _where(first),
         str(first["dtype"] or ""),
+        "compiled" if first["compiled"] == "yes" else "",
         f"batch {int(batch.max())}" if len(batch) else "",
     ]
     return ", ".join(part for part in parts if part)

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,7 +108,17 @@ METRICS: dict[str, Metric] = {
 GAINS = ("top1", "agreement", "similarity")
 
 # Cells that agree in all of these may be compared with each other, whichever run they come from.
-COMPARABLE = ("model", "weights_sha256", "input_size", "data", "data_fingerprint", "device", "machine", "dtype")
+COMPARABLE = (
+    "model",
+    "weights_sha256",
+    "input_size",
+    "data",
+    "data_fingerprint",
+    "device",
+    "machine",
+    "dtype",
+    "compiled",
+)
 # Cells that agree in these lie in the same panel of a plot, so that machines can be laid over each other.
 PANEL = ("model", "weights_sha256", "input_size", "data", "data_fingerprint")
 
@@ -123,12 +132,13 @@ COLUMNS = (
     "top1", "top1_low", "top1_high", "top1_paired_low", "top1_paired_high", "top5", "top5_low", "top5_high", "drop",
     "drop_low", "drop_high", "mcnemar_p", "agreement", "agreement_low", "agreement_high", "kl", "kl_low", "kl_high",
     "similarity", "similarity_low", "similarity_high", "images", "batch_size", "skipped", "nonfinite", "input_size",
-    "data", "data_fingerprint", "device", "machine", "dtype", "weights_sha256", "fused_attention", "weights",
-    "cell", "error",
+    "data", "data_fingerprint", "device", "machine", "dtype", "compiled", "weights_sha256", "fused_attention",
+    "weights", "cell", "error",
 )  # fmt: skip
 _TEXT = frozenset({
     "run", "model", "method", "variant", "params", "schedule", "resolved", "input_size", "data",
-    "data_fingerprint", "device", "machine", "dtype", "weights_sha256", "fused_attention", "weights", "cell", "error",
+    "data_fingerprint", "device", "machine", "dtype", "compiled", "weights_sha256", "fused_attention", "weights",
+    "cell", "error",
 })  # fmt: skip
 _METRIC_COLUMNS = frozenset(metric.column for metric in METRICS.values())
 _INTEGER = frozenset({"tokens_final", "images", "batch_size", "skipped", "nonfinite"})
@@ -355,6 +365,10 @@ def _final_tokens(known: Record) -> int | None:
     return known["tokens"][-1] if known.get("tokens") else None
 
 
+def _compiled(known: Record) -> str | None:
+    return ("yes" if known["compiled"] else "no") if "compiled" in known else None
+
+
 def _method_share(known: Record) -> float | None:
     return 100 * known["flops_method"] / known["flops"] if known.get("flops") and "flops_method" in known else None
 
@@ -370,29 +384,9 @@ def _around_top1(bound: str) -> Callable[[Record], float | None]:
     return value
 
 
-def _throughput_bound(index: int) -> Callable[[Record], float | None]:
-    """Throughput at a bound of the median round: an order-statistics interval, which assumes nothing about noise."""
-
-    def value(known: Record) -> float | None:
-        seconds = np.sort(np.asarray(known.get("seconds") or [], dtype=float))
-        rank = _median_rank(len(seconds))
-        if rank < 0 or "throughput" not in known:
-            return None
-        # Seconds fall as throughput rises: its low bound is at the slow end.
-        bound = seconds[len(seconds) - 1 - rank] if index == 0 else seconds[rank]
-        return known["throughput"] * float(np.median(seconds)) / float(bound)
-
-    return value
-
-
-def _median_rank(n: int) -> int:
-    """Largest k such that k-th smallest and k-th largest (from 0) of n values hold the median with ≥ 95 %, or −1."""
-    below = accumulate(math.comb(n, k) / 2**n for k in range(n))  # P(at most k of n values below the median)
-    return sum(probability <= 0.025 for probability in below) - 1
-
-
-_VALUES: dict[str, Callable[[Record], float | None]] = {
+_VALUES: dict[str, Callable[[Record], float | str | None]] = {
     "tokens_final": _final_tokens,
+    "compiled": _compiled,
     "gflops": _scaled("flops", 1e-9),
     "gflops_attention": _scaled("flops_attention", 1e-9),
     "gflops_mlp": _scaled("flops_mlp", 1e-9),
@@ -411,8 +405,6 @@ _VALUES: dict[str, Callable[[Record], float | None]] = {
     "agreement": _scaled("agreement", 100),
     "agreement_low": _scaled("agreement_low", 100),
     "agreement_high": _scaled("agreement_high", 100),
-    "throughput_low": _throughput_bound(0),
-    "throughput_high": _throughput_bound(1),
 }
 
 
@@ -424,4 +416,5 @@ def _fill_conditions(frame: pd.DataFrame) -> pd.DataFrame:
             known = group[column].dropna().unique()
             if len(known) == 1:
                 frame.loc[group.index, column] = known[0]
+    frame["compiled"] = frame["compiled"].fillna("no")  # nor can what was never timed be told from it
     return frame

@@ -287,7 +287,7 @@ def _series(group: pd.DataFrame, art: Art) -> Iterator[_Series]:
     for (variant, run), cells in group.groupby(["variant", "run"], sort=False):
         place = list(art.runs).index(run) if run in art.runs else 0
         method = cells["method"].iloc[0]
-        zorder = (5 if method == "none" else 4) - 0.1 * place  # the first run on top
+        zorder = (3 if method == "none" else 4) - 0.1 * place  # the first run on top; the star is too large to vanish
         yield _Series(cells, series_marks(method, ranks[variant], place, art), method == "none", zorder)
 
 

@@ -246,16 +246,18 @@ def _conditions(group: pd.DataFrame, groups: Sequence[pd.DataFrame]) -> list[str
 
     device, machine = shared("device"), shared("machine")
     where = f"{machine} ({device})" if machine and device else machine or device
-    parts = {
-        "data {}": shared("data"),
-        "{} px": shared("input_size") if differs("input_size") else None,
-        "weights {:.8}": shared("weights_sha256") if differs("weights_sha256") else None,
-        "{:,} images": shared("images"),
-        "{}": where,
-        "{} ": shared("dtype"),
-        "batch {}": shared("batch_size"),
-    }
-    return [text.format(value).strip() for text, value in parts.items() if value is not None]
+    parts = [
+        ("data {}", shared("data")),
+        ("{} px", shared("input_size") if differs("input_size") else None),
+        ("weights {:.8}", shared("weights_sha256") if differs("weights_sha256") else None),
+        ("{:,} images", shared("images")),
+        ("{}", where),
+        ("{}", shared("dtype")),
+        ("{}", "compiled" if shared("compiled") == "yes" else None),
+        ("random weights", "random" if shared("weights") == "random" else None),
+        ("batch {}", shared("batch_size")),
+    ]
+    return [text.format(value) for text, value in parts if value is not None]
 
 
 def _legend(

@@ -368,6 +368,7 @@ def _title(df: pd.DataFrame) -> str:
         count,
         shared("machine") or shared("device"),
         shared("dtype"),
+        "compiled" if shared("compiled") == "yes" else "",
         f"batch {int(batch[0])}" if len(batch) == 1 else "",
     ]
     return ", ".join(part for part in parts if part)
