@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 import tokbench.cli
-import tokbench.runner  # noqa: F401  (imported once, here, for all sessions)
+import tokbench.running.runner  # noqa: F401  (imported once, here, for all sessions)
 
 # What a speed record has that cannot differ from run to run.
 TIMELESS = {"schema", "kind", "cell", "model", "weights_sha256", "method", "params", "schedule", "resolved", "tokens"}
@@ -34,12 +34,12 @@ def session(words: list[str], log: Path, save_seconds: float) -> multiprocessing
     """Start `tokbench` with these words in a process of its own."""
 
     def work() -> None:
-        import tokbench.resume
+        import tokbench.running.resume
 
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        tokbench.resume.SAVE_SECONDS = save_seconds
+        tokbench.running.resume.SAVE_SECONDS = save_seconds
         sys.argv = ["tokbench", *words]
         tokbench.cli.main()
 

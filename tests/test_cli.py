@@ -12,7 +12,8 @@ import pytest
 from test_runner import Source, stand_in
 
 import tokbench
-from tokbench import bench, progress, timing
+from tokbench import progress
+from tokbench.running import bench, timing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,7 +75,7 @@ def test_on_a_terminal_the_table_grows_under_a_bar(tiny, tmp_path, monkeypatch):
     from rich.console import Console
 
     from tokbench.config import Grid
-    from tokbench.runner import run
+    from tokbench.running.runner import run
 
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     grid = Grid.from_flags(methods=["tome"], schedules=["8"], device="cpu", batch_size="12")
@@ -101,7 +102,7 @@ def test_a_run_with_failed_cells_ends_with_3_and_names_them(tokbench_command, ti
 
 
 def test_an_interrupted_run_says_what_is_kept(tokbench_command, tiny, tmp_path, monkeypatch):
-    from tokbench import runner
+    from tokbench.running import runner
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

@@ -31,12 +31,13 @@ from test_runner import Source, stand_in
 
 import tokbench.models
 import tokbench.trace  # before the ground stands in for the models of runs
-from tokbench import cli, resume, runner
+from tokbench import cli
 from tokbench.errors import UserError
 from tokbench.fusion.core import METHODS
 from tokbench.models import load_model
 from tokbench.report.metrics import load_table
 from tokbench.report.tables import render_table
+from tokbench.running import resume, runner
 from tokbench.schedules import GRAMMAR, parse_schedule
 from tokbench.store import MANIFEST, RECORDS, SKIPPED
 

@@ -18,7 +18,6 @@ from test_runner import Listener, small_grid, source, tiny_model  # noqa: F401
 from torch import Tensor, nn
 
 import tokbench
-from tokbench import runner, timing
 from tokbench.config import MethodSpec, ModelSpec, RunOptions
 from tokbench.measure import environment, speed
 from tokbench.measure.accuracy import ARRAYS, evaluate
@@ -26,6 +25,7 @@ from tokbench.measure.compiled import compile_model
 from tokbench.measure.environment import Watch, describe_machine, gpu_state
 from tokbench.measure.kernels import attention_kernels
 from tokbench.measure.speed import largest_batch, measure_memory, measure_speed
+from tokbench.running import runner, timing
 from tokbench.store import RunFolder
 
 pytestmark = pytest.mark.gpu

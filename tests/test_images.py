@@ -18,13 +18,14 @@ from PIL import Image
 from test_data import make_folder, vit
 from test_runner import Listener, small_grid, tiny_model
 
-from tokbench import data, runner
+from tokbench import data
 from tokbench.config import MethodSpec, RunOptions
 from tokbench.data import load_batches, open_dataset
 from tokbench.errors import RunStopped
 from tokbench.images import ImageError, decode
 from tokbench.measure.accuracy import Predictions
-from tokbench.resume import HalfPass, Reader
+from tokbench.running import runner
+from tokbench.running.resume import HalfPass, Reader
 from tokbench.store import RunFolder
 
 RAMP = np.tile(np.linspace(0, 255, 32, dtype=np.uint8), (24, 1))  # 24 × 32, dark on the left

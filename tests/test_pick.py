@@ -19,7 +19,7 @@ from tokbench.errors import UserError
 from tokbench.fusion.core import METHODS
 from tokbench.plugins import LOADED
 from tokbench.report.pick import Pick, pick_cells
-from tokbench.runner import run as run_grid
+from tokbench.running.runner import run as run_grid
 from tokbench.store import RunFolder
 
 # test_report's cells: drop [interval], speed-up [× 100/101, × 100/99], GFLOPs

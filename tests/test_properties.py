@@ -19,7 +19,7 @@ EVERY = {name: (name, {}) for name in METHODS} | {
     )
     for bidirectional, ahead in MODES
 }
-EVERY |= {"tofu prunes": ("tofu", {"prune_blocks": 4}), "tofu merges": ("tofu", {"prune_blocks": 0})}
+EVERY |= {"tofu prunes": ("tofu", {"prune_blocks": 3}), "tofu merges": ("tofu", {"prune_blocks": 0})}
 DROP = {"topk", "random", "free", "tofu prunes", "tofu"}  # ToFu where it prunes, as by default in its first blocks
 CONSERVE = [name for name, (method, _) in EVERY.items() if method in ("tome", "mctf", "mstm", "pitome")]
 PREFIXES = {

@@ -17,10 +17,10 @@ from tokbench.config import Grid, MethodSpec, RunOptions
 from tokbench.errors import UserError
 from tokbench.fusion.core import bipartite_match
 from tokbench.measure.accuracy import Predictions
-from tokbench.records import accuracy_fields
 from tokbench.regression import Limits, check
 from tokbench.report.verdicts import Check, require_writable, summary, tell_github, write_junit
-from tokbench.runner import run
+from tokbench.running.records import accuracy_fields
+from tokbench.running.runner import run
 from tokbench.store import RunFolder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -381,7 +381,7 @@ GRID = Grid(
 def _no_plots() -> Iterator[None]:
     """Runs without their plot, which takes longer than the small ones themselves and is checked nowhere here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tokbench.runner._draw", lambda *_: [])
+        patch.setattr("tokbench.running.runner._draw", lambda *_: [])
         yield
 
 
@@ -439,7 +439,7 @@ def test_the_check_never_takes_up_an_earlier_run(good_run):
 
 
 def test_nothing_is_measured_where_weights_or_images_are_not_the_baselines(good_run, tmp_path, monkeypatch):
-    from tokbench import runner
+    from tokbench.running import runner
 
     monkeypatch.setattr(runner, "run", lambda *args, **kwargs: pytest.fail("it ran"))
     for field, part in (
@@ -461,7 +461,7 @@ def test_nothing_is_measured_where_weights_or_images_are_not_the_baselines(good_
 @pytest.fixture
 def again(good_run, tmp_path, monkeypatch) -> Callable[..., RunOptions]:
     """With which options the check measures a baseline again that says of itself what `manifest` says."""
-    from tokbench import runner
+    from tokbench.running import runner
 
     def asked(device: str | None = None, limits: Limits | None = None, only: str = "accuracy", **manifest: Any) -> Any:
         base = Path(shutil.copytree(good_run, tmp_path / "base", dirs_exist_ok=True))
@@ -525,8 +525,8 @@ def test_the_command_exits_with_1_when_something_moved_and_2_for_bad_input(tokbe
 
 
 def test_a_refusal_to_compare_is_2_and_a_run_that_stopped_3(tokbench_command, good_run, monkeypatch, tmp_path):
-    from tokbench import runner
     from tokbench.errors import RunStopped
+    from tokbench.running import runner
 
     def remembered(grid: Grid, out: Path, *, progress: Any, **kwargs: Any) -> None:
         """A run that began as it should, and then was measured with other weights."""

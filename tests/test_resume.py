@@ -15,10 +15,10 @@ import pytest
 import torch
 from test_runner import CLASSES, IMAGES, Listener, Source, small_grid, stand_in, tiny_model
 
-from tokbench import answers, bench, resume, runner, timing
 from tokbench.config import Grid, MethodSpec, ModelSpec, RunOptions
 from tokbench.errors import RunStopped, UserError
 from tokbench.measure.accuracy import Predictions
+from tokbench.running import answers, bench, resume, runner, timing
 from tokbench.store import RunFolder
 
 TOME, RANDOM = MethodSpec("tome", ("8",)), MethodSpec("random", ("8",))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from tokbench import answers, bench, records, resolve, runner, timing
+from tokbench import resolve
 from tokbench.config import Cell, Grid, MethodSpec, ModelSpec, RunOptions
 from tokbench.errors import UserError
 from tokbench.fusion.core import METHODS, Method
@@ -25,6 +25,7 @@ from tokbench.measure.speed import SpeedResult
 from tokbench.progress import Progress
 from tokbench.report.plots import plot_pareto
 from tokbench.report.tables import render_table
+from tokbench.running import answers, bench, records, runner, timing
 from tokbench.store import RunFolder
 
 IMAGES, CLASSES = 24, 3
@@ -715,7 +716,7 @@ def test_out_of_memory_after_throughput_halves_the_batch_as_well(source, tmp_pat
     ],
 )
 def test_an_installed_copy_names_the_commit_that_pip_took_it_from(tmp_path, monkeypatch, origin, found):
-    home = Path(runner.__file__).parents[1]
+    home = Path(runner.__file__).parents[2]
     for site, expected in ((home, found), (tmp_path, None)):  # and not that of a copy that is not running
         text = origin if origin is None or isinstance(origin, str) else json.dumps(origin)
         copy = SimpleNamespace(read_text=lambda name, text=text: text, locate_file=lambda name, site=site: site / name)

@@ -20,7 +20,7 @@ _HOME = {
     "measure_speed": "tokbench.measure.speed",
     "load_model": "tokbench.models",
     "open_dataset": "tokbench.data",
-    "run": "tokbench.runner",
+    "run": "tokbench.running.runner",
     "Grid": "tokbench.config",
     "RunOptions": "tokbench.config",
     "UserError": "tokbench.errors",
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tokbench.measure.speed import measure_speed
     from tokbench.models import load_model
     from tokbench.resolve import apply, list_methods
-    from tokbench.runner import run
+    from tokbench.running.runner import run
     from tokbench.schedules import ScheduleError
 
 

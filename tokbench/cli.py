@@ -197,7 +197,7 @@ def run(
         return
 
     with _live_progress(Console(), out) as progress:
-        from tokbench.runner import run as run_grid
+        from tokbench.running.runner import run as run_grid
 
         run_grid(chosen, out, progress=progress, fresh=fresh)
     raise typer.Exit(3 if progress.failures else 0)

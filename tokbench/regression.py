@@ -25,7 +25,7 @@ from tokbench.measure.accuracy import Predictions
 from tokbench.measure.stats import holm, mcnemar_p, paired_drop
 from tokbench.progress import Progress
 from tokbench.report.verdicts import Check, Verdict
-from tokbench.resume import cell_key
+from tokbench.running.resume import cell_key
 from tokbench.store import SKIPPED, RunFolder, is_run, new_run_path, require_free
 
 FLOPS_TOLERANCE_PCT = 0.1
@@ -256,7 +256,7 @@ def _options(baseline: _Run, limits: Limits, limit: int | None, device: str | No
     Raises UserError where there is no such device, and for speed where this is other hardware.
     """
     from tokbench.measure.environment import describe_machine
-    from tokbench.runner import find_device
+    from tokbench.running.runner import find_device
 
     manifest = baseline.folder.manifest
     known = manifest.get("conditions") or {}
@@ -308,7 +308,7 @@ def _measure_again(
 
     Never continues a run: what the code said before its last change is not what it says now.
     """
-    from tokbench.runner import run
+    from tokbench.running.runner import run
 
     path = Path(out) if out else new_run_path(label=f"check-{baseline.grids[0].models[0].label}")
     if is_run(path):

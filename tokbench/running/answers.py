@@ -14,12 +14,12 @@ from tokbench.config import RunOptions
 from tokbench.data import ImageSource, ImageStream
 from tokbench.errors import RunStopped
 from tokbench.measure.accuracy import Predictions, evaluate, join
-from tokbench.records import accuracy_fields, at_chance_level
-from tokbench.resume import HalfPass, PassFile, Reader, require_same_answers
+from tokbench.running.records import accuracy_fields, at_chance_level
+from tokbench.running.resume import HalfPass, PassFile, Reader, require_same_answers
 from tokbench.store import SKIPPED
 
 if TYPE_CHECKING:
-    from tokbench.bench import Bench, Runnable
+    from tokbench.running.bench import Bench, Runnable
 
 
 def measure_accuracy(bench: Bench) -> None:

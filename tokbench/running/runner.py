@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from tokbench.bench import Bench, Subject, calibrates
 from tokbench.config import Grid, ModelSpec, RunOptions
 from tokbench.data import open_dataset
 from tokbench.errors import RunStopped, UserError
@@ -30,7 +29,8 @@ from tokbench.models import load_model, weights_sha256
 from tokbench.plugins import LOADED
 from tokbench.progress import Progress
 from tokbench.resolve import check_schedule
-from tokbench.resume import Measured, agreed_conditions
+from tokbench.running.bench import Bench, Subject, calibrates
+from tokbench.running.resume import Measured, agreed_conditions
 from tokbench.schedules import parse_schedule
 from tokbench.store import RunFolder, fresh_path, is_run, new_run_path, require_free
 
@@ -168,7 +168,7 @@ def installed_commit() -> dict[str, Any] | None:
     except (PackageNotFoundError, OSError, ValueError):
         return None
     # Another copy may be first on the path.
-    if Path(str(installed.locate_file("tokbench"))).resolve() != Path(__file__).resolve().parent:
+    if Path(str(installed.locate_file("tokbench"))).resolve() != Path(__file__).resolve().parents[1]:
         return None
     vcs = origin.get("vcs_info") if isinstance(origin, dict) else None
     commit = vcs.get("commit_id") if isinstance(vcs, dict) else None

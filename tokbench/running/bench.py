@@ -17,7 +17,6 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from tokbench.answers import measure_accuracy
 from tokbench.calibrate import CALIBRATION_IMAGES, wants_images
 from tokbench.config import Cell, ModelSpec, RunOptions
 from tokbench.data import ImageSource, ImageStream, load_batches
@@ -28,12 +27,13 @@ from tokbench.measure._model import release_memory
 from tokbench.measure.flops import count_flops
 from tokbench.measure.kernels import attention_kernels
 from tokbench.progress import Progress
-from tokbench.records import flops_fields
 from tokbench.resolve import FlopsWarning, apply
-from tokbench.resume import Measured
+from tokbench.running.answers import measure_accuracy
+from tokbench.running.records import flops_fields
+from tokbench.running.resume import Measured
+from tokbench.running.timing import time_cells
 from tokbench.schedules import parse_schedule
 from tokbench.store import RunFolder
-from tokbench.timing import time_cells
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
