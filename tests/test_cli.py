@@ -89,6 +89,21 @@ def test_on_a_terminal_the_table_grows_under_a_bar(tiny, tmp_path, monkeypatch):
     assert live.failures == 0
 
 
+def test_without_a_terminal_a_long_phase_says_how_far_it_is(monkeypatch):
+    import io
+
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=120)
+    with progress.LiveProgress(console) as live:
+        live.phase("accuracy", 2000)
+        live.advance(10)  # too soon for a line
+        monkeypatch.setattr(progress, "_LINE_SECONDS", -1.0)
+        live.advance(1000)
+    first, second = console.file.getvalue().splitlines()
+    assert first == "accuracy" and second.startswith("accuracy: 1,000 of 2,000, about 0:00:0") and "left" in second
+
+
 def test_a_run_with_failed_cells_ends_with_3_and_names_them(tokbench_command, tiny, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError("busy")
@@ -142,6 +157,9 @@ def test_dry_run_names_the_cells_and_loads_nothing(tokbench_command, monkeypatch
     assert code == 0
     assert "no_such_model/topk/keep:0.7@3,6,9" in out
     assert not list(tmp_path.iterdir())
+    code, _, err = tokbench_command("run", "--data", "my_imags", "--dry-run")
+    assert code == 2 and "data folder 'my_imags' does not exist" in err
+    assert tokbench_command("run", "--data", "my_imags", "--only", "flops", "--dry-run")[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import platform
 import subprocess
 import weakref
 from collections.abc import Callable, Iterator
@@ -449,6 +450,20 @@ def test_the_largest_batch_is_one_that_every_model_has_memory_for() -> None:
         model = Small(9)
         model.forward = lambda images: (_ for _ in ()).throw(RuntimeError("broken"))  # type: ignore[method-assign]
         speed.largest_batch([model], input_size=SIZE)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tells glibc's malloc, which is not there")
+def test_memory_that_was_freed_is_not_taken_from_the_system_again() -> None:
+    import resource
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    assert speed.keep_freed_memory()
+    faults()
+    assert faults() < 2**26 / 4096 / 10
 
 
 def test_memory_is_not_guessed_where_it_cannot_be_told() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,12 @@ def built_in() -> list[Entry]:
     imports = ast.parse((_FUSION / "__init__.py").read_text(encoding="utf-8")).body
     modules = [alias.name for node in imports if isinstance(node, ast.ImportFrom) for alias in node.names]
     return [entry for module in modules for entry in _read(_FUSION / f"{module}.py")]
+
+
+@cache
+def controls() -> frozenset[str]:
+    """The methods that tokbench adds for any method to beat, which no paper proposes: their `paper` says so."""
+    return frozenset(entry.name for entry in built_in() if entry.paper.startswith("control"))
 
 
 def _read(path: Path) -> list[Entry]:

@@ -172,7 +172,7 @@ def run(
     """
     from rich.console import Console
 
-    from tokbench.config import Grid
+    from tokbench.config import Grid, require_data
 
     _load_plugins(plugin)
     chosen = Grid.from_flags(
@@ -193,6 +193,8 @@ def run(
         max_bad=max_bad,
     )
     if dry_run:
+        if "accuracy" in chosen.options.only:
+            require_data(chosen.data)
         print(chosen.describe())
         return
 

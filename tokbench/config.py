@@ -7,6 +7,7 @@ All three end in the same checks, so a wrong word is refused before anything is 
 from __future__ import annotations
 
 import json
+import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,6 +38,15 @@ tfds/NAME               a TensorFlow data set (package tensorflow-datasets), str
 torch/NAME:root=FOLDER  a torchvision data set
 Options follow a colon: split (validation), root, input_key, target_key, download; hfds/cifar10:split=test,input_key=img
 A stream is read in order, in one process, and --limit takes its first images; elsewhere a fixed random subset."""
+
+# The package that opens each kind of data, and the options it takes.
+DATA_PACKAGES = {
+    "hfds": ("datasets", ("split", "root", "input_key", "target_key")),
+    "hfids": ("datasets", ("split", "root", "input_key", "target_key", "download")),
+    "wds": ("webdataset", ("split", "input_key", "target_key")),
+    "tfds": ("tensorflow_datasets", ("split", "root", "input_key", "target_key", "download")),
+    "torch": ("torchvision", ("split", "root", "download")),
+}
 
 
 @dataclass(frozen=True)
@@ -366,6 +376,29 @@ def _read_options(flags: dict[str, Any]) -> dict[str, Any]:
     if re.fullmatch(r"\d{1,18}", str(flags.get("batch_size", ""))):
         read["batch_size"] = int(flags["batch_size"])
     return read
+
+
+def require_data(spec: str) -> None:
+    """Raise UserError for data that are a folder which is not there: what can be told without opening any."""
+    kind, slash, _ = spec.partition("/")
+    if spec and spec != "bundled" and not (slash and kind.lower() in DATA_PACKAGES):
+        folder = Path(os.path.expanduser(spec))
+        try:
+            require_folder(folder)
+        except OSError as error:
+            raise UserError(f"data folder {spec!r} cannot be read: {shortened(error)}") from error
+
+
+def require_folder(folder: Path) -> None:
+    """Raise UserError unless it is one, with the nearest name that is."""
+    if folder.is_dir():
+        return
+    if folder.exists():
+        raise UserError(f"data {str(folder)!r} is a file; give a folder of class folders (unpack an archive first).")
+    siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+    close = nearest(folder.name, ["bundled", *siblings])
+    kinds = ", ".join(f"{kind}/…" for kind in DATA_PACKAGES)
+    raise UserError(f"data folder {str(folder)!r} does not exist.{close or f' Other data: bundled, {kinds}.'}")
 
 
 def describe_methods() -> str:

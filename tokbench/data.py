@@ -31,19 +31,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 
 from tokbench.bundled.clutter import CLASSES, Layout, compose, draw_layout, read_idx
+from tokbench.config import DATA_PACKAGES, require_folder
 from tokbench.errors import UserError, nearest, printable, shortened
 from tokbench.images import ImageError, Skipped, decode
 from tokbench.measure._model import resolve_input_size
 from tokbench.models import HubError
 
 # What timm needs to open each kind of data, and the options that make sense there.
-_PACKAGES = {
-    "hfds": ("datasets", ("split", "root", "input_key", "target_key")),
-    "hfids": ("datasets", ("split", "root", "input_key", "target_key", "download")),
-    "wds": ("webdataset", ("split", "input_key", "target_key")),
-    "tfds": ("tensorflow_datasets", ("split", "root", "input_key", "target_key", "download")),
-    "torch": ("torchvision", ("split", "root", "download")),
-}
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", ".jfif")
 _SPLIT_FOLDERS = ("validation", "val", "valid", "eval", "evaluation", "test")
 # How timm, torchvision and the packages behind them say what is wrong with a name, split, folder or column.
@@ -267,7 +261,7 @@ def open_dataset(spec: str, model: nn.Module, *, limit: int | None = None) -> Im
     if not spec:
         raise UserError("data is empty; give bundled, a folder of class folders, or what 'tokbench list data' shows.")
     kind, slash, rest = spec.partition("/")
-    if slash and kind.lower() in _PACKAGES:
+    if slash and kind.lower() in DATA_PACKAGES:
         return _open_timm(kind.lower(), rest, model, limit)
     return _open_folder(Path(os.path.expanduser(spec)), model, limit)
 
@@ -421,7 +415,7 @@ def _class_root(folder: Path) -> Path:
 
     Raises UserError when there are none.
     """
-    _require_folder(folder)
+    require_folder(folder)
     subfolders = _subfolders(folder)
     only_splits = {"train", *_SPLIT_FOLDERS}.issuperset(subfolders)
     for split in _SPLIT_FOLDERS:
@@ -441,17 +435,6 @@ def _class_root(folder: Path) -> Path:
     if images:
         return folder
     raise UserError(f"data folder {str(folder)!r} is empty: it should hold one folder of images for each class.")
-
-
-def _require_folder(folder: Path) -> None:
-    if folder.is_dir():
-        return
-    if folder.exists():
-        raise UserError(f"data {str(folder)!r} is a file; give a folder of class folders (unpack an archive first).")
-    siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
-    close = nearest(folder.name, ["bundled", *siblings])
-    kinds = ", ".join(f"{kind}/…" for kind in _PACKAGES)
-    raise UserError(f"data folder {str(folder)!r} does not exist.{close or f' Other data: bundled, {kinds}.'}")
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -527,7 +510,7 @@ def _open_timm(kind: str, rest: str, model: nn.Module, limit: int | None) -> Ima
 
 
 def _parse_timm(kind: str, rest: str) -> _TimmSpec:
-    package, allowed = _PACKAGES[kind]
+    package, allowed = DATA_PACKAGES[kind]
     name, *given = re.split(r":(?=[a-z_]+=)", rest, maxsplit=1)
     pairs = re.split(r",(?=[a-z_]+=)", given[0]) if given else []
     options = dict(pair.split("=", 1) for pair in pairs)

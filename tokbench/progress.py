@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 _FRAME_SECONDS = 0.5
+# Where there is no terminal, such as in CI, a line that often tells that it goes on.
+_LINE_SECONDS = 30.0
 
 
 class Progress:
@@ -47,7 +50,8 @@ class Progress:
 class LiveProgress(Progress):
     """A rich table that fills while the run goes on, over a progress bar with the time left.
 
-    Use it as a context manager. Where the output is no terminal, each phase is one line instead.
+    Use it as a context manager. Where the output is no terminal, each phase is one line instead, and a long one a line
+    every half minute.
     It draws only when it is told something, never from a thread of its own: a frame takes tens of milliseconds of
     Python, during which no kernel is launched and any pass that is being timed stands still.
     """
@@ -101,10 +105,16 @@ class LiveProgress(Progress):
         self._draw()
         if not self._console.is_terminal:
             self._say(name)
+            self._drawn = time.monotonic()
 
     def advance(self, done: int) -> None:
         self._bars.update(self._task, completed=done)
         self._draw_in_time()
+        if not self._console.is_terminal and time.monotonic() - self._drawn > _LINE_SECONDS:
+            self._drawn = time.monotonic()
+            bar = self._bars.tasks[0]
+            left = f", about {timedelta(seconds=round(bar.time_remaining))} left" if bar.time_remaining else ""
+            self._say(f"{bar.description}: {done:,} of {bar.total:,.0f}{left}" if bar.total else bar.description)
 
     def recorded(self, record: dict[str, Any]) -> None:
         self._records.append(record)

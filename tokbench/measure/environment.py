@@ -45,17 +45,18 @@ def package_versions() -> dict[str, str]:
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """What speed depends on, ready for JSON: platform, CPU, memory, threads, versions, and a GPU `device`.
 
-    Keys always there: platform, cpu, cpu_capability (the instructions that torch uses), governor (of its clocks; None
-    where the system does not tell), cores (see `available_cores`), threads (torch's), memory_gib, sdpa (the kernels of
-    fused attention that are switched on), device, python, torch, timm, torch_build (what the version leaves out: for
-    which CUDA, from which commit). On CUDA also: gpu, gpu_memory_gib, gpu_capability, cuda, cudnn, driver (None where
-    NVML does not tell), matmul_fp32 and conv_fp32 ("tf32" where float32 matrix products and convolutions may use TF32),
-    cudnn_benchmark.
+    Keys always there: platform, libc (None where unknown), cpu, cpu_capability (the instructions that torch uses),
+    governor (of its clocks; None where the system does not tell), cores (see `available_cores`), threads (torch's),
+    memory_gib, sdpa (the kernels of fused attention that are switched on), device, python, torch, timm, torch_build
+    (what the version leaves out: for which CUDA, from which commit). On CUDA also: gpu, gpu_memory_gib, gpu_capability,
+    cuda, cudnn, driver (None where NVML does not tell), matmul_fp32 and conv_fp32 ("tf32" where float32 matrix products
+    and convolutions may use TF32), cudnn_benchmark.
     """
     device = torch.device(device)
     versions = package_versions()
     machine: dict[str, Any] = {
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "libc": " ".join(platform.libc_ver()).strip() or None,
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "governor": _governor(),

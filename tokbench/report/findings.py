@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
+from tokbench.catalogue import controls
 from tokbench.report.metrics import COMPARABLE, METRICS, comparable, find_metric, nonfinite, pareto_front
 from tokbench.report.styles import short_schedule, variant_name
 from tokbench.report.tables import sensible_digits
@@ -118,7 +119,7 @@ def _answer(group: pd.DataFrame) -> str:
         told = f"{_upper(cell_name(best))} {gain}, with {unseen}: {_at_most(best)}."
         if (alone <= best["latency_ms"]).any():
             told += f" One image at a time it is no faster: {_milliseconds(best)}, unreduced {alone.min():.3g} ms."
-        return told
+        return told + _beaten_by_a_control(best, faster)
     cheaper = kept[kept["flops_ratio"] < 1]
     if cheaper.empty:
         return (
@@ -131,6 +132,19 @@ def _answer(group: pd.DataFrame) -> str:
         f"{_upper(cell_name(best))} takes {_flops_phrase(best)} of {model}, with {unseen}: {_at_most(best)}. "
         "Whether it is faster was not measured."
     )
+
+
+def _beaten_by_a_control(best: pd.Series, faster: pd.DataFrame) -> str:
+    """Who wants a method from a paper is told which; "" where the best is one."""
+    if best["method"] not in controls():
+        return ""
+    told = f" {_upper(variant_name(best['method'], best['method']))} is a control, which no paper proposes"
+    published = faster[~faster["method"].isin(controls())]
+    if published.empty:
+        return f"{told}; no published method is surely faster without such a loss."
+    row = published.loc[published["speedup"].idxmax()]
+    interval = f"[{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
+    return f"{told}; of the published methods it is {cell_name(row)}, {row['speedup']:.2f} times as fast {interval}."
 
 
 def _at_most(row: pd.Series) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
+from tokbench.catalogue import controls
 from tokbench.errors import UserError
 from tokbench.report.findings import cell_name, group_title
 from tokbench.report.metrics import METRICS, comparable, load_table
@@ -449,6 +450,8 @@ def _code(row: pd.Series, folder: RunFolder) -> tuple[str, list[str]]:
     device = f".to({_literal(row['device'])})" if row["device"] not in (None, "cpu") else ""
     lines = ["import tokbench"]
     notes: list[str] = []
+    if row["method"] in controls():
+        notes.append(f"{row['method']} is a control, which no paper proposes")
     if row["method"] not in STYLES:
         paths, notes = _plugins(folder, row["method"])
         if paths:

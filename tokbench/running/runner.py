@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from tokbench.config import Grid, ModelSpec, RunOptions
+from tokbench.config import Grid, ModelSpec, RunOptions, require_data
 from tokbench.data import open_dataset
 from tokbench.errors import RunStopped, UserError
 from tokbench.fusion.core import make_method
@@ -73,6 +73,8 @@ def run(
         path = fresh_path(path)
     if not is_run(path):
         require_free(path)  # before any model is downloaded
+    if "accuracy" in options.only:
+        require_data(grid.data)
     device = find_device(options.device)
     with RunFolder.held(path):
         folder = RunFolder.open(path) if is_run(path) else None
