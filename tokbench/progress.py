@@ -110,9 +110,10 @@ class LiveProgress(Progress):
     def advance(self, done: int) -> None:
         self._bars.update(self._task, completed=done)
         self._draw_in_time()
-        if not self._console.is_terminal and time.monotonic() - self._drawn > _LINE_SECONDS:
+        bar = self._bars.tasks[0]
+        due = time.monotonic() - self._drawn > _LINE_SECONDS
+        if not self._console.is_terminal and due and done != bar.total:
             self._drawn = time.monotonic()
-            bar = self._bars.tasks[0]
             left = f", about {timedelta(seconds=round(bar.time_remaining))} left" if bar.time_remaining else ""
             self._say(f"{bar.description}: {done:,} of {bar.total:,.0f}{left}" if bar.total else bar.description)
 
