@@ -78,11 +78,11 @@ def test_the_answer_is_the_fastest_cell_without_a_significant_loss(run: Path, tm
     free_lunch = answer(df.assign(drop_low=-1.0))
     assert free_lunch.startswith("Top-k at keep 0.7@3,6,9 makes bundled 1.80 times as fast")
     assert free_lunch.endswith(
-        " Top-k is a control, which no paper proposes; of the published methods it is ToMe at r=13, 1.70 times as fast "
+        " Top-k is a control, there to be beaten; of the papers' methods it is ToMe at r=13, 1.70 times as fast "
         "[1.68, 1.72]."
     )
     assert answer(df.assign(drop_low=[0.0, 1.0, 1.0, -1.0, 1.0])).endswith(
-        " which no paper proposes; no published method is surely faster without such a loss."
+        " there to be beaten; no paper's method is surely faster without such a loss."
     )
     assert answer(df.assign(speedup_low=0.9)).startswith("Nothing that was tried makes bundled surely faster with no")
     untimed = df.assign(speedup=float("nan"), speedup_low=float("nan"))

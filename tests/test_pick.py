@@ -162,7 +162,7 @@ def test_latency_is_judged_by_the_upper_end_of_its_interval_and_by_the_median_wh
             latency_high_ms=lambda line: 1.02 * line["latency_ms"])  # fmt: skip
     found = only(made, max_latency_ms=5.9)
     assert name(found.best) == "topk/keep:0.7@3,6,9"
-    assert found.notes == ["topk is a control, which no paper proposes"]
+    assert found.notes == ["topk is a control, there to be beaten"]
     assert "a median latency of at worst 6.00 ms, 0.1 more than the limit of 5.9" in found.why
     changed(made, "speed", "topk", latency_low_ms=None, latency_high_ms=None)
     assert "of the latency of top-k at keep 0.7@3,6,9: that limit" in only(made, max_latency_ms=5.9).notes[0]
@@ -209,7 +209,7 @@ def test_what_gave_nan_or_failed_is_never_picked_and_the_reason_is_told(made):
     assert name(found.best) == "topk/keep:0.7@3,6,9" and name(found.other) == "tome/constant:8"
     assert found.notes == [
         "left out: ToMe at r=13 (NaN or infinite for 3 of 1,000 images); random:seed=1 at r=13 (failed: out of memory)",
-        "topk is a control, which no paper proposes",
+        "topk is a control, there to be beaten",
     ]
     changed(made, "accuracy", nonfinite=1000)
     with pytest.raises(UserError, match="has no cell of bundled to pick: ToMe at r=8, .* infinite for 1,000 of 1,000"):

@@ -46,7 +46,7 @@ def built_in() -> list[Entry]:
 
 @cache
 def controls() -> frozenset[str]:
-    """The methods that tokbench adds for any method to beat, which no paper proposes: their `paper` says so."""
+    """The methods that tokbench adds for any other to beat: their `paper` says so."""
     return frozenset(entry.name for entry in built_in() if entry.paper.startswith("control"))
 
 

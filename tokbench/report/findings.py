@@ -138,13 +138,13 @@ def _beaten_by_a_control(best: pd.Series, faster: pd.DataFrame) -> str:
     """Who wants a method from a paper is told which; "" where the best is one."""
     if best["method"] not in controls():
         return ""
-    told = f" {_upper(variant_name(best['method'], best['method']))} is a control, which no paper proposes"
+    told = f" {_upper(variant_name(best['method'], best['method']))} is a control, there to be beaten"
     published = faster[~faster["method"].isin(controls())]
     if published.empty:
-        return f"{told}; no published method is surely faster without such a loss."
+        return f"{told}; no paper's method is surely faster without such a loss."
     row = published.loc[published["speedup"].idxmax()]
     interval = f"[{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
-    return f"{told}; of the published methods it is {cell_name(row)}, {row['speedup']:.2f} times as fast {interval}."
+    return f"{told}; of the papers' methods it is {cell_name(row)}, {row['speedup']:.2f} times as fast {interval}."
 
 
 def _at_most(row: pd.Series) -> str:

@@ -451,7 +451,7 @@ def _code(row: pd.Series, folder: RunFolder) -> tuple[str, list[str]]:
     lines = ["import tokbench"]
     notes: list[str] = []
     if row["method"] in controls():
-        notes.append(f"{row['method']} is a control, which no paper proposes")
+        notes.append(f"{row['method']} is a control, there to be beaten")
     if row["method"] not in STYLES:
         paths, notes = _plugins(folder, row["method"])
         if paths:

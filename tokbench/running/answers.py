@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,12 +13,10 @@ from tokbench.config import RunOptions
 from tokbench.data import ImageSource, ImageStream
 from tokbench.errors import RunStopped
 from tokbench.measure.accuracy import Predictions, evaluate, join
+from tokbench.running.bench import Bench, Runnable
 from tokbench.running.records import accuracy_fields, at_chance_level
 from tokbench.running.resume import HalfPass, PassFile, Reader, require_same_answers
 from tokbench.store import SKIPPED
-
-if TYPE_CHECKING:
-    from tokbench.running.bench import Bench, Runnable
 
 
 def measure_accuracy(bench: Bench) -> None:

@@ -1,8 +1,4 @@
-"""Measures one model of a grid: all its cells share one copy of the weights, one pass over the images, and rounds.
-
-FLOPs come first: they take seconds and tell which cells run at all. Then accuracy, then speed. A record is on disk
-as soon as it is measured, and a pass over the images every few seconds.
-"""
+"""One model of a grid on the device: its cells, which share one copy of the weights, and the records of them."""
 
 from __future__ import annotations
 
@@ -20,7 +16,7 @@ from torch import nn
 from tokbench.calibrate import CALIBRATION_IMAGES, wants_images
 from tokbench.config import Cell, ModelSpec, RunOptions
 from tokbench.data import ImageSource, ImageStream, load_batches
-from tokbench.errors import BaselineFailed, RunStopped, UserError, one_line
+from tokbench.errors import BaselineFailed, RunStopped, one_line
 from tokbench.fusion.core import METHODS, make_method
 from tokbench.fusion.patch import fork, rehearse, tokens_per_block
 from tokbench.measure._model import release_memory
@@ -28,10 +24,8 @@ from tokbench.measure.flops import count_flops
 from tokbench.measure.kernels import attention_kernels
 from tokbench.progress import Progress
 from tokbench.resolve import FlopsWarning, apply
-from tokbench.running.answers import measure_accuracy
 from tokbench.running.records import flops_fields
 from tokbench.running.resume import Measured
-from tokbench.running.timing import time_cells
 from tokbench.schedules import parse_schedule
 from tokbench.store import RunFolder
 
@@ -96,7 +90,7 @@ class Runnable:
 
 @dataclass
 class Bench:
-    """One model of the grid on the device: makes its cells and measures them."""
+    """One model of the grid on the device: makes its cells, counts their FLOPs, and writes down what is measured."""
 
     subject: Subject
     folder: RunFolder
@@ -117,44 +111,22 @@ class Bench:
         """Whether all of the model's attention is PyTorch's fused one, as it is in timm unless one turns it off."""
         return all(getattr(block.attn, "fused_attn", True) for block in self.subject.model.blocks)
 
-    def measure(self) -> None:
-        """Measure what the run lacks, and let go of the model."""
-        waiting = [cell for cell in self.subject.cells if any(self.lacks(cell, kind) for kind in self.options.only)]
-        if not waiting:
-            return
-        phase = "setup"
-        try:
-            try:
-                release_memory(self.device)
-                self._prepare(self.subject.model.to(self.device, self.dtype), waiting)
-                if (phase := "accuracy") in self.options.only:
-                    measure_accuracy(self)
-                if (phase := "speed") in self.options.only:
-                    time_cells(self)
-            except (UserError, BaselineFailed):
-                raise
-            except Exception as error:  # of no cell in particular: another model may fare better
-                baseline = self.subject.cells[0]
-                self._record_failure(baseline, self._identity(baseline), phase, error)
-        except BaselineFailed:
-            self.progress.warn(
-                f"{self.subject.spec.label}: the unreduced model failed, and there is nothing to compare its cells with"
-            )
-        finally:
-            # The next model is not to find this one's weights on the device, where they count to its peak memory.
-            self.running.clear()
-            self.subject.model.to("meta")
-
     def lacks(self, cell: Cell, kind: str) -> bool:
         if kind == "accuracy" and not cell.is_baseline and METHODS[cell.method.name].speed_only:
             return False
         return kind in self.options.only and self.measured.find(cell, kind) is None
 
-    def _prepare(self, base: VisionTransformer, waiting: list[Cell]) -> None:
-        """Make these cells, and the unreduced model where they are compared with it, and count FLOPs where they lack.
+    def waiting(self) -> list[Cell]:
+        """The cells of which something is not measured yet."""
+        return [cell for cell in self.subject.cells if any(self.lacks(cell, kind) for kind in self.options.only)]
+
+    def prepare(self) -> None:
+        """Make the waiting cells, and the unreduced model if any is compared with it; count FLOPs where they lack.
 
         A cell that fails here takes no further part.
         """
+        release_memory(self.device)
+        base, waiting = self.subject.model.to(self.device, self.dtype), self.waiting()
         compared = any(self.lacks(cell, kind) for cell in waiting for kind in ("accuracy", "speed"))
         cells = [cell for cell in self.subject.cells if cell in waiting or (cell.is_baseline and compared)]
         counting = any(self.lacks(cell, "flops") for cell in cells)
@@ -253,6 +225,16 @@ class Bench:
             "weights": "random" if self.subject.spec.random_weights else "trained",
             "fused_attention": "on" if self.is_fused else "off",
         }
+
+    def let_go(self) -> None:
+        """Free the model: the next one is not to find its weights on the device, where they count to peak memory."""
+        self.running.clear()
+        self.subject.model.to("meta")
+
+    def fail(self, phase: str, error: Exception) -> None:
+        """Record what failed for no cell in particular as the unreduced model's failure. Raises BaselineFailed."""
+        baseline = self.subject.cells[0]
+        self._record_failure(baseline, self._identity(baseline), phase, error)
 
     def drop(self, cell_id: str, phase: str, error: Exception) -> None:
         """Take a cell that failed out of the running ones."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -20,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from tokbench.config import Grid, ModelSpec, RunOptions, require_data
 from tokbench.data import open_dataset
-from tokbench.errors import RunStopped, UserError
+from tokbench.errors import BaselineFailed, RunStopped, UserError
 from tokbench.fusion.core import make_method
 from tokbench.fusion.patch import require_supported
 from tokbench.measure._model import resolve_input_size
@@ -29,8 +30,10 @@ from tokbench.models import load_model, weights_sha256
 from tokbench.plugins import LOADED
 from tokbench.progress import Progress
 from tokbench.resolve import check_schedule
+from tokbench.running.answers import measure_accuracy
 from tokbench.running.bench import Bench, Subject, calibrates
 from tokbench.running.resume import Measured, agreed_conditions
+from tokbench.running.timing import time_cells
 from tokbench.schedules import parse_schedule
 from tokbench.store import RunFolder, fresh_path, is_run, new_run_path, require_free
 
@@ -89,7 +92,7 @@ def run(
             progress.continued(records)
         for subject in subjects:
             batch_size = manifest["conditions"]["batch_size"]
-            Bench(subject, folder, options, device, progress, measured, batch_size).measure()
+            _measure(Bench(subject, folder, options, device, progress, measured, batch_size))
         try:
             table = load_table([folder.path])
             plots = _draw(table, folder.path)
@@ -98,6 +101,36 @@ def run(
             raise RunStopped(f"{str(error).rstrip('.')}{kept}") from error
         progress.finished(table, plots)
     return table
+
+
+def _measure(bench: Bench) -> None:
+    """Measure what the run lacks of one model.
+
+    FLOPs come first: they take seconds and tell which cells run at all. Then accuracy, then speed. A record is on disk
+    as soon as it is measured, and a pass over the images every few seconds.
+    """
+    if not bench.waiting():
+        return
+    steps: dict[str, Callable[[], None]] = {
+        "setup": bench.prepare,
+        "accuracy": partial(measure_accuracy, bench),
+        "speed": partial(time_cells, bench),
+    }
+    try:
+        for phase, step in steps.items():
+            if phase == "setup" or phase in bench.options.only:
+                try:
+                    step()
+                except (UserError, BaselineFailed):
+                    raise
+                except Exception as error:  # of no cell in particular: another model may fare better
+                    bench.fail(phase, error)
+    except BaselineFailed:
+        bench.progress.warn(
+            f"{bench.subject.spec.label}: the unreduced model failed, and there is nothing to compare its cells with"
+        )
+    finally:
+        bench.let_go()
 
 
 def find_device(name: str) -> torch.device:

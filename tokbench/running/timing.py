@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from tokbench.errors import BaselineFailed, RunStopped, one_line
 from tokbench.measure._model import is_out_of_memory, release_memory
 from tokbench.measure.compiled import compile_model
 from tokbench.measure.environment import Watch
 from tokbench.measure.speed import SpeedResult, largest_batch, measure_memory, measure_speed
+from tokbench.running.bench import Bench, Runnable
 from tokbench.running.records import doubtful_speedups, speed_fields
-
-if TYPE_CHECKING:
-    from tokbench.running.bench import Bench, Runnable
 
 # A budget for all rounds together; slow cells exceed it, because each makes five rounds at least.
 SPEED_SECONDS_PER_CELL = 1.0
