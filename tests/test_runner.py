@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from tokbench import resolve
 from tokbench.config import Cell, Grid, MethodSpec, ModelSpec, RunOptions
-from tokbench.errors import UserError
+from tokbench.errors import RunStopped, UserError
 from tokbench.fusion.core import METHODS, Method
 from tokbench.measure import speed
 from tokbench.measure.accuracy import Predictions
@@ -644,6 +645,18 @@ def test_a_cell_that_fails_in_latency_alone_is_the_one_that_failed(source, tmp_p
     table = runner.run(small_grid(), tmp_path / "run").set_index("cell")
     assert table["error"].dropna().to_dict() == {"tiny/tome/8": "RuntimeError: out of luck"}
     assert table["throughput"].notna().to_dict() == {"tiny/none": True, "tiny/tome/8": False, "tiny/random/8": True}
+
+
+def test_a_folder_removed_while_its_plot_is_drawn_is_said_to_be_gone(source, tmp_path, monkeypatch):
+    real = runner._draw
+
+    def remove_and_draw(table, folder):
+        shutil.rmtree(folder)
+        return real(table, folder)
+
+    monkeypatch.setattr(runner, "_draw", remove_and_draw)
+    with pytest.raises(RunStopped, match="was removed while running"):
+        runner.run(small_grid(only=("flops", "accuracy")), tmp_path / "run")
 
 
 def fail_once(monkeypatch, owner, name: str, error: Exception) -> None:

@@ -99,6 +99,8 @@ def run(
         except UserError as error:
             kept = "; what was measured is kept." if is_run(path) else ""
             raise RunStopped(f"{str(error).rstrip('.')}{kept}") from error
+        if not is_run(path):  # removed while it was drawn, which brings back no more than the plot
+            raise RunStopped(f"the run folder {str(path)!r} was removed while running; its results are gone.")
         progress.finished(table, plots)
     return table
 
