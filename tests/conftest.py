@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-from tokbench import cli
+from tokbench import cli, plugins
+from tokbench.fusion.core import METHODS
 
 # For tests/test_fuzz.py; `--hypothesis-profile long` chooses the other one, which looks for the smallest form, too:
 # with inputs that take a second each that takes minutes.
@@ -26,6 +27,19 @@ def _same_draws_every_time():
 def _skip_gpu_tests_without_a_gpu(request):
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU; there is none here")
+
+
+@pytest.fixture(autouse=True)
+def _same_methods_every_time():
+    """The registry, the plugins and their modules as they were before, afterwards."""
+    known, loaded, modules = dict(METHODS), dict(plugins.LOADED), set(sys.modules)
+    yield
+    for registry, before in ((METHODS, known), (plugins.LOADED, loaded)):
+        registry.clear()
+        registry.update(before)
+    for name in set(sys.modules) - modules:
+        if name.startswith("tokbench_plugin_"):
+            del sys.modules[name]
 
 
 @pytest.fixture

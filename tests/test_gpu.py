@@ -1,4 +1,4 @@
-"""What only a GPU can tell: `pytest -m gpu` on a machine with one is the verdict on all that CUDA does differently.
+"""What only a GPU can tell: `pytest -m gpu -n 0` on a machine with one is the verdict on what CUDA does differently.
 
 Each test is skipped with its reason where there is none. Nothing here asserts how fast a GPU is.
 """

@@ -13,25 +13,12 @@ from test_runner import Source, stand_in
 from timm.models.vision_transformer import VisionTransformer
 
 import tokbench
-from tokbench import cli, plugins
+from tokbench import cli
 from tokbench.fusion.core import METHODS, Method, make_method, register_method
 from tokbench.plugins import load_plugins
 from tokbench.store import RunFolder
 
 EXAMPLE = Path(__file__).parents[1] / "docs" / "my_method.py"
-
-
-@pytest.fixture(autouse=True)
-def registry(monkeypatch):
-    """The registry and the modules as they were before, afterwards."""
-    known, loaded, modules = dict(METHODS), dict(plugins.LOADED), set(sys.modules)
-    yield
-    for registry, before in ((METHODS, known), (plugins.LOADED, loaded)):
-        registry.clear()
-        registry.update(before)
-    for name in set(sys.modules) - modules:
-        if name.startswith("tokbench_plugin_"):
-            del sys.modules[name]
 
 
 def test_the_documented_example_reaches_everything(tmp_path, monkeypatch, capsys):
