@@ -191,7 +191,7 @@ def keep_freed_memory() -> bool:
     """Have glibc's malloc keep what is freed instead of giving it back to the system; False where there is no glibc.
 
     Whether it gives back depends on what the process did before, and taking it again costs a page fault for every
-    4 KiB: up to a third of a pass of a method that writes large matrices, in one process and not in the next.
+    4 KiB: up to a fifth of a pass of a method that writes large matrices, in one process and not in the next.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
