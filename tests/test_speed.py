@@ -462,8 +462,8 @@ def test_memory_that_was_freed_is_not_taken_from_the_system_again() -> None:
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     assert speed.keep_freed_memory()
-    faults()
-    assert faults() < 2**26 / 4096 / 10
+    # Without it all are 2**26 / 4096. What little else is allocated may take the place of one of them.
+    assert min(faults() for _ in range(10)) < 2**26 / 4096 / 10
 
 
 def test_memory_is_not_guessed_where_it_cannot_be_told() -> None:
