@@ -262,7 +262,12 @@ def stopping_at_write_errors(folder: Path) -> Iterator[None]:
                 f"cannot write to the run folder {str(folder)!r}: {error.strerror or error}; what was measured before "
                 "is kept, and the same command continues."
             ) from error
-        raise RunStopped(f"the run folder {str(folder)!r} was removed while running; its results are gone.") from error
+        raise removed(folder) from error
+
+
+def removed(folder: Path) -> RunStopped:
+    """What to raise where a run's folder is no longer there."""
+    return RunStopped(f"the run folder {str(folder)!r} was removed while running; its results are gone.")
 
 
 def is_run(path: Path) -> bool:

@@ -110,11 +110,10 @@ def _answer(group: pd.DataFrame) -> str:
         best = faster.loc[faster["speedup"].idxmax()]
         if best["drop_high"] > _VAGUE:
             return _too_vague(best, images, "fastest")
-        interval = f"[{best['speedup_low']:.2f}, {best['speedup_high']:.2f}]"
         batches = (
             f" in batches of {best['batch_size']}" if pd.notna(best["batch_size"]) and best["batch_size"] > 1 else ""
         )
-        gain = f"makes {model} {best['speedup']:.2f} times as fast {interval}{_on(best)}{batches}"
+        gain = f"makes {model} {_times_as_fast(best)}{_on(best)}{batches}"
         alone = group[group["is_baseline"] & (group["run"] == best["run"])]["latency_ms"]
         told = f"{_upper(cell_name(best))} {gain}, with {unseen}: {_at_most(best)}."
         if (alone <= best["latency_ms"]).any():
@@ -143,8 +142,11 @@ def _beaten_by_a_control(best: pd.Series, faster: pd.DataFrame) -> str:
     if published.empty:
         return f"{told}; no paper's method is surely faster without such a loss."
     row = published.loc[published["speedup"].idxmax()]
-    interval = f"[{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
-    return f"{told}; of the papers' methods it is {cell_name(row)}, {row['speedup']:.2f} times as fast {interval}."
+    return f"{told}; of the papers' methods it is {cell_name(row)}, {_times_as_fast(row)}."
+
+
+def _times_as_fast(row: pd.Series) -> str:
+    return f"{row['speedup']:.2f} times as fast [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
 
 
 def _at_most(row: pd.Series) -> str:

@@ -35,7 +35,7 @@ from tokbench.running.bench import Bench, Subject, calibrates
 from tokbench.running.resume import Measured, agreed_conditions
 from tokbench.running.timing import time_cells
 from tokbench.schedules import parse_schedule
-from tokbench.store import RunFolder, fresh_path, is_run, new_run_path, require_free
+from tokbench.store import RunFolder, fresh_path, is_run, new_run_path, removed, require_free
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,7 +100,7 @@ def run(
             kept = "; what was measured is kept." if is_run(path) else ""
             raise RunStopped(f"{str(error).rstrip('.')}{kept}") from error
         if not is_run(path):  # removed while it was drawn, which brings back no more than the plot
-            raise RunStopped(f"the run folder {str(path)!r} was removed while running; its results are gone.")
+            raise removed(path)
         progress.finished(table, plots)
     return table
 
