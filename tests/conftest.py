@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-from tokbench import cli, plugins
+from tokbench import cli, interrupts, plugins
 from tokbench.fusion.core import METHODS
 
 # For tests/test_fuzz.py; `--hypothesis-profile long` chooses the other one, which looks for the smallest form, too:
@@ -48,6 +48,7 @@ def tokbench_command(monkeypatch, capsys):
 
     def call(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["tokbench", *map(str, words)])
+        monkeypatch.setattr(interrupts, "_exit", sys.exit)
         with pytest.raises(SystemExit) as caught:
             cli.main()
         out, err = capsys.readouterr()

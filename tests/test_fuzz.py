@@ -31,7 +31,7 @@ from test_runner import Source, stand_in
 
 import tokbench.models
 import tokbench.trace  # before the ground stands in for the models of runs
-from tokbench import cli
+from tokbench import cli, interrupts
 from tokbench.errors import UserError
 from tokbench.fusion.core import METHODS
 from tokbench.models import load_model
@@ -61,6 +61,7 @@ def call(*words: str) -> tuple[int, str]:
     err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
     with (
         patch.object(sys, "argv", ["tokbench", *words]),
+        patch.object(interrupts, "_exit", sys.exit),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         warnings.catch_warnings(),

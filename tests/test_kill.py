@@ -69,3 +69,45 @@ def test_ctrl_c_to_the_whole_process_group_is_one_clean_line(tmp_path):
     assert process.returncode == 130, err
     (line,) = err.splitlines()
     assert line.startswith("tokbench: interrupted; ") and "Traceback" not in out
+
+
+# Ctrl-C at a moment that no test hits by chance: this code is run before the command line.
+MOMENTS = {
+    "while the readers are started": """
+from torch.utils.data import dataloader
+iterator, make = dataloader._MultiProcessingDataLoaderIter, dataloader._MultiProcessingDataLoaderIter.__init__
+iterator.__init__ = lambda self, loader: (ctrl_c(), make(self, loader))
+""",
+    "where Python swallows it": """
+os.register_at_fork(after_in_parent=ctrl_c)
+""",
+    "again while the pass is saved": """
+from tokbench.running import resume
+save = resume.PassFile.save
+resume.PassFile.add = lambda self, half: ctrl_c()
+resume.PassFile.save = lambda self: (ctrl_c(), save(self))
+""",
+    "amid an import": """
+import builtins
+kept, numpy_is_at = builtins.__build_class__, "numpy._core"
+def build(function, name, *bases, **words):
+    if function.__module__.startswith(numpy_is_at):
+        ctrl_c()
+    return kept(function, name, *bases, **words)
+builtins.__build_class__ = build
+""",
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_ctrl_c_is_one_line_at_any_moment(moment, tmp_path):
+    script = tmp_path / "script.py"
+    begin = "import os, signal, sys\nctrl_c = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
+    script.write_text(f"{begin}{MOMENTS[moment]}from tokbench import cli\ncli.main()\n")
+    words = ["run", "--method", "tome", "--schedule", "13", "--workers", "1", "--limit", "48", "--only", "accuracy"]
+    command = [sys.executable, script, *words, "--device", "cpu", "--out", tmp_path / "run"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert done.returncode == 130, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("tokbench: interrupted")
+    assert ("before anything was measured" in line) == (moment == "amid an import")

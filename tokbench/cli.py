@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import shlex
-import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,7 +16,8 @@ import typer
 from typer.exceptions import TyperException
 
 from tokbench import __version__
-from tokbench.errors import RunStopped, UserError, nearest, printable
+from tokbench.errors import RunStopped, UserError, complain, nearest
+from tokbench.interrupts import ending_after_unwinding, ending_at_once
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,13 +47,14 @@ def main() -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be any bytes
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code = app(args=sys.argv[1:] or ["--help"], prog_name="tokbench", standalone_mode=False)
+        with ending_at_once():
+            code = app(args=sys.argv[1:] or ["--help"], prog_name="tokbench", standalone_mode=False)
         sys.stdout.flush()
     except RunStopped as error:
-        _complain(str(error))
+        complain(str(error))
         code = 3
     except (UserError, TyperException) as error:
-        _complain(_usage(error) if isinstance(error, TyperException) else str(error))
+        complain(_usage(error) if isinstance(error, TyperException) else str(error))
         code = 2
     except BrokenPipeError:
         _silence_stdout()
@@ -61,10 +62,10 @@ def main() -> NoReturn:
     except OSError as error:
         if error.filename is None:  # what could not be written is the output itself
             _silence_stdout()
-            _complain(f"cannot write the output: {error.strerror or error}")
+            complain(f"cannot write the output: {error.strerror or error}")
             code = 3
         else:
-            _complain(f"{error.strerror}: {str(error.filename)[:100]!r}")
+            complain(f"{error.strerror}: {str(error.filename)[:100]!r}")
             code = 2
     sys.exit(code)
 
@@ -83,10 +84,6 @@ def _usage(error: TyperException) -> str:
     if param is None or not found or found[0]["type"] not in kinds:
         return error.format_message()
     return f"{param.opts[0]} must be {kinds[found[0]['type']]}, not {found[0]['input']!r}"
-
-
-def _complain(text: str) -> None:
-    print("tokbench:", printable(" ".join(text.split())), file=sys.stderr)
 
 
 def _load_plugins(paths: list[Path] | None) -> None:
@@ -211,29 +208,17 @@ def _live_progress(console: Console, out: Path | None, continuable: bool = True)
     from tokbench.progress import LiveProgress
 
     progress = LiveProgress(console)
-    try:
-        with _terminable(), progress:
-            yield progress
-    except KeyboardInterrupt:
+
+    def kept() -> str:
+        with suppress(RuntimeError):  # amid another print
+            console.show_cursor()
         words = [word for word in sys.argv[1:] if word != "--fresh"]
         if progress.folder and progress.folder.path != out:
             words += ["--out", str(progress.folder.path)]
-        _complain(progress.kept(shlex.join(["tokbench", *words]) if continuable else ""))
-        raise typer.Exit(130) from None
+        return progress.kept(shlex.join(["tokbench", *words]) if continuable else "")
 
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM does inside the block what Ctrl-C does: a scheduler's last word before SIGKILL."""
-
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with ending_after_unwinding(kept), progress:
+        yield progress
 
 
 @app.command()
@@ -275,8 +260,8 @@ def plot(
     target = out or runs[0] / f"pareto.{'png' if format is None else format}"
     print(
         plot_pareto(
-            load_cells(runs, _complain), target, x=x, y=y, size=size, theme=theme, published=published, linear=linear,
-            tell=_complain,
+            load_cells(runs, complain), target, x=x, y=y, size=size, theme=theme, published=published, linear=linear,
+            tell=complain,
         )
     )  # fmt: skip
 
@@ -300,7 +285,7 @@ def table(
     from tokbench.report.metrics import load_cells
     from tokbench.report.tables import print_table, render_table
 
-    df, filters = load_cells(runs, _complain), filter or ()
+    df, filters = load_cells(runs, complain), filter or ()
     if format == "rich":
         console = Console()
         piped = not console.is_terminal and "COLUMNS" not in os.environ
@@ -319,7 +304,7 @@ def report(
     """Write one HTML page: findings, an interactive plot, a sortable table, how it was measured."""
     from tokbench.report.html import write_report
 
-    print(write_report(runs, out or runs[0] / "report.html", tell=_complain))
+    print(write_report(runs, out or runs[0] / "report.html", tell=complain))
 
 
 @app.command()
@@ -361,7 +346,7 @@ def show(
             theme=theme, **options,
         )  # fmt: skip
     for warning in caught:
-        _complain(f"warning: {warning.message}")
+        complain(f"warning: {warning.message}")
     print(drawn)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 import textwrap
 from collections.abc import Iterable
 
@@ -39,6 +40,11 @@ def shortened(error: BaseException) -> str:
 def printable(text: str) -> str:
     """Text as any file can hold it and no terminal obeys it: what cannot be printed becomes \\n, \\x1b and \\udcff."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def complain(text: str) -> None:
+    """The line the CLI ends with where it did not do what it was asked for."""
+    print("tokbench:", printable(" ".join(text.split())), file=sys.stderr)
 
 
 def _text(error: BaseException) -> str:
