@@ -84,6 +84,10 @@ def make_run(tmp_path) -> Callable[..., Path]:
 
 
 def _predictions(labels: np.ndarray, predicted: np.ndarray) -> Predictions:
+    """predicted: classes, or the cosines of a model that has none."""
+    if predicted.dtype.kind == "f":
+        nothing = np.full(IMAGES, np.nan, np.float32)
+        return Predictions(labels, labels * 0 - 1, nothing, labels < 0, nothing, predicted, classifies=False)
     return Predictions(labels, predicted, np.full(IMAGES, 0.5, np.float32), predicted == labels)
 
 
@@ -132,6 +136,30 @@ def test_a_gain_is_told_and_never_fails(make_run):
     )
     assert found.passed
     assert len(found.notes) == 1 and "gain: m/topk/keep:0.5@3 gets 10.00 points more right" in found.notes[0]
+
+
+def test_of_a_model_without_classes_the_features_are_compared(make_run):
+    def cosines(moved: int = 0, unknown: int = 0) -> dict[tuple[str, str], np.ndarray]:
+        mine = np.full(IMAGES, 0.9, np.float32)
+        mine[:moved] -= 0.02
+        mine[moved:] += 0.005
+        mine[IMAGES - unknown :] = np.nan
+        return {("none", ""): np.ones(IMAGES, np.float32), ("tome", "constant:8"): mine}
+
+    old, four, five = (make_run(name, cosines(moved)) for name, moved in (("old", 0), ("four", 4), ("five", 5)))
+    found = check(old, four)
+    assert found.passed and [found.word(gate) for gate in ("top-1", "flips", "cosine")] == ["skip", "skip", "pass"]
+    assert found.lines()[-1].endswith("passed: this run says what the baseline says, but for top-1 and flips, which "
+                                      "could not be compared")  # fmt: skip
+    found = check(old, five)
+    assert failed(found) == {("cosine", "m/tome/constant:8")}
+    words = "2.5 % moved, 5 of 200, by 0.025 at most; mean cosine 0.9050 → 0.9044"
+    assert f"        m/tome/constant:8: {words}" in found.lines()
+    assert check(old, five, limits=Limits(max_flips=2.5)).passed
+    # Features that are no numbers any more have moved, and those that never were have not.
+    assert not check(old, make_run("broken", cosines(unknown=5))).passed
+    assert check(make_run("old2", cosines(unknown=50)), make_run("new2", cosines(unknown=50))).passed
+    assert "cosine" not in check(make_run("a"), make_run("b")).limits
 
 
 def test_flips_count_though_top1_stays(make_run):

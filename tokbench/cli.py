@@ -360,7 +360,7 @@ def check(
         typer.Argument(metavar="[RUN]", help="Run folder to check (default: run the baseline's grid again)."),
     ] = None,
     max_drop: Annotated[float, typer.Option(metavar="POINTS", help="Most points of top-1 that may be lost.")] = 1.0,
-    max_flips: Annotated[float, typer.Option(metavar="PCT", help="Most predictions that may change.")] = 2.0,
+    max_flips: Annotated[float, typer.Option(metavar="PCT", help="Most answers that may change.")] = 2.0,
     max_slowdown: Annotated[
         float | None, typer.Option(metavar="PCT", help="Most that may be lost of a speed-up (default: not checked).")
     ] = None,

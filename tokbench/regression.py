@@ -2,7 +2,8 @@
 
 Top-1 is compared on the same images by two rules: a loss beyond `Limits.max_drop` points fails, however few the images
 are; so does a smaller one that is no chance find: McNemar's exact test, one-sided because a gain is no failure,
-with Holm's correction for the number of cells, at 5 %. Flips are counted whether right or wrong.
+with Holm's correction for the number of cells, at 5 %. Flips are counted whether right or wrong. Of models without
+classes the features are compared instead, by their cosine to the unreduced model's.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from tokbench.running.resume import cell_key
 from tokbench.store import SKIPPED, RunFolder, is_run, new_run_path, require_free
 
 FLOPS_TOLERANCE_PCT = 0.1
+COSINE_TOLERANCE = 0.01
 SIGNIFICANCE = 0.05
 
 Record = dict[str, Any]
@@ -44,8 +46,9 @@ _MEASURES = {"flops": "FLOPs", "accuracy": "accuracy", "speed": "speed"}
 
 @dataclass(frozen=True)
 class Limits:
-    """What may change. max_drop: points of top-1 lost. max_flips: percent of the predictions. max_slowdown: percent
-    of the speed-up lost; None to leave speed alone, as other work on the machine disturbs it.
+    """What may change. max_drop: points of top-1 lost. max_flips: percent of the predictions, or of the images whose
+    features move. max_slowdown: percent of the speed-up lost; None to leave speed alone, as other work on the machine
+    disturbs it.
     """
 
     max_drop: float = 1.0
@@ -57,16 +60,20 @@ class Limits:
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {value:g}")
 
-    def describe(self) -> dict[str, str]:
-        """For each gate, in the order they are told, what cells that pass it do."""
+    def describe(self, features: bool) -> dict[str, str]:
+        """For each gate, in the order they are told, what cells that pass it do. features: of models without classes
+        too."""
         points = "1 point" if self.max_drop == 1 else f"{self.max_drop:g} points"
         gates = {
             "cells": "are there",
             "top-1": f"lose at most {points} of top-1, and not significantly",
             "flips": f"flip at most {self.max_flips:g} % of the predictions",
+            "cosine": f"move it by more than {COSINE_TOLERANCE:g} for at most {self.max_flips:g} % of the images",
             "flops": f"have FLOPs within {FLOPS_TOLERANCE_PCT:g} %",
             "tokens": "have the same tokens after each block",
         }
+        if not features:
+            del gates["cosine"]
         if self.max_slowdown is not None:
             gates["speed"] = f"lose at most {self.max_slowdown:g} % of their speed-up"
         return gates
@@ -119,6 +126,11 @@ class _Cell:
     def measured(self) -> bool:
         """Whether there is anything but a failure."""
         return any(kind in self.kinds for kind in _MEASURES)
+
+    @property
+    def has_features(self) -> bool:
+        """Whether there are features and no classes to compare."""
+        return self.kinds.get("accuracy", {}).get("similarity") is not None
 
     @property
     def calibrated(self) -> Any:
@@ -331,7 +343,8 @@ def _compare(before: _Run, after: _Run, limits: Limits, chosen: Mapping[tuple[Pa
     differ = differences(before.folder.manifest, after.folder.manifest, before.path, both_timed)
     if limits.max_slowdown is not None:
         _require_comparable_speed(differ, before)
-    check = Check(after.path, before.path, "", differ, limits.describe())
+    features = any(old.has_features and new.has_features for old, new in pairs)
+    check = Check(after.path, before.path, "", differ, limits.describe(features))
     kinds = [kind for kind in _MEASURES if kind != "speed" or limits.max_slowdown is not None]
     for meaning, old in before.cells.items():
         if any(kind in old.kinds for kind in kinds):
@@ -407,8 +420,8 @@ def _judge_predictions(
     chosen: Mapping[tuple[Path, str], _Subset],
     check: Check,
 ) -> list[Verdict]:
-    """Top-1 and flips of every cell that both runs have predictions of; the check is told of gains and of what is not
-    judged.
+    """Top-1 and flips, or features, of every cell that both runs have answers of; the check is told of gains and of
+    what is not judged.
     """
     compared = [(old, new) for old, new in pairs if "accuracy" in old.kinds and "accuracy" in new.kinds]
     if chosen:  # parameters that are measured on a run's first images are others on a part of them
@@ -435,6 +448,8 @@ def _judge_predictions(
             text = f"{share:.1f} % flipped, {flipped} of {images:,}"
             verdicts.append(Verdict("flips", old.id, share <= limits.max_flips, text, share))
         else:
+            if not then.classifies and not now.classifies:
+                verdicts.append(_judge_features(old.id, then.similarity, now.similarity, limits.max_flips))
             check.skipped |= dict.fromkeys(("top-1", "flips"), f"{old.model} has no classes")
         if not then.labeled:
             check.skipped.setdefault("top-1", "the images have no labels")
@@ -444,6 +459,18 @@ def _judge_predictions(
         if then.labeled and then.classifies and now.classifies
     ]
     return verdicts + _judge_top1(right, limits, check.notes)
+
+
+def _judge_features(cell: str, then: NDArray[np.float32], now: NDArray[np.float32], max_moved: float) -> Verdict:
+    """`then` and `now`: cosines (n,), NaN where the features are not finite."""
+    change = np.abs(np.nan_to_num(now, nan=-2) - np.nan_to_num(then, nan=-2))
+    moved, images = int((change > COSINE_TOLERANCE).sum()), len(then)
+    share = 100 * moved / images
+    text = (
+        f"{share:.1f} % moved, {moved} of {images:,}, by {change.max():.3f} at most; "
+        f"mean cosine {np.nanmean(then):.4f} → {np.nanmean(now):.4f}"
+    )
+    return Verdict("cosine", cell, share <= max_moved, text, share)
 
 
 def _judge_top1(
