@@ -244,8 +244,18 @@ def test_every_name_is_escaped(tmp_path: Path) -> None:
 
 def test_fronts_of_the_plot_are_those_of_the_tables(run: Path) -> None:
     data = plot_data(load_table([run]))
-    assert data["fronts"]["gflops|top1"] == [0, 1, 2] and data["fronts"]["throughput|top1"] == [0, 1, 2, 3]
+    assert data["fronts"]["gflops|top1"] == [[0, 1, 2]] and data["fronts"]["throughput|top1"] == [[0, 1, 2, 3]]
     assert json.loads(json.dumps(data, allow_nan=False)) == data
+
+
+def test_each_run_has_its_front_where_the_machine_sets_the_pace(run: Path, tmp_path: Path) -> None:
+    again = make_run(tmp_path / "again")
+    data = plot_data(load_table([run, again]))
+    first = [0, 1, 2, 3]
+    assert data["fronts"]["throughput|top1"] == [first, [number + len(data["cells"]) // 2 for number in first]]
+    assert len(data["fronts"]["gflops|top1"]) == 1
+    assert "a front of its own" in write_report([run, again], tmp_path / "two.html").read_text()
+    assert "a front of its own" not in write_report([run], tmp_path / "one.html").read_text()
 
 
 def test_page_table_and_findings_name_the_same_front_of_speed() -> None:
@@ -253,10 +263,10 @@ def test_page_table_and_findings_name_the_same_front_of_speed() -> None:
     fronts = plot_data(df)["fronts"]
     table = json.loads(render_table(df, "json"))
     assert fronts["speedup|top1"] == fronts["throughput|top1"]
-    assert [number for number, row in enumerate(table) if row["front_throughput"]] == fronts["speedup|top1"]
+    assert [[number for number, row in enumerate(table) if row["front_throughput"]]] == fronts["speedup|top1"]
     told = next(text for text in findings(df)[0].sentences if "front of top-1 against speed" in text)
     on, _, never = told.partition(";")
-    members = set(df.loc[fronts["speedup|top1"], "variant"]) - {"none"}
+    members = set(df.loc[fronts["speedup|top1"][0], "variant"]) - {"none"}
     assert members and all(variant_name(name, name) in on for name in members)
     others = set(df["variant"]) - members - {"none"}
     assert others and all(variant_name(name, name) in never for name in others)

@@ -179,6 +179,21 @@ def test_cells_of_other_models_or_data_do_not_compete(tmp_path: Path, run: Path)
     assert pareto_front(both, "gflops", "top1").sum() == 6
 
 
+def test_where_the_machine_sets_the_pace_a_run_competes_with_itself_only(tmp_path: Path, run: Path) -> None:
+    both = load_table([run, make_run(tmp_path / "again")])
+    faster = both["run"] == "again"
+    for column in ("throughput", "throughput_low", "throughput_high"):
+        both.loc[faster, column] *= 1.4  # the same machine at another hour
+    own = pareto_front(both[~faster], "throughput", "top1")
+    assert 0 < own.sum() < len(own)
+    assert pareto_front(both, "throughput", "top1").to_list() == [*own, *own]
+    assert [set(group["run"]) for group in comparable(both, "throughput", "top1")] == [{"run"}, {"again"}]
+    # Speed-ups are ratios within a run, and compare.
+    both.loc[faster, "speedup"] *= 1.4
+    assert pareto_front(both, "speedup", "top1")[faster & ~both["is_baseline"]].any()
+    assert not pareto_front(both, "speedup", "top1")[~faster & ~both["is_baseline"]].any()
+
+
 def test_runs_under_the_same_conditions_are_compared(tmp_path: Path, run: Path) -> None:
     assert len(comparable(load_table([run, make_run(tmp_path / "again")]))) == 1
 

@@ -178,7 +178,7 @@ def _sentences(group: pd.DataFrame) -> list[str]:
     if measured["speedup"].notna().any():
         sentences += _speed(measured) + _latency(group, measured)
     gains = [name for name in ("top1", *_LIKENESS) if measured[name].notna().any()]
-    sentences += [text for y in gains[:1] for x in ("throughput", "gflops") for text in _front(group, x, y)]
+    sentences += [text for y in gains[:1] for x in ("speedup", "gflops") for text in _front(group, x, y)]
     return [*sentences, *_failures(cells)]
 
 
@@ -388,7 +388,7 @@ def _front(group: pd.DataFrame, x: str, y: str) -> list[str]:
     names = {variant: variant_name(method, variant) for variant, method in there[["variant", "method"]].to_numpy()}
     on = [variant for variant in names if (front["variant"] == variant).any()]
     never = [names[variant] for variant in names if variant not in on]
-    what = f"{_LIKENESS.get(y, 'top-1')} against {'speed' if x == 'throughput' else 'FLOPs'}"
+    what = f"{_LIKENESS.get(y, 'top-1')} against {'speed' if x == 'speedup' else 'FLOPs'}"
     if not on:
         return [f"No reduced cell is on the front of {what}."]
     counts = [f"{names[variant]} ({_times(int((front['variant'] == variant).sum()))})" for variant in on]

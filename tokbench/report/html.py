@@ -93,7 +93,10 @@ def plot_data(df: pd.DataFrame) -> dict[str, Any]:
                 "group": group_of[index],
             }
         )
-    fronts = {f"{x}|{y}": [int(i) for i in df.index[pareto_front(df, x, y)]] for x, y in permutations(names, 2)}
+    fronts = {
+        f"{x}|{y}": [group.index.tolist() for group in comparable(df[pareto_front(df, x, y)], x, y)]
+        for x, y in permutations(names, 2)
+    }
     return {"metrics": metrics, "groups": [group_title(group) for group in groups], "cells": cells, "fronts": fronts}
 
 

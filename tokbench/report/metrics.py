@@ -34,6 +34,7 @@ class Metric:
         digits: after the decimal point, in tables.
         low, high: columns of its 95 % interval, drawn as error bars; "" where there is none.
         tie: values closer than this share of each other count as equal on a Pareto front.
+        paced: whether it follows the machine's pace, which is another in every run (see docs/measuring.md).
     """
 
     label: str
@@ -44,6 +45,7 @@ class Metric:
     low: str = ""
     high: str = ""
     tie: float = 0.0
+    paced: bool = False
 
 
 # Schedules that aim at the same FLOPs end a fraction of a percent apart, which must not decide who is on a front.
@@ -82,15 +84,25 @@ METRICS: dict[str, Metric] = {
         "The method's own share of the FLOPs (%)", "Overhead %", "method_share", "lower", 2, tie=_TIE
     ),
     "throughput": Metric(
-        "Throughput (images/s)", "Images/s", "throughput", "higher", 0, "throughput_low", "throughput_high", _TIE
+        "Throughput (images/s)", "Images/s", "throughput", "higher", 0, "throughput_low", "throughput_high", _TIE, True
     ),
     "speedup": Metric(
         "Speed-up over the unreduced model (×)", "Speed-up", "speedup", "higher", 2, "speedup_low", "speedup_high", _TIE
     ),
     "latency": Metric(
-        "Latency at batch 1 (ms)", "Latency ms", "latency_ms", "lower", 2, "latency_low_ms", "latency_high_ms", _TIE
+        "Latency at batch 1 (ms)",
+        "Latency ms",
+        "latency_ms",
+        "lower",
+        2,
+        "latency_low_ms",
+        "latency_high_ms",
+        _TIE,
+        True,
     ),
-    "latency_p95": Metric("Latency at batch 1, 95th percentile (ms)", "p95 ms", "latency_p95_ms", "lower", 2, tie=_TIE),
+    "latency_p95": Metric(
+        "Latency at batch 1, 95th percentile (ms)", "p95 ms", "latency_p95_ms", "lower", 2, tie=_TIE, paced=True
+    ),
     "efficiency": Metric(
         'Efficiency (speed relative to the control "free")',
         "Efficiency",
@@ -276,9 +288,13 @@ def _meets(values: pd.Series, operator: str, value: str, condition: str) -> pd.S
     )
 
 
-def comparable(df: pd.DataFrame) -> list[pd.DataFrame]:
-    """The rows split into sets that may be compared: same model, weights, input size, data, device and dtype."""
-    return [group for _, group in df.groupby(list(COMPARABLE), sort=False, dropna=False)]
+def comparable(df: pd.DataFrame, *metrics: str) -> list[pd.DataFrame]:
+    """The rows split into sets that may be compared: same model, weights, input size, data, device and dtype.
+
+    In these metrics; one run each where one of them is `paced`.
+    """
+    keys = [*COMPARABLE, *(["run"] if any(find_metric(name).paced for name in metrics) else [])]
+    return [group for _, group in df.groupby(keys, sort=False, dropna=False)]
 
 
 def known_gain(df: pd.DataFrame) -> str:
@@ -295,11 +311,11 @@ def pareto_front(df: pd.DataFrame, x: str, y: str) -> pd.Series:
     """True for each row that no comparable row beats: as good in both metrics and better in one.
 
     x, y: names in `METRICS`; what differs by less than a metric's `tie` counts as equal. Throughput is judged by the
-    speed-up where all rows have it: it is paired within timing rounds, so drift cannot decide, and the fronts over both
-    agree. Rows where either is missing, or with NaN or infinite logits, are False. The index is that of `df`.
+    speed-up where all rows have it: it is paired within timing rounds, so drift cannot decide, and a run's fronts over
+    both agree. Rows where either is missing, or with NaN or infinite logits, are False. The index is that of `df`.
     """
     front = pd.Series(False, index=df.index)
-    for group in comparable(df):
+    for group in comparable(df, x, y):
         measured = group[_measured(group, x, y) & ~nonfinite(group)]
         (no_worse_x, better_x), (no_worse_y, better_y) = (
             _compare(measured, _judged_by(measured, name)) for name in (x, y)

@@ -120,7 +120,7 @@ def draw_panel(panel: Axes, group: pd.DataFrame, x: str, y: str, art: Art, *, fi
     if vertical.better == "lower" and first:
         # Up is better in every plot.
         panel.invert_yaxis()
-    for cells in comparable(group[group["front"]]):
+    for cells in comparable(group[group["front"]], x, y):
         _draw_front(panel, cells, x, y, art)
     for axis, value in _references(group, x, y):
         dashes: dict[str, Any] = {"color": art.theme.muted, "linewidth": 0.9, "linestyle": (0, (4, 3)), "zorder": 1.5}

@@ -317,6 +317,8 @@ def _run_handle(place: int, art: Art) -> Line2D:
 
 def _footnote(df: pd.DataFrame, names: list[str], y: str) -> str:
     notes = ["Pareto front: no other cell is as good in both metrics and better in one (costs within 1 % are equal)."]
+    if df["run"].nunique() > 1 and any(find_metric(name).paced for name in (*names, y)):
+        notes.append("Each run has a front of its own in images/s and ms: machines change their pace between runs.")
     bars = [("Vertical", [y]), ("Horizontal", names)]
     for direction, metrics in bars:
         shown = {find_metric(name).low for name in metrics} - {""}
