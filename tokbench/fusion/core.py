@@ -277,7 +277,8 @@ def make_method(name: str, **params: Any) -> Method:
     """
     if name not in METHODS:
         known = ["none", *METHODS]
-        raise UserError(f"unknown method '{name}'; the methods are {', '.join(known)}.{nearest(name, known)}")
+        names = f"{', '.join(known)}, and those of a --plugin file"
+        raise UserError(f"unknown method '{name}'; the methods are {names}.{nearest(name, known)}")
     if not dataclasses.is_dataclass(METHODS[name]):
         raise UserError(f"method '{name}': put @dataclass(frozen=True) right above class {METHODS[name].__name__}")
     fields = {f.name: f.default for f in dataclasses.fields(METHODS[name])}  # type: ignore[arg-type]
