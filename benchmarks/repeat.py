@@ -27,6 +27,7 @@ EXACT = ("top1", "top5", "drop", "agreement", "kl", "gflops", "tokens_final")
 INTERVALS = {
     "speed-up": ("speedup", "speedup_low", "speedup_high"),
     "efficiency": ("efficiency", "efficiency_low", "efficiency_high"),
+    "speed-up at batch 1": ("latency_speedup", "latency_speedup_low", "latency_speedup_high"),
     "latency": ("latency_ms", "latency_low_ms", "latency_high_ms"),
 }
 

@@ -73,8 +73,12 @@ def test_the_answer_is_the_fastest_cell_without_a_significant_loss(run: Path, tm
         "20 images cannot tell what is to be had without losing accuracy: top-k at keep 0.7@3,6,9, the fastest cell "
         "with no significant loss, may lose up to 24.5 points."
     )
-    slow = answer(df.assign(latency_ms=[10.0, 12.0, 10.0, 10.0, 10.0]))
-    assert slow.endswith("One image at a time it is no faster: 12 ms, unreduced 10 ms.")
+    slow = answer(df.assign(latency_speedup=0.84, latency_speedup_low=0.8, latency_speedup_high=0.9))
+    assert slow.endswith("One image at a time it is slower: 0.84× [0.80, 0.90].")
+    alike = answer(df.assign(latency_speedup=1.01, latency_speedup_low=0.98, latency_speedup_high=1.04))
+    assert alike.endswith("One image at a time it cannot be told from the unreduced model: 1.01× [0.98, 1.04].")
+    faster = df.assign(latency_speedup=1.1, latency_speedup_low=1.01, latency_speedup_high=1.2)
+    assert "One image" not in answer(faster)
     free_lunch = answer(df.assign(drop_low=-1.0))
     assert free_lunch.startswith("Top-k at keep 0.7@3,6,9 makes bundled 1.80 times as fast")
     assert free_lunch.endswith(
@@ -155,23 +159,22 @@ def test_gains_and_slowdowns_are_called_so(run: Path, tmp_path: Path) -> None:
 
 
 def test_where_one_image_takes_no_less_time_the_findings_say_so(run: Path) -> None:
-    df = load_table([run]).assign(latency_ms=[10.0, 12.0, 10.1, 8.0, 7.0])
-    cells = "One image at a time it is another story: of the 4 cells with more images/s at batch 32, "
-    near = "ToMe at r=13 (10.1 ms)"
+    df = load_table([run]).assign(latency_speedup=[1.0, 0.83, 0.99, 1.25, 1.43])
+    df = df.assign(latency_speedup_low=df["latency_speedup"] - 0.02, latency_speedup_high=df["latency_speedup"] + 0.02)
+    cells = "One image at a time it is another story: of the 4 cells faster than the unreduced model at batch 32, "
+    near = "ToMe at r=13 (0.99×)"
 
     def told(df: pd.DataFrame, **changed: Any) -> str:
         return "\n".join(findings(df.assign(**changed))[0].sentences)
 
-    both = f"2 take longer than the unreduced model (10 ms): ToMe at r=8 (12 ms) and {near} (by the medians, without"
-    assert cells + both in told(df)
-    known = df.assign(latency_low_ms=df["latency_ms"] - 0.2, latency_high_ms=df["latency_ms"] + 0.2)
-    longer = "1 takes longer than the unreduced model (10 ms): ToMe at r=8 (12 ms); 1 cannot be told from it: "
-    assert f"{cells}{longer}{near} (by the 95 % intervals of the medians)." in told(known)
-    alike = f"{cells}1 cannot be told from the unreduced model (10 ms): {near} (by"
-    assert alike in told(known.drop(index=1)).replace("the 3 cells", "the 4 cells")
-    assert "another story" not in told(known.drop(index=[1, 2]))
-    assert "another story" not in told(known, speedup_low=0.9)  # no faster in batches either
-    assert "another story" not in told(known, batch_size=1)
+    assert f"{cells}1 is slower than it: ToMe at r=8 (0.83×); 1 cannot be told from it: {near}." in told(df)
+    alike = f"{cells}1 cannot be told from it: {near}."
+    assert alike in told(df.drop(index=1)).replace("the 3 cells", "the 4 cells")
+    unknown = told(df, latency_speedup_low=float("nan"), latency_speedup_high=float("nan"))
+    assert f"{cells}4 cannot be told from it" in unknown
+    assert "another story" not in told(df.drop(index=[1, 2]))
+    assert "another story" not in told(df, speedup_low=0.9)  # no faster in batches either
+    assert "another story" not in told(df, batch_size=1)
 
 
 def test_without_labels_the_findings_speak_of_agreement(run: Path) -> None:

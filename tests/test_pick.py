@@ -304,6 +304,7 @@ def test_the_python_names_checkpoint_size_device_and_dtype(tmp_path):
     assert lines[2] == 'tokbench.apply(model, "tome", "constant:13", prune_blocks=[0, 1])'
 
 
+@pytest.mark.filterwarnings("ignore:.*chance level")
 def test_the_printed_python_loads_a_checkpoint_a_size_and_a_dtype(tmp_path):
     weights = tmp_path / 'it\'s "mine".safetensors'
     save_file(tokbench.load_model().state_dict(), weights)

@@ -166,6 +166,8 @@ def test_a_larger_grid_adds_only_what_is_new(source, tmp_path):
         (kind, "tiny/random/8") for kind in ("flops", "accuracy", "speed")
     ]
     assert len(added[-1]["reference_seconds"]) == len(added[-1]["seconds"])
+    paired = np.divide(added[-1]["reference_latency_seconds"], added[-1]["latency_seconds"])
+    assert added[-1]["latency_speedup"] == pytest.approx(np.median(paired))
     assert figures(tmp_path / "run") == figures(tmp_path / "whole")
     assert list(table["cell"]) == ["tiny/none", "tiny/tome/8", "tiny/random/8"]
     manifest = RunFolder.open(tmp_path / "run").manifest

@@ -471,6 +471,11 @@ def test_each_cell_is_set_against_its_own_speed_limit(source, tmp_path):
     assert records["tiny/none"]["latency_ms"] == pytest.approx(
         1000 * np.median(records["tiny/none"]["latency_seconds"])
     )
+    single = {cell: np.array(record["latency_seconds"]) for cell, record in records.items()}
+    for cell, record in records.items():
+        assert record["latency_speedup"] == pytest.approx(np.median(single["tiny/none"] / single[cell]))
+        assert record["latency_speedup_low"] <= record["latency_speedup"] <= record["latency_speedup_high"]
+    assert table.loc["tiny/none", "latency_speedup"] == 1
 
 
 def test_flops_are_broken_down(source, tmp_path):

@@ -53,7 +53,8 @@ _NUMBERS = frozenset({
     "similarity", "similarity_low", "similarity_high", "batch_size", "iterations", "throughput",
     "throughput_low", "throughput_high",
     "speedup", "speedup_low", "speedup_high", "latency_ms", "latency_low_ms", "latency_high_ms", "latency_p95_ms",
-    "efficiency", "efficiency_low", "efficiency_high", "free_speedup", "peak_memory_bytes",
+    "latency_speedup", "latency_speedup_low", "latency_speedup_high", "efficiency", "efficiency_low", "efficiency_high",
+    "free_speedup", "peak_memory_bytes",
 })  # fmt: skip
 _COUNTS = frozenset({"images", "correct", "correct5", "skipped", "nonfinite", "batch_size"})
 # The same for the manifest, its conditions, and the conditions of each model.

@@ -114,10 +114,11 @@ def _answer(group: pd.DataFrame) -> str:
             f" in batches of {best['batch_size']}" if pd.notna(best["batch_size"]) and best["batch_size"] > 1 else ""
         )
         gain = f"makes {model} {_times_as_fast(best)}{_on(best)}{batches}"
-        alone = group[group["is_baseline"] & (group["run"] == best["run"])]["latency_ms"]
         told = f"{_upper(cell_name(best))} {gain}, with {unseen}: {_at_most(best)}."
-        if (alone <= best["latency_ms"]).any():
-            told += f" One image at a time it is no faster: {_milliseconds(best)}, unreduced {alone.min():.3g} ms."
+        if pd.notna(best["latency_speedup"]) and not best["latency_speedup_low"] > 1:
+            slower = "is slower" if best["latency_speedup_high"] < 1 else "cannot be told from the unreduced model"
+            low, high = best[["latency_speedup_low", "latency_speedup_high"]]
+            told += f" One image at a time it {slower}: {_single(best)} [{low:.2f}, {high:.2f}]."
         return told + _beaten_by_a_control(best, faster)
     cheaper = kept[kept["flops_ratio"] < 1]
     if cheaper.empty:
@@ -176,7 +177,7 @@ def _sentences(group: pd.DataFrame) -> list[str]:
     elif group["top1"].isna().all():
         sentences += [text for name in _LIKENESS for text in _likeness(measured, name)]
     if measured["speedup"].notna().any():
-        sentences += _speed(measured) + _latency(group, measured)
+        sentences += _speed(measured) + _latency(measured)
     gains = [name for name in ("top1", *_LIKENESS) if measured[name].notna().any()]
     sentences += [text for y in gains[:1] for x in ("speedup", "gflops") for text in _front(group, x, y)]
     return [*sentences, *_failures(cells)]
@@ -332,35 +333,25 @@ def _cost(row: pd.Series) -> str:
     return f"a cosine of {row['similarity']:.4f} to its features" if pd.notna(row["similarity"]) else ""
 
 
-def _latency(group: pd.DataFrame, cells: pd.DataFrame) -> list[str]:
-    """Which cells that are faster in batches are not at batch 1; slower where the medians' intervals are apart."""
-    bases = group[group["is_baseline"] & group["latency_ms"].notna()].drop_duplicates("run").set_index("run")
+def _latency(cells: pd.DataFrame) -> list[str]:
+    """Which cells that are faster in batches are not at batch 1, by speed-ups paired there too."""
     timed = cells[
-        cells["latency_ms"].notna() & cells["run"].isin(bases.index) & (cells["method"] != "free")
+        cells["latency_speedup"].notna() & (cells["method"] != "free")
         & (cells["speedup_low"] > 1) & (cells["batch_size"].fillna(0) > 1)
     ]  # fmt: skip
-    intervals = [METRICS["latency"].low, METRICS["latency"].high]
-    known = bool(timed[intervals].notna().all(axis=None) and bases[intervals].notna().all(axis=None))
-    low, high = intervals if known else ["latency_ms"] * 2
-    base = bases.loc[timed["run"]]
-    longer = timed[low].to_numpy() > base[high].to_numpy()
-    shorter = timed[high].to_numpy() < base[low].to_numpy()
-    if shorter.all():
-        return []
-    slower, unclear = timed[longer], timed[~longer & ~shorter]
-    model = f"the unreduced model ({bases['latency_ms'].iloc[0]:.3g} ms)" if len(bases) == 1 else "the unreduced model"
+    slower = timed[timed["latency_speedup_high"] < 1]
+    unclear = timed[~(timed["latency_speedup_high"] < 1) & ~(timed["latency_speedup_low"] > 1)]
     told = []
     if len(slower):
-        takes = _plural(len(slower), "takes", "take")
-        told.append(f"{len(slower)} {takes} longer than {model}: {_named(slower, _milliseconds)}")
+        told.append(f"{len(slower)} {_plural(len(slower), 'is', 'are')} slower than it: {_named(slower, _single)}")
     if len(unclear):
-        than = "it" if told else model
-        told.append(f"{len(unclear)} cannot be told from {than}: {_named(unclear, _milliseconds)}")
+        told.append(f"{len(unclear)} cannot be told from it: {_named(unclear, _single)}")
+    if not told:
+        return []
     which = "the one cell" if len(timed) == 1 else f"the {len(timed)} cells"
-    compared = "by the 95 % intervals of the medians" if known else "by the medians, without intervals"
     return [
-        f"One image at a time it is another story: of {which} with more images/s at batch "
-        f"{int(timed['batch_size'].max())}, {'; '.join(told)} ({compared})."
+        f"One image at a time it is another story: of {which} faster than the unreduced model at batch "
+        f"{int(timed['batch_size'].max())}, {'; '.join(told)}."
     ]
 
 
@@ -368,8 +359,8 @@ def _factor(row: pd.Series) -> str:
     return f"{row['speedup']:.2f}×"
 
 
-def _milliseconds(row: pd.Series) -> str:
-    return f"{row['latency_ms']:.3g} ms"
+def _single(row: pd.Series) -> str:
+    return f"{row['latency_speedup']:.2f}×"
 
 
 def _named(cells: pd.DataFrame, figure: Callable[[pd.Series], str]) -> str:

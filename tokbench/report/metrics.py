@@ -103,6 +103,16 @@ METRICS: dict[str, Metric] = {
     "latency_p95": Metric(
         "Latency at batch 1, 95th percentile (ms)", "p95 ms", "latency_p95_ms", "lower", 2, tie=_TIE, paced=True
     ),
+    "latency_speedup": Metric(
+        "Speed-up at batch 1 (×)",
+        "At batch 1",
+        "latency_speedup",
+        "higher",
+        2,
+        "latency_speedup_low",
+        "latency_speedup_high",
+        _TIE,
+    ),
     "efficiency": Metric(
         'Efficiency (speed relative to the control "free")',
         "Efficiency",
@@ -140,6 +150,7 @@ COLUMNS = (
     "flops_ratio", "throughput", "throughput_low", "throughput_high", "speedup", "speedup_low", "speedup_high",
     "latency_ms",
     "latency_low_ms", "latency_high_ms", "latency_p95_ms",
+    "latency_speedup", "latency_speedup_low", "latency_speedup_high",
     "efficiency", "efficiency_low", "efficiency_high", "free_speedup", "memory_mib",
     "top1", "top1_low", "top1_high", "top1_paired_low", "top1_paired_high", "top5", "top5_low", "top5_high", "drop",
     "drop_low", "drop_high", "mcnemar_p", "agreement", "agreement_low", "agreement_high", "kl", "kl_low", "kl_high",

@@ -23,7 +23,7 @@ _UNITS = {
     **dict.fromkeys(("top1", "top5", "agreement", "method_share"), " %"),
     **dict.fromkeys((name for name in METRICS if name.startswith("gflops")), " GFLOPs"),
     **dict.fromkeys(("latency", "latency_p95"), " ms"),
-    "throughput": " images/s", "speedup": "×", "memory": " MiB",
+    "throughput": " images/s", "speedup": "×", "latency_speedup": "×", "memory": " MiB",
 }  # fmt: skip
 _LABEL_CHARACTERS = 36  # in a line
 HALOS = True  # a rim of background around labels; in SVG it turns text into shapes

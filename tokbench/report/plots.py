@@ -324,7 +324,7 @@ def _footnote(df: pd.DataFrame, names: list[str], y: str) -> str:
         shown = {find_metric(name).low for name in metrics} - {""}
         if {"top1_paired_low", "drop_low"} & shown and df["drop_low"].notna().any():
             notes.append(f"{direction} bars: 95 % interval of the difference from the unreduced model, same images.")
-        if {"throughput_low", "speedup_low", "efficiency_low"} & shown:
+        if {"throughput_low", "speedup_low", "latency_speedup_low", "efficiency_low"} & shown:
             notes.append(f"{direction} bars: 95 % interval over timing rounds.")
         if "latency_low_ms" in shown and df["latency_low_ms"].notna().any():
             notes.append(f"{direction} bars: 95 % interval of the median latency.")

@@ -250,6 +250,7 @@ def _columns(df: pd.DataFrame) -> list[_Column]:
         _number(METRICS["efficiency"], rank=2),
         _number(METRICS["latency"], rank=3),
         _number(METRICS["latency_p95"], rank=9),
+        _number(METRICS["latency_speedup"], rank=6),
         _number(METRICS["memory"], rank=7),
         _Column("Front", _front, left=True, rank=0.4),
     ]
@@ -407,6 +408,8 @@ def _notes(df: pd.DataFrame, columns: Sequence[_Column]) -> list[str]:
         notes.append("Tokens: left after the last block, class token and the like included.")
     if METRICS["latency"].short in heads:
         notes.append("Latency: of a single image, the median; p95: 95 % of the passes are faster.")
+    if METRICS["latency_speedup"].short in heads:
+        notes.append("At batch 1: speed-up for a single image, by pairs of passes side by side.")
     if METRICS["efficiency"].short in heads:
         notes.append("Efficiency: speed relative to the control `free`, which drops as many tokens without choosing.")
     if (df["fused_attention"] == "off").any():

@@ -97,6 +97,9 @@ def speed_fields(
         **{name: 1000 * value for name, value in zip(_LATENCY, median_interval(result.latency), strict=True)},
         "latency_p95_ms": 1000 * float(np.quantile(result.latency, 0.95)),
     }
+    # Pass by pass; none of them are missing, as a model that raises once is out.
+    paired = median_ratio_interval(reference.latency, result.latency)
+    fields |= dict(zip(("latency_speedup", "latency_speedup_low", "latency_speedup_high"), paired, strict=True))
     if memory:
         fields |= {"peak_memory_bytes": memory[0], "reserved_memory_bytes": memory[1]}
     if limit is not None:

@@ -54,7 +54,9 @@ def time_cells(bench: Bench) -> None:
     for sentence in (*disturbance.warnings, *doubtful_speedups(speedups)):
         bench.progress.warn(sentence)
     # Added to a run, the cells ran beside an unreduced model whose own record is an earlier session's.
-    again = {} if reference in lacking else {"reference_seconds": timed.speed[reference.cell.id].rounds}
+    base = timed.speed[reference.cell.id]
+    again = {"reference_seconds": base.rounds, "reference_latency_seconds": base.latency}
+    again = {} if reference in lacking else again
     earlier = _timed_before(bench)
     if earlier not in (None, size):
         bench.progress.warn(
@@ -66,7 +68,7 @@ def time_cells(bench: Bench) -> None:
             fields = speed_fields(
                 timed.speed[runnable.cell.id],
                 timed.memory[runnable.cell.id],
-                reference=timed.speed[reference.cell.id],
+                reference=base,
                 limit=timed.speed.get(runnable.limit_name) if runnable.limit is not None else None,
                 compiled=bench.options.compile,
             )
