@@ -79,7 +79,11 @@ iterator, make = dataloader._MultiProcessingDataLoaderIter, dataloader._MultiPro
 iterator.__init__ = lambda self, loader: (ctrl_c(), make(self, loader))
 """,
     "where Python swallows it": """
-os.register_at_fork(after_in_parent=ctrl_c)
+from tokbench.running import resume
+class Last:
+    def __del__(self):
+        ctrl_c()
+resume.PassFile.add = lambda self, half: Last() and None
 """,
     "again while the pass is saved": """
 from tokbench.running import resume
