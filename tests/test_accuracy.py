@@ -21,9 +21,7 @@ from tokbench.measure.accuracy import ARRAYS, Predictions, evaluate, join
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Table(nn.Module):

@@ -20,10 +20,7 @@ from tokbench.fusion.core import METHODS
 from tokbench.measure.flops import count_flops, einsum_flops
 from tokbench.report.published import PUBLISHED, Published
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small_vit(**changes: object) -> VisionTransformer:

@@ -270,7 +270,7 @@ def test_picking_tokens_is_gathering_them(contiguous):
     assert torch.equal(ours, theirs) and ours.abs().sum() > 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 5), st.integers(2, 30), st.data())
 def test_bipartite_matching_equals_its_definition(prefix, patches, data):
     r = data.draw(st.integers(1, max(1, patches // 2)))
@@ -288,7 +288,7 @@ def test_bipartite_matching_equals_its_definition(prefix, patches, data):
         assert [kept[image, s].item() for s in slot[image]] == [proposals[i] for i in best]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 4), st.integers(4, 24))
 def test_merging_conserves_the_weighted_sum_and_leaves_others_alone(prefix, patches):
     generator = torch.Generator().manual_seed(patches)

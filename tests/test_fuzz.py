@@ -41,9 +41,6 @@ from tokbench.running import resume, runner
 from tokbench.schedules import GRAMMAR, parse_schedule
 from tokbench.store import MANIFEST, RECORDS, SKIPPED
 
-if settings.get_current_profile_name() == "default":
-    settings.load_profile("short")
-
 # Exit codes so far, by command: what benchmarks/fuzz.py prints.
 OUTCOMES: Counter[tuple[str, int]] = Counter()
 CODES = {"run": (0, 2, 3), "check": (0, 1, 2), "pick": (0, 1, 2)}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import platform
 import subprocess
 import weakref
@@ -30,9 +31,7 @@ from tokbench.measure.speed import measure_speed, plan
 SIZE = (3, 4, 4)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Clock:
@@ -621,7 +620,11 @@ def test_a_gpu_is_watched_while_it_works_and_not_when_it_has_cooled_down(monkeyp
     assert json.loads(json.dumps(seen.gpu)) == seen.gpu
 
 
-def test_git_state_is_of_the_checkout_that_runs(tmp_path: Path) -> None:
+def test_git_state_is_of_the_checkout_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)  # a hook has some, which would lead the commands below to the repository it is of
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)  # which may ask for signatures
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))  # temporary files may lie in a checkout
     assert environment.git_state(tmp_path) is None
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
     subprocess.run([*git, "init", "-q"], check=True)

@@ -322,7 +322,7 @@ def _require_memory(skeleton: nn.Module, name: str) -> None:
     if needed > there:
         raise UserError(
             f"the weights of model {name!r} would take {needed / 2**30:,.0f} GiB, and this machine has "
-            f" {there / 2**30:,.0f} GiB."
+            f"{there / 2**30:,.0f} GiB."
         )
 
 
