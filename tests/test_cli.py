@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -136,6 +137,16 @@ def test_an_interrupted_run_says_what_is_kept(tokbench_command, tiny, tmp_path, 
     monkeypatch.setattr(runner, "load_model", interrupt)
     code, _, err = tokbench_command("run", *QUICK)
     assert (code, err) == (130, "tokbench: interrupted before anything was measured\n")
+    code, _, err = tokbench_command(*command.split()[1:])
+    kept = f"interrupted before anything was added to {run}; all that is there is kept; continue with: {command}"
+    assert (code, err) == (130, f"tokbench: {kept}\n")
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    assert tokbench_command("run", *QUICK)[0] == 130
 
 
 def test_the_command_that_continues_names_the_folder_that_was_made(tokbench_command, tiny, tmp_path, monkeypatch):
@@ -148,6 +159,21 @@ def test_the_command_that_continues_names_the_folder_that_was_made(tokbench_comm
     for _ in range(2):
         _, _, err = tokbench_command("run", *QUICK, "--fresh", "--out", "a b")
     assert err.endswith(" --schedule 8 --out 'a b' --out 'a b-2'\n")
+    (tmp_path / "grid.toml").touch()
+    _, _, err = tokbench_command("run", *QUICK, "--out", "c", "--", "grid.toml")
+    assert err.endswith(" --schedule 8 --out c -- grid.toml\n")
+    _, _, err = tokbench_command("run", *QUICK, "--out", "c", "--fresh", "--", "grid.toml")
+    assert err.endswith(" --schedule 8 --out c --out c-2 -- grid.toml\n")
+
+
+def test_an_interrupt_amid_a_frame_gives_the_terminal_back():
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), force_terminal=True)
+    with progress.LiveProgress(console) as live, console:
+        live.abandon()
+        assert console.file.getvalue().endswith("\x1b[?25h")  # the cursor is shown
+        assert not hasattr(sys.stderr, "rich_proxied_file")
 
 
 def test_dry_run_names_the_cells_and_loads_nothing(tokbench_command, monkeypatch, tmp_path):

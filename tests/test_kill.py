@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from test_report import make_run
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -123,3 +124,33 @@ def test_ctrl_c_is_one_line_at_any_moment(moment, tmp_path):
     (line,) = done.stderr.splitlines()
     assert line.startswith("tokbench: interrupted")
     assert ("before anything was measured" in line) == (moment == "amid an import")
+
+
+def _script(tmp_path: Path, before: str, *words: object) -> subprocess.CompletedProcess[str]:
+    begin = "import os, signal\nctrl_c = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
+    end = "from tokbench.__main__ import main\nmain()\n"
+    (tmp_path / "script.py").write_text(begin + before + end)
+    command = [sys.executable, tmp_path / "script.py", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+
+
+def test_ctrl_c_before_the_command_line_is_read_is_one_line(tmp_path):
+    early = MOMENTS["amid an import"].replace("numpy._core", "typer")
+    done = _script(tmp_path, early, "list", "methods")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "tokbench: interrupted\n")
+
+
+def test_ctrl_c_amid_python_s_tear_down_changes_nothing(tmp_path):
+    done = _script(tmp_path, "import atexit\natexit.register(ctrl_c)\n", "list", "methods")
+    assert (done.returncode, done.stderr) == (0, "") and "tome" in done.stdout
+    done = _script(tmp_path, "import atexit\natexit.register(ctrl_c)\n", "list", "nothing")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["plot", "report"])
+def test_ctrl_c_amid_writing_leaves_no_half_a_file(command, tmp_path):
+    run, target = make_run(tmp_path / "run"), tmp_path / "drawn" / f"it.{'png' if command == 'plot' else 'html'}"
+    target.parent.mkdir()
+    done = _script(tmp_path, "os.fsync = lambda file: ctrl_c()\n", command, run, "--out", target)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "tokbench: interrupted\n")
+    assert not list(target.parent.iterdir())

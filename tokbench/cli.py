@@ -17,7 +17,7 @@ from typer.exceptions import TyperException
 
 from tokbench import __version__
 from tokbench.errors import RunStopped, UserError, complain, nearest
-from tokbench.interrupts import ending_after_unwinding, ending_at_once
+from tokbench.interrupts import ending_after_unwinding, ending_at_once, ignoring_at_exit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +49,7 @@ def main() -> NoReturn:
     try:
         with ending_at_once():
             code = app(args=sys.argv[1:] or ["--help"], prog_name="tokbench", standalone_mode=False)
-        sys.stdout.flush()
+            sys.stdout.flush()
     except RunStopped as error:
         complain(str(error))
         code = 3
@@ -67,6 +67,7 @@ def main() -> NoReturn:
         else:
             complain(f"{error.strerror}: {str(error.filename)[:100]!r}")
             code = 2
+    ignoring_at_exit()
     sys.exit(code)
 
 
@@ -170,6 +171,7 @@ def run(
     from rich.console import Console
 
     from tokbench.config import Grid, require_data
+    from tokbench.store import is_run
 
     _load_plugins(plugin)
     chosen = Grid.from_flags(
@@ -195,7 +197,8 @@ def run(
         print(chosen.describe())
         return
 
-    with _live_progress(Console(), out) as progress:
+    earlier = out if out and not fresh and is_run(out) else None
+    with _live_progress(Console(), out, earlier) as progress:
         from tokbench.running.runner import run as run_grid
 
         run_grid(chosen, out, progress=progress, fresh=fresh)
@@ -203,19 +206,24 @@ def run(
 
 
 @contextmanager
-def _live_progress(console: Console, out: Path | None, continuable: bool = True) -> Iterator[LiveProgress]:
-    """What a run shows; interrupted, it says what is kept and how to go on, and exits with 130."""
+def _live_progress(
+    console: Console, out: Path | None, earlier: Path | None = None, continuable: bool = True
+) -> Iterator[LiveProgress]:
+    """What a run shows; interrupted, it says what is kept and how to go on, and exits with 130.
+
+    earlier: the run that is continued, if one is.
+    """
     from tokbench.progress import LiveProgress
 
     progress = LiveProgress(console)
 
     def kept() -> str:
-        with suppress(RuntimeError):  # amid another print
-            console.show_cursor()
+        progress.abandon()
         words = [word for word in sys.argv[1:] if word != "--fresh"]
         if progress.folder and progress.folder.path != out:
-            words += ["--out", str(progress.folder.path)]
-        return progress.kept(shlex.join(["tokbench", *words]) if continuable else "")
+            end = words.index("--") if "--" in words else len(words)
+            words[end:end] = ["--out", str(progress.folder.path)]
+        return progress.kept(shlex.join(["tokbench", *words]) if continuable else "", earlier)
 
     with ending_after_unwinding(kept), progress:
         yield progress
@@ -258,12 +266,12 @@ def plot(
     if out and format and out.suffix != f".{format}":
         raise UserError(f"--format {format} and --out {out} contradict each other: one of them is enough")
     target = out or runs[0] / f"pareto.{'png' if format is None else format}"
-    print(
-        plot_pareto(
+    with ending_after_unwinding():
+        drawn = plot_pareto(
             load_cells(runs, complain), target, x=x, y=y, size=size, theme=theme, published=published, linear=linear,
             tell=complain,
-        )
-    )  # fmt: skip
+        )  # fmt: skip
+    print(drawn)
 
 
 @app.command()
@@ -304,7 +312,9 @@ def report(
     """Write one HTML page: findings, an interactive plot, a sortable table, how it was measured."""
     from tokbench.report.html import write_report
 
-    print(write_report(runs, out or runs[0] / "report.html", tell=complain))
+    with ending_after_unwinding():
+        written = write_report(runs, out or runs[0] / "report.html", tell=complain)
+    print(written)
 
 
 @app.command()
@@ -339,7 +349,7 @@ def show(
 
     _load_plugins(plugin)
     options: dict[str, Any] = {"methods": method} if method else {}
-    with warnings.catch_warnings(record=True) as caught:
+    with ending_after_unwinding(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         drawn = draw(
             images, out, model=model, checkpoint=checkpoint, input_size=input_size, schedule=schedule, blocks=blocks,
@@ -395,7 +405,8 @@ def check(
         found = check_run(baseline, run, limits=limits, limit=limit, out=out, device=device, progress=progress)
     print("\n".join(found.lines()))
     if junit:
-        write_junit(found, junit)
+        with ending_after_unwinding():
+            write_junit(found, junit)
     tell_github(found)
     raise typer.Exit(0 if found.passed else 1)
 

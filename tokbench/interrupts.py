@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -24,7 +25,7 @@ def ending_at_once() -> Iterator[None]:
 
 
 @contextmanager
-def ending_after_unwinding(say: Callable[[], str]) -> Iterator[None]:
+def ending_after_unwinding(say: Callable[[], str] = lambda: "interrupted") -> Iterator[None]:
     """KeyboardInterrupt is raised, for `finally` and `with` to save what they can, and then the process ends.
 
     It ends at once at a second signal, or where an exception would be lost. `say` gives the line for either.
@@ -55,6 +56,16 @@ def ending_after_unwinding(say: Callable[[], str]) -> Iterator[None]:
             sys.unraisablehook = unraisable
 
 
+def ignoring_at_exit() -> None:
+    """For a process whose work is over: its exit code stays, as an interrupt amid Python's tear-down is a traceback."""
+    atexit.register(_ignore)  # registered last, run first
+
+
+def _ignore() -> None:
+    for word in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(word, signal.SIG_IGN)
+
+
 @contextmanager
 def _heard(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
     before = {word: signal.getsignal(word) for word in (signal.SIGINT, signal.SIGTERM)}
@@ -80,11 +91,11 @@ def _leave(text: str) -> NoReturn:
 
     Nothing is lost: what is on disk is whole at any moment.
     """
-    for word in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(word, signal.SIG_IGN)
+    _ignore()
     with suppress(OSError, ValueError, RuntimeError):  # RuntimeError: amid another print
         sys.stdout.flush()
-    complain(text)
+    with suppress(OSError, ValueError):  # nobody may be left to read it
+        complain(text)
     for reader in multiprocessing.active_children():
         reader.kill()
     _exit(130)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -90,6 +92,17 @@ class LiveProgress(Progress):
     ) -> None:
         self._live.stop()
 
+    def abandon(self) -> None:
+        """Give the terminal back where the process is about to end, whatever it is amid: a frame, or `__exit__`."""
+        with suppress(Exception):  # half a frame may draw as anything
+            self._live.stop()
+        sys.stdout = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+        sys.stderr = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+        # Another console: this one may wait for the end of its frame.
+        console = type(self._console)(file=self._console.file, force_terminal=self._console.is_terminal)
+        with suppress(OSError, ValueError, RuntimeError):  # RuntimeError: amid another print
+            console.show_cursor()
+
     def started(self, folder: RunFolder, cells: int, measurements: int) -> None:
         self.folder, self._measurements = folder, measurements
         self._say(f"{cells} cells → {folder.path}")
@@ -138,12 +151,17 @@ class LiveProgress(Progress):
         for plot in plots:
             self._say(f"Plot: {plot}")
 
-    def kept(self, command: str = "") -> str:
-        """For a run that was interrupted: what is on disk, and the command that continues it, if one does."""
-        if self.folder is None:
-            return "interrupted before anything was measured"
+    def kept(self, command: str = "", earlier: Path | None = None) -> str:
+        """For a run that was interrupted: what is on disk, and the command that continues it, if one does.
+
+        earlier: the folder of a run that was to be continued, if one was.
+        """
         continuing = f"; continue with: {command}" if command else ""
-        return f"interrupted; {self._count()} are kept in {self.folder.path}{continuing}"
+        if self.folder is not None:
+            return f"interrupted; {self._count()} are kept in {self.folder.path}{continuing}"
+        if earlier is not None:
+            return f"interrupted before anything was added to {earlier}; all that is there is kept{continuing}"
+        return "interrupted before anything was measured"
 
     def _count(self) -> str:
         measured = {(record["cell"], record["kind"]) for record in self._records if record["kind"] != "failure"}
