@@ -157,7 +157,12 @@ def test_of_a_model_without_classes_the_features_are_compared(make_run):
     assert f"        m/tome/constant:8: {words}" in found.lines()
     assert check(old, five, limits=Limits(max_flips=2.5)).passed
     # Features that are no numbers any more have moved, and those that never were have not.
-    assert not check(old, make_run("broken", cosines(unknown=5))).passed
+    found = check(old, make_run("broken", cosines(unknown=5)))
+    words = "2.5 % moved, 5 of 200, by 0.000 at most; mean cosine 0.9050 → 0.9050; not finite in 0 before, 5 now"
+    assert not found.passed and f"        m/tome/constant:8: {words}" in found.lines()
+    found = check(old, make_run("gone", cosines(unknown=IMAGES)))
+    words = "100.0 % moved, 200 of 200; not finite in 0 before, 200 now"
+    assert not found.passed and f"        m/tome/constant:8: {words}" in found.lines()
     assert check(make_run("old2", cosines(unknown=50)), make_run("new2", cosines(unknown=50))).passed
     assert "cosine" not in check(make_run("a"), make_run("b")).limits
 

@@ -463,13 +463,16 @@ def _judge_predictions(
 
 def _judge_features(cell: str, then: NDArray[np.float32], now: NDArray[np.float32], max_moved: float) -> Verdict:
     """`then` and `now`: cosines (n,), NaN where the features are not finite."""
-    change = np.abs(np.nan_to_num(now, nan=-2) - np.nan_to_num(then, nan=-2))
-    moved, images = int((change > COSINE_TOLERANCE).sum()), len(then)
+    known = np.isfinite(then) & np.isfinite(now)
+    one_unknown = np.isfinite(then) != np.isfinite(now)
+    change = np.abs(now[known] - then[known])
+    moved, images = int((change > COSINE_TOLERANCE).sum() + one_unknown.sum()), len(then)
     share = 100 * moved / images
-    text = (
-        f"{share:.1f} % moved, {moved} of {images:,}, by {change.max():.3f} at most; "
-        f"mean cosine {np.nanmean(then):.4f} → {np.nanmean(now):.4f}"
-    )
+    text = f"{share:.1f} % moved, {moved} of {images:,}"
+    if known.any():
+        text += f", by {change.max():.3f} at most; mean cosine {then[known].mean():.4f} → {now[known].mean():.4f}"
+    if not known.all():
+        text += f"; not finite in {int((~np.isfinite(then)).sum()):,} before, {int((~np.isfinite(now)).sum()):,} now"
     return Verdict("cosine", cell, share <= max_moved, text, share)
 
 
