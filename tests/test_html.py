@@ -79,6 +79,9 @@ def test_the_answer_is_the_fastest_cell_without_a_significant_loss(run: Path, tm
     assert alike.endswith("One image at a time it cannot be told from the unreduced model: 1.01× [0.98, 1.04].")
     faster = df.assign(latency_speedup=1.1, latency_speedup_low=1.01, latency_speedup_high=1.2)
     assert "One image" not in answer(faster)
+    unsure = df.assign(latency_speedup=1.01, latency_speedup_low=float("nan"), latency_speedup_high=float("nan"))
+    assert answer(unsure).endswith("it cannot be told from the unreduced model: 1.01×.")
+    assert "One image" not in answer(unsure.assign(batch_size=1))
     free_lunch = answer(df.assign(drop_low=-1.0))
     assert free_lunch.startswith("Top-k at keep 0.7@3,6,9 makes bundled 1.80 times as fast")
     assert free_lunch.endswith(
@@ -175,6 +178,9 @@ def test_where_one_image_takes_no_less_time_the_findings_say_so(run: Path) -> No
     assert "another story" not in told(df.drop(index=[1, 2]))
     assert "another story" not in told(df, speedup_low=0.9)  # no faster in batches either
     assert "another story" not in told(df, batch_size=1)
+    one = "One image at a time the one cell faster than the unreduced model at batch 32 "
+    assert f"{one}is slower than it: ToMe at r=8 (0.83×)." in told(df.iloc[:2])
+    assert f"{one}cannot be told from it: {near}." in told(df.iloc[[0, 2]])
 
 
 def test_without_labels_the_findings_speak_of_agreement(run: Path) -> None:
@@ -407,6 +413,27 @@ def test_the_manifest_is_told_without_braces_and_without_what_is_empty(run: Path
         "conditions · models · m · input_size": "3, 4, 4",
         "command": "tokbench run",
     }
+
+
+def test_the_plot_begins_with_what_is_kept_against_what_it_costs(run: Path) -> None:
+    df, missing = load_table([run]), float("nan")
+    blind = df.assign(top1=missing, drop=missing)
+    features = blind.assign(agreement=missing, similarity=[1, 0.99, 0.95, 0.9, 0.5])
+    counted = features.assign(similarity=missing, speedup=missing, throughput=missing, top5=missing)
+    assert plot_data(df)["axes"] == ["speedup", "top1"] and plot_data(blind)["axes"] == ["speedup", "agreement"]
+    assert plot_data(features)["axes"] == ["speedup", "similarity"]
+    assert plot_data(counted)["axes"] == ["gflops", "flops_ratio"]  # never the same twice
+    assert plot_data(df[:0])["axes"] == ["", ""]
+
+
+def test_long_names_leave_room_for_what_is_said_of_them(browser: Any, run: Path, tmp_path: Path) -> None:
+    name = "vit_small_patch16_224.augreg_in21k_ft_in1k@my_checkpoint_of_a_model_that_was_trained_for_long@224"
+    folder = RunFolder.create(tmp_path / "long", {"conditions": {"models": {name: {"data_fingerprint": "0a" * 32}}}})
+    for record in RunFolder.open(run).records():
+        folder.append(record)
+    open_page(browser, [folder.path], tmp_path / "page.html")
+    widths = browser.execute_script("return [...document.querySelectorAll('dl > *')].map(part => part.clientWidth)")
+    assert len(widths) >= 2 and min(widths) >= 150
 
 
 def test_a_page_with_nothing_to_draw_is_still_a_page(browser: Any, run: Path, tmp_path: Path) -> None:

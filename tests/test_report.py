@@ -17,6 +17,7 @@ from rich.console import Console
 
 from tokbench.errors import UserError
 from tokbench.report import panels, plots
+from tokbench.report.findings import group_title
 from tokbench.report.labels import Spot, place, spots_along, spots_around
 from tokbench.report.metrics import (
     METRICS,
@@ -105,6 +106,15 @@ def test_models_timed_compiled_are_said_to_be_and_not_compared_with_others(df: p
     record = {"kind": "speed", "cell": "m/none", "model": "m", "method": "none", "compiled": True}
     flops = {"kind": "flops", "cell": "m/tome/8", "model": "m", "method": "tome", "schedule": "8"}
     assert list(table_of_records([record, flops])["compiled"]) == ["yes", "yes"]
+
+
+def test_speed_at_one_batch_size_is_not_compared_with_speed_at_another(df: pd.DataFrame) -> None:
+    single = df.assign(run="single", batch_size=1, speedup=df["speedup"] / 2)
+    both = pd.concat([df.assign(run="batches"), single], ignore_index=True)
+    assert [group_title(group).rpartition(", ")[2] for group in comparable(both)] == ["batch 32", "batch 1"]
+    assert pareto_front(both, "speedup", "top1").to_list() == 2 * pareto_front(df, "speedup", "top1").to_list()
+    untimed = single.assign(speedup=np.nan, throughput=np.nan)  # how accuracy was measured does not matter
+    assert len(comparable(pd.concat([df.assign(run="batches"), untimed], ignore_index=True))) == 1
 
 
 def test_no_records_give_an_empty_table_with_all_columns(df: pd.DataFrame) -> None:
@@ -337,6 +347,13 @@ def test_a_dropped_column_takes_its_footnote_with_it(df: pd.DataFrame) -> None:
     for width in (80, 240):
         text = rich_text(costly, width)
         assert ("Overhead %" in text.splitlines()[1]) == ("Overhead:" in text) == (width == 240)
+
+
+def test_a_plot_says_of_what_its_bars_are_intervals(df: pd.DataFrame, tmp_path: Path) -> None:
+    known = df.assign(agreement_low=df["agreement"] - 1, agreement_high=df["agreement"] + 1)
+    assert "Vertical bars: 95 % interval over images." in svg(known, tmp_path, y="agreement")
+    assert "interval over images" not in svg(df, tmp_path, y="agreement")  # it has no bars
+    assert "interval over images" not in svg(known, tmp_path)
 
 
 def test_a_failed_cell_is_shown_with_its_reason(run: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from tokbench.catalogue import controls
-from tokbench.report.metrics import COMPARABLE, METRICS, comparable, find_metric, nonfinite, pareto_front
+from tokbench.report.metrics import METRICS, comparable, find_metric, nonfinite, pareto_front
 from tokbench.report.styles import short_schedule, variant_name
 from tokbench.report.tables import sensible_digits
 
@@ -60,8 +60,11 @@ def group_title(group: pd.DataFrame) -> str:
 
 def tell_runs_apart(df: pd.DataFrame) -> pd.DataFrame:
     """With a column `run_of_several`: the run of each cell that may be compared with cells of other runs, else ""."""
-    several = df.groupby(list(COMPARABLE), dropna=False)["run"].transform("nunique") > 1
-    return df.assign(run_of_several=df["run"].where(several, ""))
+    told = df.assign(run_of_several="")
+    for group in comparable(df):
+        if group["run"].nunique() > 1:
+            told.loc[group.index, "run_of_several"] = group["run"]
+    return told
 
 
 def cell_name(row: pd.Series) -> str:
@@ -115,10 +118,11 @@ def _answer(group: pd.DataFrame) -> str:
         )
         gain = f"makes {model} {_times_as_fast(best)}{_on(best)}{batches}"
         told = f"{_upper(cell_name(best))} {gain}, with {unseen}: {_at_most(best)}."
-        if pd.notna(best["latency_speedup"]) and not best["latency_speedup_low"] > 1:
+        if batches and pd.notna(best["latency_speedup"]) and not best["latency_speedup_low"] > 1:
             slower = "is slower" if best["latency_speedup_high"] < 1 else "cannot be told from the unreduced model"
             low, high = best[["latency_speedup_low", "latency_speedup_high"]]
-            told += f" One image at a time it {slower}: {_single(best)} [{low:.2f}, {high:.2f}]."
+            interval = f" [{low:.2f}, {high:.2f}]" if pd.notna(low) else ""
+            told += f" One image at a time it {slower}: {_single(best)}{interval}."
         return told + _beaten_by_a_control(best, faster)
     cheaper = kept[kept["flops_ratio"] < 1]
     if cheaper.empty:
@@ -348,11 +352,11 @@ def _latency(cells: pd.DataFrame) -> list[str]:
         told.append(f"{len(unclear)} cannot be told from it: {_named(unclear, _single)}")
     if not told:
         return []
-    which = "the one cell" if len(timed) == 1 else f"the {len(timed)} cells"
-    return [
-        f"One image at a time it is another story: of {which} faster than the unreduced model at batch "
-        f"{int(timed['batch_size'].max())}, {'; '.join(told)}."
-    ]
+    faster = f"faster than the unreduced model at batch {int(timed['batch_size'].max())}"
+    if len(timed) == 1:
+        verb = "is slower than it" if len(slower) else "cannot be told from it"
+        return [f"One image at a time the one cell {faster} {verb}: {_named(timed, _single)}."]
+    return [f"One image at a time it is another story: of the {len(timed)} cells {faster}, {'; '.join(told)}."]
 
 
 def _factor(row: pd.Series) -> str:

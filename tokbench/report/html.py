@@ -13,7 +13,7 @@ import pandas as pd
 from tokbench import __version__
 from tokbench.errors import UserError
 from tokbench.report.findings import cell_name, findings, group_title, tell_runs_apart
-from tokbench.report.metrics import COLUMNS, METRICS, comparable, find_metric, load_cells, pareto_front
+from tokbench.report.metrics import COLUMNS, GAINS, METRICS, comparable, find_metric, load_cells, pareto_front
 from tokbench.report.styles import method_style, variant_name
 from tokbench.report.tables import readable, sensible_digits
 from tokbench.store import RunFolder, replace_file
@@ -97,7 +97,19 @@ def plot_data(df: pd.DataFrame) -> dict[str, Any]:
         f"{x}|{y}": [group.index.tolist() for group in comparable(df[pareto_front(df, x, y)], x, y)]
         for x, y in permutations(names, 2)
     }
-    return {"metrics": metrics, "groups": [group_title(group) for group in groups], "cells": cells, "fronts": fronts}
+    return {
+        "metrics": metrics,
+        "axes": _axes(names),
+        "groups": [group_title(group) for group in groups],
+        "cells": cells,
+        "fronts": fronts,
+    }
+
+
+def _axes(names: Sequence[str]) -> list[str]:
+    """The metrics to begin with, x and y: what is kept of the model against what it costs, as far as that is known."""
+    x = next((name for name in ("speedup", "throughput", "gflops", *names) if name in names), "")
+    return [x, next((name for name in (*GAINS, "gflops", *names) if name in names and name != x), x)]
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

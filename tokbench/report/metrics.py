@@ -300,12 +300,23 @@ def _meets(values: pd.Series, operator: str, value: str, condition: str) -> pd.S
 
 
 def comparable(df: pd.DataFrame, *metrics: str) -> list[pd.DataFrame]:
-    """The rows split into sets that may be compared: same model, weights, input size, data, device and dtype.
+    """The rows split into sets that may be compared: same model, weights, input size, data, device and dtype, and one
+    batch size where several were timed.
 
     In these metrics; one run each where one of them is `paced`.
     """
-    keys = [*COMPARABLE, *(["run"] if any(find_metric(name).paced for name in metrics) else [])]
+    keys: list[Any] = [*COMPARABLE, *(["run"] if any(find_metric(name).paced for name in metrics) else [])]
+    if df["batch_size"].nunique() > 1:
+        keys.append(_timed_at(df))
     return [group for _, group in df.groupby(keys, sort=False, dropna=False)]
+
+
+def _timed_at(df: pd.DataFrame) -> pd.Series:
+    """The batch size that a run timed a model at, for each of their rows; NaN where others timed at no other."""
+    sizes = df["batch_size"].astype(float).where(df["speedup"].notna() | df["throughput"].notna())
+    sizes = sizes.groupby([df["run"], df["model"]], dropna=False).transform("first")
+    several = sizes.groupby([df[column] for column in COMPARABLE], dropna=False).transform("nunique") > 1
+    return sizes.where(several)
 
 
 def known_gain(df: pd.DataFrame) -> str:

@@ -46,6 +46,7 @@ from tokbench.report.published import PUBLISHED, published_points
 from tokbench.report.styles import STYLES, find_theme, variant_name
 
 DEFAULT_X = ("gflops", "throughput")
+_OVER_IMAGES = ("top5", "agreement", "kl", "similarity")  # intervals of means over all images
 SIZES = {
     "wide": Size(panel=4.9, width=1.3, height=4.5, font=9.5, label=8.5, marker=6.5, text=True),
     "page": Size(panel=None, width=7.0, height=2.7, font=8, label=7, marker=5),
@@ -324,6 +325,8 @@ def _footnote(df: pd.DataFrame, names: list[str], y: str) -> str:
         shown = {find_metric(name).low for name in metrics} - {""}
         if {"top1_paired_low", "drop_low"} & shown and df["drop_low"].notna().any():
             notes.append(f"{direction} bars: 95 % interval of the difference from the unreduced model, same images.")
+        if any(name in metrics and df[find_metric(name).low].notna().any() for name in _OVER_IMAGES):
+            notes.append(f"{direction} bars: 95 % interval over images.")
         if {"throughput_low", "speedup_low", "latency_speedup_low", "efficiency_low"} & shown:
             notes.append(f"{direction} bars: 95 % interval over timing rounds.")
         if "latency_low_ms" in shown and df["latency_low_ms"].notna().any():
