@@ -113,6 +113,7 @@ def test_speed_at_one_batch_size_is_not_compared_with_speed_at_another(df: pd.Da
     both = pd.concat([df.assign(run="batches"), single], ignore_index=True)
     assert [group_title(group).rpartition(", ")[2] for group in comparable(both)] == ["batch 32", "batch 1"]
     assert pareto_front(both, "speedup", "top1").to_list() == 2 * pareto_front(df, "speedup", "top1").to_list()
+    assert "Runs: batches (batch 32), single (batch 1)." in render_table(both, "md")
     untimed = single.assign(speedup=np.nan, throughput=np.nan)  # how accuracy was measured does not matter
     assert len(comparable(pd.concat([df.assign(run="batches"), untimed], ignore_index=True))) == 1
 

@@ -208,9 +208,10 @@ def load_cells(runs: Sequence[str | Path], tell: Callable[[str], None]) -> pd.Da
 
 
 def run_names(df: pd.DataFrame) -> dict[str, str]:
-    """What tells the runs of a table apart, in words: the machine, or machine and dtype, or else the folder."""
+    """What tells the runs of a table apart, in words: machine, dtype, batch size, two of them, or the folder."""
     runs = df.drop_duplicates("run").set_index("run")
-    for columns in (["machine"], ["dtype"], ["machine", "dtype"]):
+    runs["batch"] = runs["batch_size"].map(lambda size: f"batch {size}", na_action="ignore")
+    for columns in (["machine"], ["dtype"], ["batch"], ["machine", "dtype"], ["dtype", "batch"], ["machine", "batch"]):
         if runs[columns].notna().all(axis=None) and not runs.duplicated(columns).any():
             return {str(run): ", ".join(row) for run, row in runs[columns].iterrows()}
     return {str(run): str(run) for run in runs.index}
