@@ -418,6 +418,17 @@ def test_accuracy_figures_follow_from_the_predictions():
     assert fields["top1_low"] < 0.6 < fields["top1_high"]
 
 
+def test_intervals_end_where_the_mean_must():
+    few = predictions(3, 0)
+    near = np.array([0.9, 0.999, 0.999], np.float32)
+    fields = records.accuracy_fields(dataclasses.replace(few, divergence=1 - near), few)
+    assert 0 == fields["kl_low"] < fields["kl"] < fields["kl_high"]
+    fields = records.accuracy_fields(dataclasses.replace(few, similarity=near, classifies=False), few)
+    assert fields["similarity_low"] < fields["similarity"] < fields["similarity_high"] == 1
+    fields = records.accuracy_fields(dataclasses.replace(few, similarity=near * 0 + 1.0000001, classifies=False), few)
+    assert fields["similarity_low"] <= fields["similarity"] <= fields["similarity_high"]  # rounded, it may be above 1
+
+
 @pytest.mark.parametrize(
     ("right", "wrong", "chance"),
     [(0, 1000, True), (100, 900, True), (130, 870, False), (700, 300, False), (4, 4, False), (1, 9, True)],

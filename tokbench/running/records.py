@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -34,9 +35,16 @@ def accuracy_fields(predictions: Predictions, baseline: Predictions) -> dict[str
         agree = (predictions.predicted == baseline.predicted) & (baseline.predicted >= 0)
         fields["agreement"] = float(np.mean(agree))
         fields |= dict(zip(("agreement_low", "agreement_high"), wilson(int(agree.sum()), len(agree)), strict=True))
-    for name, values in (("kl", predictions.divergence), ("similarity", predictions.similarity)):
+    distances = (("kl", predictions.divergence, 0, inf), ("similarity", predictions.similarity, -1, 1))
+    for name, values, least, most in distances:
         if np.isfinite(values).any():
-            fields |= dict(zip((name, f"{name}_low", f"{name}_high"), mean_interval(values), strict=True))
+            mean, low, high = mean_interval(values)
+            # Where the mean can be. Rounded, it may itself be a little beyond.
+            fields |= {
+                name: mean,
+                f"{name}_low": max(low, min(mean, least)),
+                f"{name}_high": min(high, max(mean, most)),
+            }
     return fields
 
 
