@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from tokbench.errors import UserError
+from tokbench.measure.stats import median_ratio_interval
 from tokbench.report import panels, plots
 from tokbench.report.findings import group_title
 from tokbench.report.labels import Spot, place, spots_along, spots_around
@@ -707,3 +708,19 @@ def test_labels_of_lines_lie_beside_them() -> None:
             low, high = spot.box[1 - axis], spot.box[3 - axis]
             assert (low > 150) != (high < 150)
             assert spot.box[axis] >= 0 and spot.box[axis + 2] <= FRAME[axis + 2]
+
+
+def test_the_committed_figures_follow_from_the_committed_timings() -> None:
+    records = RunFolder.open(Path(__file__).parents[1] / "results" / "reference").records()
+    timed = {record["cell"]: record for record in records if record["kind"] == "speed"}
+    base = timed["bundled/none"]
+    for record in timed.values():
+        for name, above, below in (
+            ("speedup", base["seconds"], record["seconds"]),
+            ("latency_speedup", base["latency_seconds"], record["latency_seconds"]),
+            ("efficiency", record.get("free_seconds"), record["seconds"]),
+        ):
+            if above:
+                figures = [record[name], record[f"{name}_low"], record[f"{name}_high"]]
+                assert figures == pytest.approx(median_ratio_interval(above, below))
+    assert len(timed) == 17

@@ -105,7 +105,7 @@ METRICS: dict[str, Metric] = {
     ),
     "latency_speedup": Metric(
         "Speed-up at batch 1 (×)",
-        "At batch 1",
+        "× at batch 1",
         "latency_speedup",
         "higher",
         2,

@@ -409,7 +409,7 @@ def _notes(df: pd.DataFrame, columns: Sequence[_Column]) -> list[str]:
     if METRICS["latency"].short in heads:
         notes.append("Latency: of a single image, the median; p95: 95 % of the passes are faster.")
     if METRICS["latency_speedup"].short in heads:
-        notes.append("At batch 1: speed-up for a single image, by pairs of passes side by side.")
+        notes.append("× at batch 1: speed-up for a single image, by pairs of passes side by side.")
     if METRICS["efficiency"].short in heads:
         notes.append("Efficiency: speed relative to the control `free`, which drops as many tokens without choosing.")
     if (df["fused_attention"] == "off").any():
