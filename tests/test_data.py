@@ -5,6 +5,8 @@ import hashlib
 import io
 import os
 import pickle
+import signal
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -380,6 +382,15 @@ def test_rows_that_hold_no_image_are_named_and_counted(tmp_path):
     (batch,) = load_batches(source, 4)
     assert batch.labels.tolist() == [0, 2]
     assert [image.index for image in batch.skipped] == [1] and "cannot identify" in batch.skipped[0].reason
+
+
+def test_a_reader_whose_process_is_gone_says_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    data._end_without_a_word(0)
+    for error in (BrokenPipeError(), ConnectionResetError(), EOFError(), ValueError("mine")):
+        sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().err == "ValueError: mine\n"
 
 
 # --- what else lies in folders

@@ -13,10 +13,12 @@ import os
 import re
 import signal
 import stat
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -203,7 +205,7 @@ def load_batches(
         images = Subset(_Forgiving(source), range(start, len(source)))
     end = start
     loader = DataLoader(
-        images, batch_size=batch_size, num_workers=workers, collate_fn=list, worker_init_fn=_leave_signals_alone
+        images, batch_size=batch_size, num_workers=workers, collate_fn=list, worker_init_fn=_end_without_a_word
     )
     for items in loader:
         end += len(items)
@@ -213,10 +215,17 @@ def load_batches(
         yield Batch(stack, labels, [item for item in items if isinstance(item, Skipped)], end)
 
 
-def _leave_signals_alone(worker: int) -> None:
+def _end_without_a_word(worker: int) -> None:
     """A worker ends with the process that made it, without the handlers it inherited and without a word."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.excepthook = _unless_nobody_reads
+
+
+def _unless_nobody_reads(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What the thread says that hands images over, but for the loss of the process that took them."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 class _Forgiving(Dataset[tuple[Tensor, int] | Skipped]):
