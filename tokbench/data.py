@@ -39,7 +39,6 @@ from tokbench.images import ImageError, Skipped, decode
 from tokbench.measure._model import resolve_input_size
 from tokbench.models import HubError
 
-# What timm needs to open each kind of data, and the options that make sense there.
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", ".jfif")
 _SPLIT_FOLDERS = ("validation", "val", "valid", "eval", "evaluation", "test")
 # How timm, torchvision and the packages behind them say what is wrong with a name, split, folder or column.

@@ -343,10 +343,10 @@ def _latency(cells: pd.DataFrame) -> list[str]:
         & (cells["speedup_low"] > 1) & (cells["batch_size"].fillna(0) > 1)
     ]  # fmt: skip
     told = []
-    for word, cells in timed.groupby(timed.apply(_alone, axis=1, result_type="reduce"), sort=False):
+    for word, alike in timed.groupby(timed.apply(_alone, axis=1, result_type="reduce"), sort=False):
         if word:
             verb, _, rest = str(word).replace(_MODEL, "it").partition(" ")
-            told.append(f"{len(cells)} {_plural(len(cells), verb, 'are')} {rest}: {_named(cells, _single)}")
+            told.append(f"{len(alike)} {_plural(len(alike), verb, 'are')} {rest}: {_named(alike, _single)}")
     if not told:
         return []
     faster = f"faster than {_MODEL} at batch {int(timed['batch_size'].max())}"

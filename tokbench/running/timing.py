@@ -55,8 +55,8 @@ def time_cells(bench: Bench) -> None:
         bench.progress.warn(sentence)
     # Added to a run, the cells ran beside an unreduced model whose own record is an earlier session's.
     base = timed.speed[reference.cell.id]
-    again = {"reference_seconds": base.rounds, "reference_latency_seconds": base.latency}
-    again = {} if reference in lacking else again
+    measured = {"reference_seconds": base.rounds, "reference_latency_seconds": base.latency}
+    again = {} if reference in lacking else measured
     earlier = _timed_before(bench)
     if earlier not in (None, size):
         bench.progress.warn(
