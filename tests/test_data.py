@@ -25,7 +25,7 @@ from tokbench.data import ImageSource, ImageStream, load_batches, open_dataset
 from tokbench.errors import UserError
 from tokbench.images import ImageError, decode
 
-BUNDLED = Path(data.__file__).parent / "bundled"
+BUNDLED = Path(data.__file__).parents[1] / "bundled"
 WNIDS = ImageNetInfo().label_names()
 
 

@@ -33,7 +33,7 @@ from tokbench.errors import UserError, nearest, shortened
 from tokbench.fusion.patch import UnsupportedModelError, require_supported
 
 BUNDLED = "bundled"
-BUNDLED_WEIGHTS = Path(__file__).parent / "bundled" / "vit_clutter.safetensors"
+BUNDLED_WEIGHTS = Path(__file__).parents[1] / "bundled" / "vit_clutter.safetensors"
 _BUNDLED_SHAPE: dict[str, Any] = dict(patch_size=4, in_chans=1, embed_dim=96, depth=12, num_heads=3)
 _BUNDLED_CFG: dict[str, Any] = dict(
     architecture="vit_clutter",

@@ -52,7 +52,7 @@ _OPENING_ERRORS = (
     ValueError,
     HubError,
 )
-_BUNDLED = Path(__file__).parent / "bundled"
+_BUNDLED = Path(__file__).parents[1] / "bundled"
 _logger = logging.getLogger(__name__)
 
 
