@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tokbench.report.metrics import load_table
-from tokbench.store import RunFolder
+from tokbench.results.folder import RunFolder
 
 EXACT = ("top1", "top5", "drop", "agreement", "kl", "gflops", "tokens_final")
 INTERVALS = {

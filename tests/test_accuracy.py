@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from tokbench.measure import accuracy
 from tokbench.measure._model import is_out_of_memory
-from tokbench.measure.accuracy import ARRAYS, Predictions, evaluate, join
+from tokbench.measure.accuracy import evaluate
+from tokbench.results.predictions import ARRAYS, Predictions, join
 
 CPU = torch.device("cpu")
 

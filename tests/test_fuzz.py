@@ -39,7 +39,7 @@ from tokbench.report.metrics import load_table
 from tokbench.report.tables import render_table
 from tokbench.running import resume, runner
 from tokbench.schedules import GRAMMAR, parse_schedule
-from tokbench.store import MANIFEST, RECORDS, SKIPPED
+from tokbench.results.folder import MANIFEST, RECORDS, SKIPPED
 
 # Exit codes so far, by command: what benchmarks/fuzz.py prints.
 OUTCOMES: Counter[tuple[str, int]] = Counter()

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 import tokbench
 from tokbench.config import MethodSpec, ModelSpec, RunOptions
 from tokbench.measure import environment, speed
-from tokbench.measure.accuracy import ARRAYS, evaluate
+from tokbench.measure.accuracy import evaluate
+from tokbench.results.predictions import ARRAYS
 from tokbench.measure.compiled import compile_model
 from tokbench.measure.environment import Watch, describe_machine, gpu_state
 from tokbench.measure.kernels import attention_kernels
 from tokbench.measure.speed import largest_batch, measure_memory, measure_speed
 from tokbench.running import runner, timing
-from tokbench.store import RunFolder
+from tokbench.results.folder import RunFolder
 
 pytestmark = pytest.mark.gpu
 

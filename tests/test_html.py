@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from test_report import make_run
+from made_run import make_run
 
 from tokbench.errors import UserError
 from tokbench.report import html
@@ -20,7 +20,7 @@ from tokbench.report.html import plot_data, write_report
 from tokbench.report.metrics import load_table
 from tokbench.report.styles import variant_name
 from tokbench.report.tables import render_table
-from tokbench.store import RunFolder
+from tokbench.results.folder import RunFolder
 
 HOSTILE = "<script>window.hacked = true</script><b>&amp;"
 

@@ -23,10 +23,10 @@ from tokbench.config import MethodSpec, RunOptions
 from tokbench.data import load_batches, open_dataset
 from tokbench.errors import RunStopped
 from tokbench.images import ImageError, decode
-from tokbench.measure.accuracy import Predictions
+from tokbench.results.predictions import Predictions
 from tokbench.running import runner
 from tokbench.running.resume import HalfPass, Reader
-from tokbench.store import RunFolder
+from tokbench.results.folder import RunFolder
 
 RAMP = np.tile(np.linspace(0, 255, 32, dtype=np.uint8), (24, 1))  # 24 × 32, dark on the left
 

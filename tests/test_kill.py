@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_report import make_run
+from made_run import make_run
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_report import make_run
+from made_run import make_run
 
 import tokbench
 from tokbench.config import Grid, MethodSpec, ModelSpec, RunOptions
@@ -20,7 +20,7 @@ from tokbench.fusion.core import METHODS
 from tokbench.plugins import LOADED
 from tokbench.report.pick import Pick, pick_cells
 from tokbench.running.runner import run as run_grid
-from tokbench.store import RunFolder
+from tokbench.results.folder import RunFolder
 
 # test_report's cells: drop [interval], speed-up [× 100/101, × 100/99], GFLOPs
 #   tome constant:8        0.2 [-0.3, 0.7]    1.30   0.30

@@ -16,7 +16,7 @@ import tokbench
 from tokbench import cli
 from tokbench.fusion.core import METHODS, Method, make_method, register_method
 from tokbench.plugins import load_plugins
-from tokbench.store import RunFolder
+from tokbench.results.folder import RunFolder
 
 EXAMPLE = Path(__file__).parents[1] / "docs" / "my_method.py"
 

@@ -17,9 +17,9 @@ from test_runner import CLASSES, IMAGES, Listener, Source, small_grid, stand_in,
 
 from tokbench.config import Grid, MethodSpec, ModelSpec, RunOptions
 from tokbench.errors import RunStopped, UserError
-from tokbench.measure.accuracy import Predictions
+from tokbench.results.predictions import Predictions
 from tokbench.running import answers, bench, resume, runner, timing
-from tokbench.store import RunFolder
+from tokbench.results.folder import RunFolder
 
 TOME, RANDOM = MethodSpec("tome", ("8",)), MethodSpec("random", ("8",))
 
@@ -304,7 +304,7 @@ def test_progress_tells_what_is_there(source, tmp_path, monkeypatch):
 
 def test_a_second_process_is_told_at_once_who_holds_the_folder(source, tmp_path, monkeypatch):
     def load(*args, **kwargs):
-        code = f"from tokbench.store import RunFolder\nwith RunFolder.held({str(tmp_path / 'run')!r}): pass"
+        code = f"from tokbench.results.folder import RunFolder\nwith RunFolder.held({str(tmp_path / 'run')!r}): pass"
         second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         told = f"is in use by process {os.getpid()} on {socket.gethostname()} since 20"
         assert told in second.stderr.splitlines()[-1]
@@ -318,7 +318,7 @@ def test_a_second_process_is_told_at_once_who_holds_the_folder(source, tmp_path,
 
 def test_what_a_killed_process_held_is_free(source, tmp_path):
     code = (
-        "import os, signal\nfrom tokbench.store import RunFolder\n"
+        "import os, signal\nfrom tokbench.results.folder import RunFolder\n"
         f"with RunFolder.held({str(tmp_path / 'run')!r}): os.kill(os.getpid(), signal.SIGKILL)"
     )
     killed = subprocess.run([sys.executable, "-c", code], check=False)

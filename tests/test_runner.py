@@ -19,7 +19,7 @@ from tokbench.config import Cell, Grid, MethodSpec, ModelSpec, RunOptions
 from tokbench.errors import RunStopped, UserError
 from tokbench.fusion.core import METHODS, Method
 from tokbench.measure import speed
-from tokbench.measure.accuracy import Predictions
+from tokbench.results.predictions import Predictions
 from tokbench.measure.environment import Disturbance
 from tokbench.measure.flops import FlopCount
 from tokbench.measure.speed import SpeedResult
@@ -27,7 +27,7 @@ from tokbench.progress import Progress
 from tokbench.report.plots import plot_pareto
 from tokbench.report.tables import render_table
 from tokbench.running import answers, bench, records, runner, timing
-from tokbench.store import RunFolder
+from tokbench.results.folder import RunFolder
 
 IMAGES, CLASSES = 24, 3
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tokbench import store
+from tokbench.results import folder as store
 from tokbench.errors import RunStopped, UserError
-from tokbench.store import RunFolder, is_run, new_run_path
+from tokbench.results.folder import RunFolder, is_run, new_run_path
 
 RECORD = {
     "kind": "flops",
@@ -250,7 +250,7 @@ def test_new_run_paths_do_not_exist(tmp_path: Path) -> None:
 
 
 def test_store_and_report_do_not_import_torch() -> None:
-    modules = "tokbench.store, tokbench.report.metrics, tokbench.report.tables, tokbench.report.plots"
+    modules = "tokbench.results.folder, tokbench.report.metrics, tokbench.report.tables, tokbench.report.plots"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -171,7 +171,7 @@ def run(
     from rich.console import Console
 
     from tokbench.config import Grid, require_data
-    from tokbench.store import is_run
+    from tokbench.results.folder import is_run
 
     _load_plugins(plugin)
     chosen = Grid.from_flags(

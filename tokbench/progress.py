@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tokbench.errors import printable
-from tokbench.store import RECORDS, RunFolder
+from tokbench.results.folder import RECORDS, RunFolder
 
 if TYPE_CHECKING:
     import pandas as pd

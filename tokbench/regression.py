@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokbench.conditions import Differences, decide, differences, in_words
 from tokbench.config import Grid, ModelSpec, RunOptions
 from tokbench.errors import UserError, shortened
-from tokbench.measure.accuracy import Predictions
+from tokbench.results.predictions import Predictions
 from tokbench.measure.stats import holm, mcnemar_p, paired_drop
 from tokbench.progress import Progress
 from tokbench.report.verdicts import Check, Verdict
+from tokbench.results.conditions import Differences, decide, differences, in_words
+from tokbench.results.folder import SKIPPED, RunFolder, is_run, new_run_path, require_free
 from tokbench.running.resume import cell_key
-from tokbench.store import SKIPPED, RunFolder, is_run, new_run_path, require_free
 
 FLOPS_TOLERANCE_PCT = 0.1
 COSINE_TOLERANCE = 0.01

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from tokbench.errors import UserError, nearest
-from tokbench.store import replace_file
+from tokbench.results.folder import replace_file
 
 FORMATS = ("png", "svg", "pdf")
 # Text stays text in PDF, and ids in SVG do not change from one drawing to the next.

@@ -16,7 +16,7 @@ from tokbench.report.findings import cell_name, findings, group_title, tell_runs
 from tokbench.report.metrics import COLUMNS, GAINS, METRICS, comparable, find_metric, load_cells, pareto_front
 from tokbench.report.styles import method_style, variant_name
 from tokbench.report.tables import readable, sensible_digits
-from tokbench.store import RunFolder, replace_file
+from tokbench.results.folder import RunFolder, replace_file
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _SYMBOLS = {

@@ -28,7 +28,7 @@ from tokbench.report.findings import cell_name, group_title
 from tokbench.report.metrics import METRICS, comparable, load_table
 from tokbench.report.styles import STYLES
 from tokbench.report.tables import sensible_digits
-from tokbench.store import RunFolder
+from tokbench.results.folder import RunFolder
 
 # For each limit one may ask for: the metric, and how it is said.
 LIMITS = {

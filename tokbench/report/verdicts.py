@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
-from tokbench.conditions import Differences, in_words
 from tokbench.errors import RunStopped, UserError
-from tokbench.store import replace_file
+from tokbench.results.conditions import Differences, in_words
+from tokbench.results.folder import replace_file
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ import torch
 from tokbench.config import RunOptions
 from tokbench.data import ImageSource, ImageStream
 from tokbench.errors import RunStopped
-from tokbench.measure.accuracy import Predictions, evaluate, join
+from tokbench.measure.accuracy import evaluate
+from tokbench.results.predictions import Predictions, join
+from tokbench.results.folder import SKIPPED
 from tokbench.running.bench import Bench, Runnable
 from tokbench.running.records import accuracy_fields, at_chance_level
 from tokbench.running.resume import HalfPass, PassFile, Reader, require_same_answers
-from tokbench.store import SKIPPED
 
 
 def measure_accuracy(bench: Bench) -> None:

@@ -24,10 +24,10 @@ from tokbench.measure.flops import count_flops
 from tokbench.measure.kernels import attention_kernels
 from tokbench.progress import Progress
 from tokbench.resolve import FlopsWarning, apply
+from tokbench.results.folder import RunFolder
 from tokbench.running.records import flops_fields
 from tokbench.running.resume import Measured
 from tokbench.schedules import parse_schedule
-from tokbench.store import RunFolder
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

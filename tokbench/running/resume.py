@@ -15,9 +15,9 @@ from tokbench.config import Cell
 from tokbench.data import ImageSource, ImageStream, load_batches
 from tokbench.errors import RunStopped, UserError, one_line
 from tokbench.images import Skipped
-from tokbench.measure.accuracy import ARRAYS, Predictions, join, load_arrays
+from tokbench.results.predictions import ARRAYS, Predictions, join, load_arrays
+from tokbench.results.folder import RunFolder, stopping_at_write_errors
 from tokbench.schedules import parse_schedule
-from tokbench.store import RunFolder, stopping_at_write_errors
 
 SAVE_SECONDS = 5.0
 # What predictions and speed may depend on, so that one run has one version of each.

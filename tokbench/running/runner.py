@@ -30,12 +30,12 @@ from tokbench.models import load_model, weights_sha256
 from tokbench.plugins import LOADED
 from tokbench.progress import Progress
 from tokbench.resolve import check_schedule
+from tokbench.results.folder import RunFolder, fresh_path, is_run, new_run_path, removed, require_free
 from tokbench.running.answers import measure_accuracy
 from tokbench.running.bench import Bench, Subject, calibrates
 from tokbench.running.resume import Measured, agreed_conditions
 from tokbench.running.timing import time_cells
 from tokbench.schedules import parse_schedule
-from tokbench.store import RunFolder, fresh_path, is_run, new_run_path, removed, require_free
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -21,8 +21,7 @@ import os
 import re
 import socket
 import stat
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -31,8 +30,8 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 from tokbench.errors import RunStopped, UserError, nearest
+from tokbench.results.records import KINDS, SCHEMA, Manifest, Record, read_manifest, read_record, shown
 
-SCHEMA = 1
 MANIFEST = "manifest.json"
 RECORDS = "records.jsonl"
 # Which images no cell saw, and why, by model.
@@ -40,32 +39,6 @@ SKIPPED = "skipped.json"
 _LOCK, _OWNER = ".lock", ".owner.json"
 _LONGEST_LINE = 2**26
 _TEMPORARY = ".tokbench.tmp"  # nobody else names files so: repair removes those that a crash left
-# What readers of records rely on. A field that is not named here may hold anything.
-_IDENTITY = ("kind", "cell", "model", "method", "schedule")
-_TEXTS = frozenset({
-    *_IDENTITY, "resolved", "weights_sha256", "weights", "data", "data_fingerprint", "dtype", "device",
-    "fused_attention", "phase", "message",
-})  # fmt: skip
-_NUMBERS = frozenset({
-    "flops", "flops_ratio", "flops_attention", "flops_mlp", "flops_method", "flops_rest", "images", "correct",
-    "correct5", "skipped", "nonfinite", "top1", "top1_low", "top1_high", "top5", "top5_low", "top5_high", "drop",
-    "drop_low", "drop_high", "mcnemar_p", "agreement", "agreement_low", "agreement_high", "kl", "kl_low", "kl_high",
-    "similarity", "similarity_low", "similarity_high", "batch_size", "iterations", "throughput",
-    "throughput_low", "throughput_high",
-    "speedup", "speedup_low", "speedup_high", "latency_ms", "latency_low_ms", "latency_high_ms", "latency_p95_ms",
-    "latency_speedup", "latency_speedup_low", "latency_speedup_high", "efficiency", "efficiency_low", "efficiency_high",
-    "free_speedup", "peak_memory_bytes",
-})  # fmt: skip
-_COUNTS = frozenset({"images", "correct", "correct5", "skipped", "nonfinite", "batch_size"})
-# The same for the manifest, its conditions, and the conditions of each model.
-_MANIFEST_KINDS: dict[str, type] = {
-    "machine": dict, "packages": dict, "plugins": dict, "grid": dict, "conditions": dict, "continued": list,
-}  # fmt: skip
-_CONDITION_KINDS: dict[str, type] = {"dtype": str, "device": str, "batch_size": int, "models": dict}
-_MODEL_KINDS: dict[str, type] = {
-    "weights_sha256": str, "input_size": list, "data": str, "data_fingerprint": str, "images": int,
-}  # fmt: skip
-_COUNT_LISTS, _TIME_LISTS = frozenset({"input_size", "tokens"}), frozenset({"seconds", "free_seconds"})
 
 
 class RunFolder:
@@ -76,7 +49,7 @@ class RunFolder:
         manifest: what `create` was given, with `schema` added.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
 
@@ -104,16 +77,12 @@ class RunFolder:
         try:
             if not (path / MANIFEST).is_file():
                 raise UserError(_no_run_message(path))
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            text = (path / MANIFEST).read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot read the run folder {str(path)!r}: {error.strerror}.") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path / MANIFEST} is not valid JSON ({error}).") from error
-        if not isinstance(manifest, dict):
-            raise UserError(f"{path / MANIFEST} is not a tokbench manifest: it holds no JSON object.")
-        _check_schema(manifest, path / MANIFEST)
-        _check_manifest(manifest, path / MANIFEST)
-        return cls(path, manifest)
+        except ValueError as error:
+            raise UserError(f"{path / MANIFEST} is no text ({error}).") from error
+        return cls(path, read_manifest(text, path / MANIFEST))
 
     @staticmethod
     @contextmanager
@@ -148,9 +117,9 @@ class RunFolder:
                 with suppress(OSError):  # not empty, then, or gone
                     folder.rmdir()
 
-    def write_manifest(self, manifest: dict[str, Any]) -> None:
+    def write_manifest(self, manifest: Manifest) -> None:
         """Replace the manifest. Raises RunStopped if that cannot be written."""
-        self.replace(MANIFEST, lambda file: file.write(_as_json(manifest)))
+        self.replace(MANIFEST, lambda file: file.write(_as_json(manifest.plain())))
         self.manifest = manifest
 
     def replace(self, name: str, write: Callable[[BinaryIO], object]) -> Path:
@@ -166,13 +135,14 @@ class RunFolder:
             replace_file(path, write)
         return path
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Add one record (any JSON-able dict; numpy values are fine) and force it to disk.
+    def append(self, fields: Mapping[str, Any]) -> Record:
+        """Make a record of its fields (see `results.records`), add it, and force it to disk; it comes back.
 
-        `schema` is filled in when absent. NaN and infinity raise ValueError: absent values are left out or None.
+        Raises ValueError for fields that cannot be, NaN and infinity among them: absent values are left out or None.
         Raises RunStopped if it cannot be written; the records before it are then as they were.
         """
-        text = json.dumps({"schema": SCHEMA, **record}, allow_nan=False, default=_plain)
+        record = KINDS[fields["kind"]].model_validate({"schema": SCHEMA, **fields})
+        text = json.dumps(record.plain(), allow_nan=False, default=_plain)
         # Not "ab+": a folder that somebody removed or emptied must not come back with half of the records.
         with stopping_at_write_errors(self.path), open(self.path / RECORDS, "rb+") as file:
             end = _cut_torn_line(file)
@@ -183,13 +153,14 @@ class RunFolder:
             except OSError:
                 os.truncate(self.path / RECORDS, end)
                 raise
+        return record
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[Record]:
         """All records in the order they were written. Raises UserError naming the line that cannot be read."""
         path = self.path / RECORDS
         if not path.is_file():
             return []
-        records: list[dict[str, Any]] = []
+        records: list[Record] = []
         try:
             with open(path, "rb") as file:
                 for number in itertools.count(1):
@@ -199,7 +170,7 @@ class RunFolder:
                     if not line.endswith(b"\n"):  # torn, or the end
                         return records
                     if line.strip():
-                        records.append(_parse(line, f"{path}, line {number}"))
+                        records.append(read_record(line, f"{path}, line {number}"))
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}.") from error
         return records
@@ -223,7 +194,7 @@ class RunFolder:
             raise UserError(f"{path} holds no lists of images by model.")
         for image in itertools.chain(*known.values()):
             if not isinstance(image, dict) or not _is_place(image.get("index")):
-                raise UserError(f"{path}: an image must be an object with an index, not {_shown(image)}.")
+                raise UserError(f"{path}: an image must be an object with an index, not {shown(image)}.")
         return known
 
     def prediction_name(self, cell_id: str) -> str:
@@ -380,86 +351,8 @@ def _cut_torn_line(file: BinaryIO) -> int:
     return file.seek(kept)
 
 
-def _check_manifest(manifest: dict[str, Any], path: Path) -> None:
-    """Raise UserError where what readers rely on is there and of another kind."""
-    _check_kinds(manifest, _MANIFEST_KINDS, path)
-    conditions = manifest.get("conditions") or {}
-    _check_kinds(conditions, _CONDITION_KINDS, f"{path}, conditions")
-    for label, model in (conditions.get("models") or {}).items():
-        _check_kinds({"model": model}, {"model": dict}, f"{path}, conditions")
-        _check_kinds(model, _MODEL_KINDS, f"{path}, conditions of {label!r}")
-    _check_kinds(manifest.get("machine") or {}, {"cpu": str, "gpu": str}, f"{path}, machine")
-    for session in (manifest, *(manifest.get("continued") or [])):
-        _check_kinds({"session": session}, {"session": dict}, f"{path}, continued")
-        grid = session.get("grid") or {}
-        _check_kinds({"grid": grid}, {"grid": dict}, path)
-        _check_kinds(grid, {"models": list, "methods": list, "options": dict}, f"{path}, grid")
-
-
-def _check_kinds(holder: dict[str, Any], kinds: dict[str, type], where: str | Path) -> None:
-    words = {dict: "an object", list: "a list", str: "text", int: "a whole number"}
-    for name, kind in kinds.items():
-        if name in holder and not isinstance(holder[name], kind) and not (holder[name] is None and kind is not dict):
-            raise UserError(f"{where}: {name!r} must be {words[kind]}, not {_shown(holder[name])}.")
-
-
-def _shown(value: Any) -> str:
-    return textwrap.shorten(ascii(value), 60)
-
-
 def _is_place(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-
-def _parse(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error}).") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}.")
-    _check_schema(record, where)
-    for name in _IDENTITY:
-        if name not in record:
-            raise UserError(f"{where}: a record without {name!r}.")
-    for name, value in record.items():
-        wanted = _violated(name, value)
-        if wanted:
-            raise UserError(f"{where}: {name!r} must be {wanted}, not {_shown(value)}.")
-    return {"params": {}, **record}
-
-
-def _violated(name: str, value: Any) -> str:
-    """What a field of a record should be and is not; "" where there is nothing to say."""
-    if name == "params" and not isinstance(value, dict):
-        return "an object"
-    if value is None and name not in _IDENTITY:
-        return ""
-    if name in _TEXTS and not isinstance(value, str):
-        return "text"
-    if name in _COUNTS and not (_is_number(value) and value == int(value) and 0 <= value < 2**63):
-        return "a whole number"
-    if name in _NUMBERS and not _is_number(value):
-        return "a number"
-    if name in _COUNT_LISTS | _TIME_LISTS and not (isinstance(value, list) and all(map(_is_number, value))):
-        return "a list of numbers"
-    if name in _COUNT_LISTS and not all(isinstance(item, int) and 0 <= item < 2**63 for item in value):
-        return "a list of whole numbers"
-    if name in _TIME_LISTS and not all(item > 0 for item in value):
-        return "a list of times above 0"
-    return ""
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _check_schema(holder: dict[str, Any], where: str | Path) -> None:
-    schema = holder.get("schema")
-    if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
-        newer = isinstance(schema, int) and schema > SCHEMA
-        hint = "a newer tokbench wrote it; upgrade to read it" if newer else "no tokbench wrote that"
-        raise UserError(f"{where}: schema {schema!r}, and this tokbench reads up to schema {SCHEMA}: {hint}.")
 
 
 def _runs_in(folder: Path) -> list[Path]:
