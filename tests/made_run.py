@@ -9,12 +9,6 @@ from typing import Any
 
 from tokbench.results.cell import Cell, Figure
 from tokbench.results.folder import RunFolder
-from tokbench.results.metrics import METRICS
-from tokbench.results.table import load_cells
-
-from tokbench.report.styles import STYLES, method_style, short_schedule
-from tokbench.report.tables import print_table, render_table
-from tokbench.results.folder import RunFolder
 
 # method, params, schedule, top-1, FLOPs, images/s, drop with interval
 CELLS: list[tuple[str, dict[str, Any], str, float, int, float, tuple[float, float, float]]] = [
