@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from test_runner import Source, stand_in
+from stand_ins import Source, stand_in
 
 import tokbench
 from tokbench import progress

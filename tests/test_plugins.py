@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_runner import Source, stand_in
+from stand_ins import Source, plain_records, stand_in
 from timm.models.vision_transformer import VisionTransformer
 
 import tokbench
 from tokbench import cli
 from tokbench.fusion.core import METHODS, Method, make_method, register_method
 from tokbench.plugins import load_plugins
-from tokbench.results.folder import RunFolder
 
 EXAMPLE = Path(__file__).parents[1] / "docs" / "my_method.py"
 
@@ -176,7 +175,7 @@ def test_wrong_plans_fail_alone_and_say_why(tmp_path, monkeypatch, tokbench_comm
         "run", "--model=tiny", *methods, "--method=topk", *words, "--out", tmp_path / "run"
     )
     assert code == 3 and not err and f"{len(WRONG_PLANS)} failed" in out
-    records = RunFolder.open(tmp_path / "run").records()
+    records = plain_records(tmp_path / "run")
     failures = {record["params"]["which"]: record["message"] for record in records if record["kind"] == "failure"}
     assert failures.keys() == WRONG_PLANS.keys()
     for name, (*_, words) in WRONG_PLANS.items():
