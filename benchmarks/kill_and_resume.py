@@ -34,12 +34,12 @@ def session(words: list[str], log: Path, save_seconds: float) -> multiprocessing
     """Start `tokbench` with these words in a process of its own."""
 
     def work() -> None:
-        import tokbench.running.resume
+        import tokbench.running.half_pass
 
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        tokbench.running.resume.SAVE_SECONDS = save_seconds
+        tokbench.running.half_pass.SAVE_SECONDS = save_seconds
         sys.argv = ["tokbench", *words]
         tokbench.cli.main()
 

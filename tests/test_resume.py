@@ -19,7 +19,7 @@ from tokbench.config import Grid, MethodSpec, ModelSpec, RunOptions
 from tokbench.errors import RunStopped, UserError
 from tokbench.results.folder import RunFolder
 from tokbench.results.predictions import Predictions
-from tokbench.running import answers, bench, resume, runner, timing
+from tokbench.running import answers, bench, half_pass, runner, timing
 
 TOME, RANDOM = MethodSpec("tome", ("8",)), MethodSpec("random", ("8",))
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def source(monkeypatch) -> Source:
-    monkeypatch.setattr(resume, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(half_pass, "SAVE_SECONDS", 0)
     monkeypatch.setattr(runner, "_draw", lambda table, folder: [])
     return stand_in(monkeypatch, Source())
 

@@ -16,7 +16,7 @@ from stand_ins import CLASSES, IMAGES, Listener, Source, plain_records, small_gr
 from timm.models.vision_transformer import VisionTransformer
 
 from tokbench import resolve
-from tokbench.config import Cell, Grid, MethodSpec, ModelSpec, RunOptions
+from tokbench.config import Grid, MethodSpec, ModelSpec, PlannedCell, RunOptions
 from tokbench.errors import RunStopped, UserError
 from tokbench.fusion.core import METHODS, Method
 from tokbench.measure import speed
@@ -376,8 +376,8 @@ def test_readers_of_images_follow_device_and_source(source, tmp_path):
 
 
 def test_cell_names():
-    assert Cell("m", MethodSpec("none")).id == "m/none"
-    assert Cell("m", MethodSpec("tome", ("8",), {"prop_attn": False}), "8").id == "m/tome:prop_attn=false/8"
+    assert PlannedCell("m", MethodSpec("none")).id == "m/none"
+    assert PlannedCell("m", MethodSpec("tome", ("8",), {"prop_attn": False}), "8").id == "m/tome:prop_attn=false/8"
 
 
 def test_a_folder_in_use_is_refused_before_any_model_is_loaded(tmp_path, monkeypatch):
