@@ -90,6 +90,7 @@ def test_records_of_an_older_schema_are_read(run: RunFolder, monkeypatch: pytest
         ("flops", "0.5", "'flops' must be a number, not '0.5'"),
         ("flops", True, "'flops' must be a number"),
         ("flops", 0, "'flops' must be above 0, not 0"),
+        ("flops_low", "x", "'flops_low' must be a number, not 'x'"),
         ("top1", 500, "'top1' must be at most 1, not 500"),
         ("images", 0.5, "'images' must be a whole number"),
         ("seconds", [0.1, 0], r"'seconds\.1' must be above 0"),
