@@ -9,13 +9,15 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokbench.errors import printable
+from tokbench.results.cell import Cell
 from tokbench.results.folder import RECORDS, RunFolder
+from tokbench.results.records import FailureRecord, Record
+from tokbench.results.table import cells_of
 
 if TYPE_CHECKING:
-    import pandas as pd
     from rich.console import Console, RenderableType
 
 _FRAME_SECONDS = 0.5
@@ -29,7 +31,7 @@ class Progress:
     def started(self, folder: RunFolder, cells: int, measurements: int) -> None:
         """The run folder exists, and is to hold so many measurements of so many cells."""
 
-    def continued(self, records: list[dict[str, Any]]) -> None:
+    def continued(self, records: list[Record]) -> None:
         """The folder holds these records of earlier sessions; what they tell is not measured again."""
 
     def phase(self, name: str, total: int | None) -> None:
@@ -38,15 +40,15 @@ class Progress:
     def advance(self, done: int) -> None:
         """So many steps of the phase are done by now."""
 
-    def recorded(self, record: dict[str, Any]) -> None:
+    def recorded(self, record: Record) -> None:
         """This record was just written."""
 
     def warn(self, text: str) -> None:
         """Something that makes the results doubtful."""
         warnings.warn(text, stacklevel=2)
 
-    def finished(self, table: pd.DataFrame, plots: list[Path]) -> None:
-        """The run is over; `table` has a row per cell, `plots` are the files drawn."""
+    def finished(self, cells: list[Cell], plots: list[Path]) -> None:
+        """The run is over; these are its cells, and `plots` are the files drawn."""
 
 
 class LiveProgress(Progress):
@@ -67,7 +69,7 @@ class LiveProgress(Progress):
         self.failures = 0
         self._measurements = 0
         self._console = console
-        self._records: list[dict[str, Any]] = []
+        self._records: list[Record] = []
         self._bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -107,7 +109,7 @@ class LiveProgress(Progress):
         self.folder, self._measurements = folder, measurements
         self._say(f"{cells} cells → {folder.path}")
 
-    def continued(self, records: list[dict[str, Any]]) -> None:
+    def continued(self, records: list[Record]) -> None:
         self._records = list(records)
         self._say(f"Continuing: {self._count()} are there")
 
@@ -130,22 +132,22 @@ class LiveProgress(Progress):
             left = f", about {timedelta(seconds=round(bar.time_remaining))} left" if bar.time_remaining else ""
             self._say(f"{bar.description}: {done:,} of {bar.total:,.0f}{left}" if bar.total else bar.description)
 
-    def recorded(self, record: dict[str, Any]) -> None:
+    def recorded(self, record: Record) -> None:
         self._records.append(record)
         self._table = None
-        if record["kind"] == "failure":
+        if isinstance(record, FailureRecord):
             self.failures += 1
-            self._say(f"failed: {record['cell']}: {record['message']}", style="red")
+            self._say(f"failed: {record.cell}: {record.message}", style="red")
         self._draw_in_time()
 
     def warn(self, text: str) -> None:
         self._say(f"Warning: {text}", style="bold red")
 
-    def finished(self, table: pd.DataFrame, plots: list[Path]) -> None:
+    def finished(self, cells: list[Cell], plots: list[Path]) -> None:
         from tokbench.report.tables import print_table
 
         self._live.stop()
-        print_table(self._console, table)
+        print_table(self._console, cells)
         if self.failures and self.folder:
             self._say(f"{self.failures} failed; tracebacks: {self.folder.path / RECORDS}", style="red")
         for plot in plots:
@@ -164,7 +166,7 @@ class LiveProgress(Progress):
         return "interrupted before anything was measured"
 
     def _count(self) -> str:
-        measured = {(record["cell"], record["kind"]) for record in self._records if record["kind"] != "failure"}
+        measured = {(record.cell, record.kind) for record in self._records if record.kind != "failure"}
         return f"{len(measured)} of {self._measurements} measurements"
 
     def _draw_in_time(self) -> None:
@@ -183,10 +185,9 @@ class LiveProgress(Progress):
             self._drawn = time.monotonic()
 
     def _render(self) -> RenderableType:
-        from tokbench.report.metrics import table_of_records
         from tokbench.report.tables import render_table
 
-        table = render_table(table_of_records(self._records), "rich", width=self._console.width)
+        table = render_table(cells_of(self._records), "rich", width=self._console.width)
         table.caption = None
         return table
 

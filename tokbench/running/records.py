@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tokbench.results.predictions import Predictions
 from tokbench.measure.flops import FlopCount
 from tokbench.measure.speed import SpeedResult
 from tokbench.measure.stats import mcnemar_p, mean_interval, median_interval, median_ratio_interval, paired_drop, wilson
+from tokbench.results.predictions import Predictions
 
 _LATENCY = ("latency_ms", "latency_low_ms", "latency_high_ms")
 
