@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from tokbench.check.compare import Limits, check
+from tokbench.check.verdicts import Check, require_writable, summary, tell_github, write_junit
 from tokbench.config import Grid, MethodSpec, RunOptions
 from tokbench.errors import UserError
 from tokbench.fusion.core import bipartite_match
-from tokbench.regression import Limits, check
-from tokbench.report.verdicts import Check, require_writable, summary, tell_github, write_junit
 from tokbench.results.folder import RunFolder
 from tokbench.results.predictions import Predictions
 from tokbench.running.records import accuracy_fields

@@ -344,7 +344,7 @@ def show(
     out: Annotated[Path, typer.Option(metavar="FILE", help="File to write: .png, .svg or .pdf.")] = Path("tokens.png"),
 ) -> None:
     """Draw what methods make of images: which patches end up in one token, and which are dropped."""
-    from tokbench.trace import show as draw
+    from tokbench.show.trace import show as draw
 
     _load_plugins(plugin)
     options: dict[str, Any] = {"methods": method} if method else {}
@@ -391,14 +391,14 @@ def check(
     """
     from rich.console import Console
 
-    from tokbench.report.verdicts import require_writable, tell_github, write_junit
+    from tokbench.check.verdicts import require_writable, tell_github, write_junit
 
     _load_plugins(plugin)
     if junit:
         require_writable(junit)
     with _live_progress(Console(), out, continuable=False) as progress:
-        from tokbench.regression import Limits
-        from tokbench.regression import check as check_run
+        from tokbench.check.compare import Limits
+        from tokbench.check.compare import check as check_run
 
         limits = Limits(max_drop, max_flips, max_slowdown)
         found = check_run(baseline, run, limits=limits, limit=limit, out=out, device=device, progress=progress)
