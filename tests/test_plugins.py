@@ -100,7 +100,7 @@ def test_wrong_plugins_are_answered_in_one_line(tmp_path):
         with pytest.raises(tokbench.UserError, match=words) as error:
             load_plugins([tmp_path / name])
         assert "\n" not in str(error.value)
-    with pytest.raises(tokbench.UserError, match="emty.py' is not there. Did you mean 'empty.py'"):
+    with pytest.raises(tokbench.UserError, match="emty.py' does not exist. Did you mean 'empty.py'"):
         load_plugins([tmp_path / "emty.py"])
 
 
@@ -138,7 +138,7 @@ WRONG_PLANS = {
     "nothing": ("", "None", "must be an Assignment, not NoneType"),
     "exits": ("sys.exit(0)", "", "mine.plan raised SystemExit: 0"),
     "no exception": ("raise GeneratorExit", "", "mine.plan raised GeneratorExit"),
-    "unprintable": ("raise Unprintable", "", "Unprintable: \\(its text cannot be had: ValueError\\)"),
+    "unprintable": ("raise Unprintable", "", "Unprintable: \\(its message raised ValueError\\)"),
     "surrogate": ("raise ValueError('\\udcff [red]')", "", r"ValueError: \udcff \[red\]"),
     "far": ("", "Assignment(good + 1000)", "block 0: kept holds 1000 to 1056; there are 65"),
     "floats": ("", "Assignment(good.float())", "kept must be a tensor of torch.long on cpu, not torch.float32"),
