@@ -330,8 +330,7 @@ def label_panel(panel: Axes, shown: Scene, art: Art, printed: Sequence[Published
             text = f"{variant_name(row.method, row.method)} {short_schedule(row.schedule)}, published"
             _add_label(labels, panel, text, (row.values[x], row.values[y]), row.method, "normal", x, art)
     lines = [
-        _line_label(panel, axis, cell, figure.value, x if axis else y, art)
-        for axis, figure, cell in shown.references()
+        _line_label(panel, axis, cell, figure.value, x if axis else y, art) for axis, figure, cell in shown.references()
     ]
     labels += {label.text: label for label in reversed(lines)}.values()
     places = [*zip(*_at(shown.points), strict=True), *((row.values[x], row.values[y]) for row in printed)]
