@@ -250,9 +250,6 @@ class Grid:
             raise UserError(f"cannot read the grid {path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits
             raise UserError(f"{path} is not valid TOML: {shortened(error)}") from error
-        for place, entry in enumerate(table.get("models") or ()):
-            if isinstance(entry, dict) and "name" not in entry:
-                raise UserError(f"{path}: models[{place}] has no name")
         shared = table.pop("schedules", ())
         for entry in table.get("methods") or ():
             if isinstance(entry, dict):
@@ -261,9 +258,13 @@ class Grid:
                 entry.update(schedules=entry.get("schedules", default), params=own)
         table.setdefault("methods", _every_method())
         try:
-            return cls.from_dict(table)
+            grid = cls.from_dict(table)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
+        for place, entry in enumerate(table.get("models", ())):
+            if "name" not in entry:
+                raise UserError(f"{path}: models[{place}] has no name")
+        return grid
 
     @classmethod
     def from_flags(
