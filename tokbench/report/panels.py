@@ -278,7 +278,7 @@ def scale_y(panel: Axes, cells: Sequence[Cell], y: str, linear: bool) -> None:
         ticks = _spread_ticks(float(min(limits)), float(max(limits)), base, to_axis)
         panel.yaxis.set_major_locator(FixedLocator(ticks))
         panel.yaxis.set_minor_locator(NullLocator())
-        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
         panel.set_ylabel(panel.get_ylabel() + "\n(stretched scale)")
     else:
         panel.yaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
