@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 
+from tokbench.check.compare import Limits, check
+from tokbench.check.verdicts import Check, require_writable, summary, tell_github, write_junit
 from tokbench.config import Grid, MethodSpec, RunOptions
 from tokbench.errors import UserError
 from tokbench.fusion.core import bipartite_match
+from tokbench.results.folder import RunFolder
 from tokbench.results.predictions import Predictions
-from tokbench.regression import Limits, check
-from tokbench.report.verdicts import Check, require_writable, summary, tell_github, write_junit
 from tokbench.running.records import accuracy_fields
 from tokbench.running.runner import run
-from tokbench.results.folder import RunFolder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REFERENCE = REPOSITORY / "results" / "reference"

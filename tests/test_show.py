@@ -10,18 +10,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_runner import tiny_model
+from stand_ins import tiny_model
 
 import tokbench
-from tokbench import trace
 from tokbench.config import MethodSpec
 from tokbench.data import load_images, to_pictures
 from tokbench.errors import UserError
 from tokbench.fusion.core import METHODS
-from tokbench.report import tokens
-from tokbench.report.styles import broken
-from tokbench.report.tokens import TokenGrid, TokenRow, _borders, draw_tokens, mean_colors
-from tokbench.trace import show, trace_tokens
+from tokbench.report.text import broken
+from tokbench.show import tokens, trace
+from tokbench.show.tokens import TokenGrid, TokenRow, _borders, draw_tokens, mean_colors
+from tokbench.show.trace import show, trace_tokens
 
 # Two rows of three patches: one token of three, one of two, and one patch dropped.
 GRID = TokenGrid("made up", np.array([[5, 5, 9], [5, 9, -1]]))

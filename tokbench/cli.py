@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.exceptions import TyperException
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tokbench.progress import LiveProgress
-    from tokbench.report.tables import TextFormat
 
 app = typer.Typer(
     name="tokbench",
@@ -260,15 +259,15 @@ def plot(
     ] = False,
 ) -> None:
     """Draw accuracy against cost, with the Pareto front. Several runs are laid over each other."""
-    from tokbench.report.metrics import load_cells
     from tokbench.report.plots import plot_pareto
+    from tokbench.results.table import load_shown
 
     if out and format and out.suffix != f".{format}":
         raise UserError(f"--format {format} and --out {out} contradict each other: one of them is enough")
     target = out or runs[0] / f"pareto.{'png' if format is None else format}"
     with ending_after_unwinding():
         drawn = plot_pareto(
-            load_cells(runs, complain), target, x=x, y=y, size=size, theme=theme, published=published, linear=linear,
+            load_shown(runs, complain), target, x=x, y=y, size=size, theme=theme, published=published, linear=linear,
             tell=complain,
         )  # fmt: skip
     print(drawn)
@@ -290,16 +289,16 @@ def table(
     """Print the cells of one or more runs as a table."""
     from rich.console import Console
 
-    from tokbench.report.metrics import load_cells
     from tokbench.report.tables import print_table, render_table
+    from tokbench.results.table import load_shown
 
-    df, filters = load_cells(runs, complain), filter or ()
+    cells, filters = load_shown(runs, complain), filter or ()
     if format == "rich":
         console = Console()
         piped = not console.is_terminal and "COLUMNS" not in os.environ
-        print_table(console, df, sort, pareto, filters=filters, every_column=piped)
+        print_table(console, cells, sort, pareto, filters=filters, every_column=piped)
     else:
-        print(render_table(df, cast("TextFormat", format), sort, pareto, filters=filters), end="")
+        print(render_table(cells, format, sort, pareto, filters=filters), end="")
 
 
 @app.command()
@@ -345,7 +344,7 @@ def show(
     out: Annotated[Path, typer.Option(metavar="FILE", help="File to write: .png, .svg or .pdf.")] = Path("tokens.png"),
 ) -> None:
     """Draw what methods make of images: which patches end up in one token, and which are dropped."""
-    from tokbench.trace import show as draw
+    from tokbench.show.trace import show as draw
 
     _load_plugins(plugin)
     options: dict[str, Any] = {"methods": method} if method else {}
@@ -392,14 +391,14 @@ def check(
     """
     from rich.console import Console
 
-    from tokbench.report.verdicts import require_writable, tell_github, write_junit
+    from tokbench.check.verdicts import require_writable, tell_github, write_junit
 
     _load_plugins(plugin)
     if junit:
         require_writable(junit)
     with _live_progress(Console(), out, continuable=False) as progress:
-        from tokbench.regression import Limits
-        from tokbench.regression import check as check_run
+        from tokbench.check.compare import Limits
+        from tokbench.check.compare import check as check_run
 
         limits = Limits(max_drop, max_flips, max_slowdown)
         found = check_run(baseline, run, limits=limits, limit=limit, out=out, device=device, progress=progress)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tokbench.errors import UserError, nearest, shortened
-from tokbench.schedules import GRAMMAR, Schedule, parse_schedule
+from tokbench.results.cell import CellKey, RecordIndex
+from tokbench.schedules import GRAMMAR, parse_schedule
 
 MEASURES = ("flops", "accuracy", "speed")
 DTYPES = ("fp32", "bf16", "fp16")
@@ -136,8 +137,8 @@ class MethodSpec:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One model × method × schedule. `schedule` is the text asked for, "" for the unreduced model."""
+class PlannedCell:
+    """One model × method × schedule of a grid. `schedule` is the text asked for, "" for the unreduced model."""
 
     model: str
     method: MethodSpec
@@ -152,6 +153,17 @@ class Cell:
     def id(self) -> str:
         """`<model>/<method[:params]>/<schedule>`; `<model>/none` for the unreduced model."""
         return "/".join(filter(None, (self.model, str(self.method), self.schedule)))
+
+    @property
+    def key(self) -> CellKey:
+        """Which cell it is, however it was written."""
+        return CellKey.of(self.model, self.method.name, self.method.params, self.schedule)
+
+    def named_as(self, index: RecordIndex) -> PlannedCell:
+        """The cell, written as it was when a run first recorded it."""
+        for record in index.cells.get(self.key, {}).values():
+            return replace(self, method=replace(self.method, params=record.params), schedule=record.schedule)
+        return self
 
 
 @dataclass(frozen=True)
@@ -324,13 +336,13 @@ class Grid:
             grid = replace(grid, methods=tuple(replace(method, schedules=tuple(schedules)) for method in kept))
         return replace(grid, data=grid.data if data is None else data)
 
-    def cells(self, model: ModelSpec) -> list[Cell]:
+    def cells(self, model: ModelSpec) -> list[PlannedCell]:
         """The cells of one model in the order they run, without repetitions; the unreduced model first."""
-        cells: dict[tuple[str, Schedule | None], Cell] = {}
+        cells: dict[CellKey, PlannedCell] = {}
         for method in self.methods:
             for schedule in method.schedules or ("",):
-                meaning = parse_schedule(schedule) if schedule else None
-                cells.setdefault((str(method), meaning), Cell(model.label, method, schedule))
+                cell = PlannedCell(model.label, method, schedule)
+                cells.setdefault(cell.key, cell)
         return list(cells.values())
 
     def describe(self) -> str:
@@ -343,9 +355,7 @@ class Grid:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, for the manifest of a run."""
-        plain = asdict(self)
-        for model in plain["models"]:
-            model["checkpoint"] = str(model["checkpoint"]) if model["checkpoint"] else None
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
         return plain
 
     @classmethod

@@ -7,17 +7,19 @@ import json
 import os
 from dataclasses import asdict
 
+import numpy as np
 import torch
 
 from tokbench.config import RunOptions
 from tokbench.data import ImageSource, ImageStream
 from tokbench.errors import RunStopped
 from tokbench.measure.accuracy import evaluate
-from tokbench.results.predictions import Predictions, join
 from tokbench.results.folder import SKIPPED
+from tokbench.results.predictions import Predictions, join
 from tokbench.running.bench import Bench, Runnable
+from tokbench.running.half_pass import HalfPass, PassFile
+from tokbench.running.reader import Reader
 from tokbench.running.records import accuracy_fields, at_chance_level
-from tokbench.running.resume import HalfPass, PassFile, Reader, require_same_answers
 
 
 def measure_accuracy(bench: Bench) -> None:
@@ -57,7 +59,7 @@ def _pass_over_images(
         nonlocal seen
         own = answers[reference.cell.id]
         if before is not None:
-            require_same_answers(before, own, seen, repr(str(bench.folder.path)))
+            _require_same_answers(before, own, seen, repr(str(bench.folder.path)))
         seen += len(own.label)
         if not source.streaming:
             file.add(HalfPass(reader.end, answers, dict(batch_sizes), reader.skipped_since()))
@@ -150,6 +152,17 @@ def _stored_skips(bench: Bench, reference: Runnable) -> list[int] | None:
     if bench.lacks(reference.cell, "accuracy"):
         return None
     return [image["index"] for image in bench.folder.skipped().get(bench.subject.spec.label, [])]
+
+
+def _require_same_answers(before: Predictions, now: Predictions, start: int, what: str) -> None:
+    """Raise RunStopped unless the answers are those that `before` holds from place `start` on."""
+    for name, word in (("label", "label"), ("predicted", "prediction")):
+        was, is_ = getattr(before, name)[start : start + len(now.label)], getattr(now, name)
+        if not np.array_equal(was, is_):
+            raise RunStopped(
+                f"the unreduced model no longer answers as in {what}: its {word}s differ among images {start:,} to "
+                f"{start + len(is_):,}, and new cells cannot be compared with old ones. --fresh begins a new run."
+            )
 
 
 def readers(source: ImageSource | ImageStream, options: RunOptions, device: torch.device) -> int:

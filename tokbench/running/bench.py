@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from tokbench.calibrate import CALIBRATION_IMAGES, wants_images
-from tokbench.config import Cell, ModelSpec, RunOptions
+from tokbench.config import ModelSpec, PlannedCell, RunOptions
 from tokbench.data import ImageSource, ImageStream, load_batches
 from tokbench.errors import BaselineFailed, RunStopped, one_line
 from tokbench.fusion.core import METHODS, make_method
@@ -24,9 +24,10 @@ from tokbench.measure.flops import count_flops
 from tokbench.measure.kernels import attention_kernels
 from tokbench.progress import Progress
 from tokbench.resolve import FlopsWarning, apply
+from tokbench.results.cell import RecordIndex
 from tokbench.results.folder import RunFolder
+from tokbench.results.records import FailureRecord
 from tokbench.running.records import flops_fields
-from tokbench.running.resume import Measured
 from tokbench.schedules import parse_schedule
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,7 +42,7 @@ class Subject:
     weights: str
     input_size: tuple[int, int, int]
     source: ImageSource | ImageStream | None
-    cells: list[Cell]
+    cells: list[PlannedCell]
 
     def conditions(self) -> dict[str, Any]:
         """What must be the same in every session of a run, ready for JSON; None where there is no data."""
@@ -55,7 +56,7 @@ class Subject:
         }
 
 
-def calibrates(cell: Cell) -> bool:
+def calibrates(cell: PlannedCell) -> bool:
     return not cell.is_baseline and wants_images(make_method(cell.method.name, **cell.method.params))
 
 
@@ -67,7 +68,7 @@ class Runnable:
     cells that remove nothing, and for `free`.
     """
 
-    cell: Cell
+    cell: PlannedCell
     model: nn.Module
     identity: dict[str, Any]
     attention_kernels: list[str]
@@ -97,7 +98,7 @@ class Bench:
     options: RunOptions
     device: torch.device
     progress: Progress
-    measured: Measured
+    index: RecordIndex
     batch_size: int
     running: list[Runnable] = field(default_factory=list)
 
@@ -111,12 +112,12 @@ class Bench:
         """Whether all of the model's attention is PyTorch's fused one, as it is in timm unless one turns it off."""
         return all(getattr(block.attn, "fused_attn", True) for block in self.subject.model.blocks)
 
-    def lacks(self, cell: Cell, kind: str) -> bool:
+    def lacks(self, cell: PlannedCell, kind: str) -> bool:
         if kind == "accuracy" and not cell.is_baseline and METHODS[cell.method.name].speed_only:
             return False
-        return kind in self.options.only and self.measured.find(cell, kind) is None
+        return kind in self.options.only and self.index.find(cell.key, kind) is None
 
-    def waiting(self) -> list[Cell]:
+    def waiting(self) -> list[PlannedCell]:
         """The cells of which something is not measured yet."""
         return [cell for cell in self.subject.cells if any(self.lacks(cell, kind) for kind in self.options.only)]
 
@@ -156,15 +157,15 @@ class Bench:
     def _require_unchanged(self, runnable: Runnable) -> None:
         """Raise RunStopped if the cell no longer is what an earlier session measured."""
         for kind in self.options.only:
-            before = self.measured.find(runnable.cell, kind)
+            before = self.index.find(runnable.cell.key, kind)
             for name in ("resolved", "tokens"):
-                if before and before.get(name) != runnable.identity.get(name):
+                if before and getattr(before, name) != runnable.identity.get(name):
                     raise RunStopped(
-                        f"{runnable.cell.id} is not what it was: {name} were {before.get(name)} and are "
+                        f"{runnable.cell.id} is not what it was: {name} were {getattr(before, name)} and are "
                         f"{runnable.identity.get(name)}. Has the code of the method changed? --fresh begins a new run."
                     )
 
-    def _make(self, cell: Cell, base: VisionTransformer, identity: dict[str, Any]) -> Runnable:
+    def _make(self, cell: PlannedCell, base: VisionTransformer, identity: dict[str, Any]) -> Runnable:
         model = fork(base)
         if not cell.is_baseline:
             images = self._calibration_images() if calibrates(cell) else None
@@ -195,8 +196,8 @@ class Bench:
 
     @cached_property
     def _unreduced_flops(self) -> int:
-        record = self.measured.find(self.subject.cells[0], "flops")
-        return record["flops"] if record else count_flops(self.subject.model, self.subject.input_size).total
+        record = self.index.find(self.subject.cells[0].key, "flops")
+        return record.flops if record else count_flops(self.subject.model, self.subject.input_size).total
 
     def _calibration_images(self) -> torch.Tensor:
         """The first images of the data that can be decoded, without their labels."""
@@ -208,7 +209,7 @@ class Bench:
             raise RunStopped(f"none of the {len(source):,} images of {source.name} can be decoded: nothing to measure.")
         return torch.stack(images).to(self.device, self.dtype)
 
-    def _identity(self, cell: Cell) -> dict[str, Any]:
+    def _identity(self, cell: PlannedCell) -> dict[str, Any]:
         subject = self.subject.conditions()
         return {
             "cell": cell.id,
@@ -243,22 +244,21 @@ class Bench:
         self._record_failure(failed.cell, failed.identity, phase, error)
 
     def record(self, runnable: Runnable, kind: str, **measured: Any) -> None:
-        record = {"kind": kind, **runnable.identity, **measured}
-        self.folder.append(record)
-        self.measured.add(record)
+        record = self.folder.append({"kind": kind, **runnable.identity, **measured})
+        self.index.add(record)
         self.progress.recorded(record)
 
-    def _record_failure(self, cell: Cell, identity: dict[str, Any], phase: str, error: Exception) -> None:
-        record = {
-            "kind": "failure",
+    def _record_failure(self, cell: PlannedCell, identity: dict[str, Any], phase: str, error: Exception) -> None:
+        record = FailureRecord(
+            kind="failure",
             **identity,
-            "phase": phase,
-            "message": one_line(error),
-            "traceback": "".join(traceback.format_exception(error)),
-        }
-        before = self.measured.find(cell, "failure")
-        if not before or any(before.get(name) != record[name] for name in ("phase", "message")):
-            self.folder.append(record)
+            phase=phase,
+            message=one_line(error),
+            traceback="".join(traceback.format_exception(error)),
+        )
+        before = self.index.find(cell.key, "failure")
+        if not before or (before.phase, before.message) != (record.phase, record.message):
+            self.folder.append(record.plain())
         self.progress.recorded(record)
         if cell.is_baseline:
             raise BaselineFailed from error

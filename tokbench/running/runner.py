@@ -30,10 +30,13 @@ from tokbench.models import load_model, weights_sha256
 from tokbench.plugins import LOADED
 from tokbench.progress import Progress
 from tokbench.resolve import check_schedule
+from tokbench.results.cell import Cell, RecordIndex, key_of
+from tokbench.results.conditions import agreed
 from tokbench.results.folder import RunFolder, fresh_path, is_run, new_run_path, removed, require_free
+from tokbench.results.records import SCHEMA, Manifest, Session
+from tokbench.results.table import frame, known_gain, load_cells, measured
 from tokbench.running.answers import measure_accuracy
 from tokbench.running.bench import Bench, Subject, calibrates
-from tokbench.running.resume import Measured, agreed_conditions
 from tokbench.running.timing import time_cells
 from tokbench.schedules import parse_schedule
 
@@ -65,8 +68,6 @@ def run(
         UserError: bad input, before anything is measured, also when the run in `out` had another model, data or dtype.
         RunStopped: it cannot go on; what was measured is kept.
     """
-    from tokbench.report.metrics import load_table
-
     if not isinstance(grid, Grid):
         grid = Grid.default() if grid is None else Grid.from_toml(grid)
     options = options or grid.options
@@ -83,26 +84,30 @@ def run(
         folder = RunFolder.open(path) if is_run(path) else None
         subjects = [_load(spec, grid, options) for spec in grid.models]
         manifest = _manifest(grid, options, device, subjects, folder)
-        folder = _continued(folder, manifest) if folder else RunFolder.create(path, manifest)
+        folder = _continued(folder, manifest) if folder else RunFolder.create(path, manifest.plain())
         records = folder.records()
-        measured = Measured(records)
-        cells = sum(len(subject.cells) for subject in subjects)
-        progress.started(folder, cells, cells * len(options.only))
-        if records:
-            progress.continued(records)
+        index = RecordIndex(records)
+        count = sum(len(subject.cells) for subject in subjects)
+        progress.started(folder, count, count * len(options.only))
         for subject in subjects:
-            batch_size = manifest["conditions"]["batch_size"]
-            _measure(Bench(subject, folder, options, device, progress, measured, batch_size))
+            subject.cells = [cell.named_as(index) for cell in subject.cells]
+        if records:
+            asked = {cell.key for subject in subjects for cell in subject.cells}
+            progress.continued(
+                [record for record in records if key_of(record) in asked and record.kind in options.only]
+            )
+        for subject in subjects:
+            _measure(Bench(subject, folder, options, device, progress, index, manifest.conditions.batch_size))
         try:
-            table = load_table([folder.path])
-            plots = _draw(table, folder.path)
+            cells = load_cells([folder.path])
+            plots = _draw(cells, folder.path)
         except UserError as error:
             kept = "; what was measured is kept." if is_run(path) else ""
             raise RunStopped(f"{str(error).rstrip('.')}{kept}") from error
         if not is_run(path):  # removed while it was drawn, which brings back no more than the plot
             raise removed(path)
-        progress.finished(table, plots)
-    return table
+        progress.finished(cells, plots)
+    return frame(cells)
 
 
 def _measure(bench: Bench) -> None:
@@ -167,13 +172,13 @@ def _load(spec: ModelSpec, grid: Grid, options: RunOptions) -> Subject:
 
 def _manifest(
     grid: Grid, options: RunOptions, device: torch.device, subjects: list[Subject], folder: RunFolder | None
-) -> dict[str, Any]:
+) -> Manifest:
     """What a new run would write now; `folder` is the run that is to be continued, if there is one."""
-    before = folder.manifest.get("conditions", {}) if folder else {}
+    before = folder.manifest.conditions if folder else None
     size = options.batch_size
     if not isinstance(size, int):
-        size = before.get("batch_size") or (128 if device.type == "cuda" else 16)
-    return {
+        size = (before and before.batch_size) or (128 if device.type == "cuda" else 16)
+    described = {
         "grid": replace(grid, options=options).to_dict(),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "conditions": {
@@ -192,6 +197,7 @@ def _manifest(
         "plugins": dict(LOADED),
         "seeds": {"subset of the images": 0, "order of timing": 0, "images that are timed": 0},
     }
+    return Manifest.model_validate({"schema": SCHEMA, **described})
 
 
 def installed_commit() -> dict[str, Any] | None:
@@ -212,24 +218,24 @@ def installed_commit() -> dict[str, Any] | None:
     return {"commit": commit} if isinstance(commit, str) else None
 
 
-def _continued(folder: RunFolder, manifest: dict[str, Any]) -> RunFolder:
+def _continued(folder: RunFolder, manifest: Manifest) -> RunFolder:
     """The run with this session added to its manifest. Raises UserError if it was measured under other conditions."""
     before = folder.manifest
-    conditions = agreed_conditions(before, manifest, f"the run {str(folder.path)!r}")
-    session = {name: manifest[name] for name in ("started", "grid", "command", "git", "plugins")}
+    conditions = agreed(before, manifest, f"the run {str(folder.path)!r}")
+    session = Session(**{name: getattr(manifest, name) for name in ("started", "grid", "command", "git", "plugins")})
     folder.repair()
-    plugins = {**before.get("plugins", {}), **manifest["plugins"]}
-    continued = [*before.get("continued", []), session]
-    folder.write_manifest({**before, "conditions": conditions, "plugins": plugins, "continued": continued})
+    plugins = {**before.plugins, **manifest.plugins}
+    more = {"conditions": conditions, "plugins": plugins, "continued": [*before.continued, session]}
+    folder.write_manifest(before.model_copy(update=more))
     return folder
 
 
-def _draw(table: pd.DataFrame, folder: Path) -> list[Path]:
+def _draw(cells: list[Cell], folder: Path) -> list[Path]:
     """The Pareto plot of what was measured: none without answers, and without a cost to set it against."""
-    from tokbench.report.metrics import METRICS, known_gain
     from tokbench.report.plots import DEFAULT_X, plot_pareto
 
-    costs = [name for name in DEFAULT_X if table[METRICS[name].column].notna().any()]
-    if not costs or table[METRICS[known_gain(table)].column].isna().all():
+    known = measured(cells)
+    costs = [name for name in DEFAULT_X if name in known]
+    if not costs or known_gain(cells) not in known:
         return []
-    return [plot_pareto(table, folder / "pareto.png", x=costs)]
+    return [plot_pareto(cells, folder / "pareto.png", x=costs)]

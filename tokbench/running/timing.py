@@ -85,8 +85,8 @@ def time_cells(bench: Bench) -> None:
 
 def _timed_before(bench: Bench) -> int | None:
     """The images in a batch of an earlier session, None where there was none."""
-    before = bench.measured.find(bench.subject.cells[0], "speed")
-    return before["batch_size"] if before else None
+    before = bench.index.find(bench.subject.cells[0].key, "speed")
+    return before.batch_size if before else None
 
 
 def _batch_size(bench: Bench) -> int:

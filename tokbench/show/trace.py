@@ -19,10 +19,11 @@ from tokbench.fusion.core import make_method
 from tokbench.fusion.patch import fork, require_supported, token_map
 from tokbench.models import load_model
 from tokbench.report.canvas import require_format
-from tokbench.report.styles import find_theme, short_schedule, variant_name
-from tokbench.report.tokens import TokenGrid, TokenRow, draw_tokens
+from tokbench.report.styles import find_theme
+from tokbench.report.text import short_schedule, variant_name
 from tokbench.resolve import apply
 from tokbench.schedules import parse_schedule
+from tokbench.show.tokens import TokenGrid, TokenRow, draw_tokens
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from tokbench.report.canvas import RC, require_format, save
-from tokbench.report.styles import Theme, broken, find_theme
+from tokbench.report.styles import Theme, find_theme
+from tokbench.report.text import broken
 
 _CELL_IN = 2.0  # a picture's longer side
 _SMALL_IN = 1.35  # where there are many

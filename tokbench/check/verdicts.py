@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
-from tokbench.errors import RunStopped, UserError
+from tokbench.errors import RunStopped, UserError, printable
 from tokbench.results.conditions import Differences, in_words
 from tokbench.results.folder import replace_file
 
@@ -108,7 +108,7 @@ class Check:
             lines.append(f"{self.word(gate)}  {gate:6}  {self.headline(gate)}")
             lines += [f"        {line}" for line in self.failed(gate)]
         lines += [f"note  {note}" for note in self.notes]
-        return [*lines, self.conclusion()]
+        return [_for_log(line) for line in [*lines, self.conclusion()]]
 
 
 def require_writable(path: Path) -> None:
@@ -131,14 +131,14 @@ def write_junit(check: Check, path: Path) -> None:
     properties = ElementTree.SubElement(suite, "properties")
     described = {"run": check.run, "baseline": check.baseline, "differences": "; ".join(check.differ.told)}
     for name, value in described.items():
-        ElementTree.SubElement(properties, "property", {"name": name, "value": _xml(str(value))})
+        ElementTree.SubElement(properties, "property", {"name": name, "value": _for_xml(str(value))})
     for verdict in check.verdicts:
-        names = {"classname": f"tokbench.{verdict.gate}", "name": _xml(verdict.cell)}
+        names = {"classname": f"tokbench.{verdict.gate}", "name": _for_xml(verdict.cell)}
         case = ElementTree.SubElement(suite, "testcase", names)
         if verdict.passed:
-            ElementTree.SubElement(case, "system-out").text = _xml(verdict.text)
+            ElementTree.SubElement(case, "system-out").text = _for_xml(verdict.text)
         else:
-            ElementTree.SubElement(case, "failure", {"message": _xml(verdict.text), "type": verdict.gate})
+            ElementTree.SubElement(case, "failure", {"message": _for_xml(verdict.text), "type": verdict.gate})
     ElementTree.indent(root)
     tree = ElementTree.ElementTree(root)
     try:
@@ -149,33 +149,29 @@ def write_junit(check: Check, path: Path) -> None:
 
 def github_errors(check: Check) -> list[str]:
     """GitHub's workflow commands, one per gate that failed (it shows no more than ten in a step)."""
-    commands = []
-    for gate in check.limits:
-        if not check.gate_passed(gate):
-            told = "\n".join([check.headline(gate), *check.failed(gate)])
-            commands.append(f"::error title=tokbench check, {gate}::{_command(told)}")
-    return commands
+    return [
+        f"::error title=tokbench check, {gate}::{_for_command([check.headline(gate), *check.failed(gate)])}"
+        for gate in check.limits
+        if not check.gate_passed(gate)
+    ]
 
 
 def summary(check: Check) -> str:
     """The check as Markdown, for a job's summary: the gates, then the cells that failed."""
-    lines = [
-        f"### tokbench check {'passed' if check.passed else 'failed'}",
-        "",
-        f"`{check.run}` against `{check.baseline}`: {check.scope}.",
-        "",
-    ]
+    told = _for_markdown
+    lines = [f"### tokbench check {'passed' if check.passed else 'failed'}", ""]
+    lines += [told(f"{check.run} against {check.baseline}: {check.scope}."), ""]
     if check.differ.told:
-        lines += [*(f"- {line}" for line in check.differ.lines()), ""]
+        lines += [*(f"- {told(line)}" for line in check.differ.lines()), ""]
     lines += ["| gate | verdict | |", "|---|---|---|"]
     for gate in check.limits:
-        verdict = check.word(gate).replace("FAIL", "**FAIL**")
-        lines.append(f"| {gate} | {verdict} | {_cell(check.headline(gate))} |")
+        word = check.word(gate).replace("FAIL", "**FAIL**")
+        lines.append(f"| {gate} | {word} | {told(check.headline(gate))} |")
     for gate in check.limits:
         if not check.gate_passed(gate):
-            lines += ["", f"Failed {gate}:", "", *(f"- {line}" for line in check.failed(gate))]
-    lines += ["", *(f"Note: {note}" for note in check.notes)]
-    return "\n".join(lines).rstrip() + "\n"
+            lines += ["", f"Failed {gate}:", "", *(f"- {told(line)}" for line in check.failed(gate))]
+    lines += [line for note in check.notes for line in ("", f"Note: {told(note)}")]
+    return "\n".join(lines) + "\n"
 
 
 def tell_github(check: Check, environment: Mapping[str, str] = os.environ) -> None:
@@ -186,19 +182,26 @@ def tell_github(check: Check, environment: Mapping[str, str] = os.environ) -> No
         print(command, flush=True)
     path = environment.get("GITHUB_STEP_SUMMARY")
     if path:
-        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(summary(check))
 
 
-def _command(text: str) -> str:
-    """Text as the data of a workflow command."""
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+# A run may come from somebody else, with names of their choice. What they say is text in each of these.
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+def _for_log(line: str) -> str:
+    """GitHub's runner obeys lines that begin with `::`, and whatever follows `##[`."""
+    return re.sub(r"^\s*(?=::)|##(?=\[)", lambda found: found[0] + "\\", printable(line))
 
 
-def _xml(text: str) -> str:
-    """Without the control characters that XML cannot hold, such as colors in an error's text."""
-    return re.sub(r"[^\t\n\r\x20-\uD7FF\uE000-\uFFFD\U00010000-\U0010FFFF]", "", text)
+def _for_command(lines: list[str]) -> str:
+    """As the data of a workflow command, whose only escape is that of URLs."""
+    return "%0A".join(printable(line).replace("%", "%25") for line in lines)
+
+
+def _for_markdown(text: str) -> str:
+    """Without tables, markup and HTML. An underscore between letters is none."""
+    return re.sub(r"[\\`*|<>&\[\]~#$!]|(?<!\w)_|_(?!\w)", r"\\\g<0>", printable(text))
+
+
+_for_xml = printable  # ElementTree does the rest: what XML cannot hold at all, nobody can print
