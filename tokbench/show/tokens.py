@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context, rcParams
+
+from tokbench.report.canvas import drawing, require_format, save
+
+# isort: split
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection, PatchCollection
@@ -20,7 +24,6 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from tokbench.report.canvas import RC, require_format, save
 from tokbench.report.styles import Theme, find_theme
 from tokbench.report.text import broken
 
@@ -73,17 +76,8 @@ def draw_tokens(
     out = Path(out)
     require_format(out)
     colors = find_theme(theme)
-    settings: dict[Any, Any] = {
-        "figure.facecolor": colors.background,
-        "savefig.facecolor": colors.background,
-        "text.color": colors.ink,
-        "xtick.color": colors.ink,
-        "font.size": 8,
-        "hatch.linewidth": 0.6,
-        "hatch.color": colors.muted,
-        **RC,
-    }
-    with rc_context(settings):
+    settings = {"xtick.color": colors.ink, "font.size": 8, "hatch.linewidth": 0.6}
+    with drawing(colors, settings):
         figure = _draw(rows, heading, sizes, colors)
         save(figure, out, dpi=150)
     return out
