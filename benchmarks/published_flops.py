@@ -1,6 +1,6 @@
-"""Print what papers say a model takes beside what tokbench counts: `python benchmarks/published_flops.py`.
+"""Print published GFLOPs beside those tokbench counts: `python benchmarks/published_flops.py`.
 
-No weights are needed: FLOPs follow from shapes.
+No weights are needed: FLOPs depend on shapes only.
 """
 
 from __future__ import annotations

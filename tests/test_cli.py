@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from test_runner import Source, stand_in
+from stand_ins import Source, stand_in
 
 import tokbench
 from tokbench import progress
@@ -132,13 +132,13 @@ def test_an_interrupted_run_says_what_is_kept(tokbench_command, tiny, tmp_path, 
     command = f"tokbench run {' '.join(map(str, QUICK))} --out {run}"
     assert err == f"tokbench: interrupted; 4 of 6 measurements are kept in {run}; continue with: {command}\n"
     code, out, err = tokbench_command(*command.split()[1:])
-    assert (code, err) == (0, "") and "Continuing: 4 of 6 measurements are there" in out
+    assert (code, err) == (0, "") and "Continuing: 4 of 6 measurements already done" in out
 
     monkeypatch.setattr(runner, "load_model", interrupt)
     code, _, err = tokbench_command("run", *QUICK)
     assert (code, err) == (130, "tokbench: interrupted before anything was measured\n")
     code, _, err = tokbench_command(*command.split()[1:])
-    kept = f"interrupted before anything was added to {run}; all that is there is kept; continue with: {command}"
+    kept = f"interrupted before anything was added to {run}; its results are kept; continue with: {command}"
     assert (code, err) == (130, f"tokbench: {kept}\n")
 
     class Gone(io.StringIO):

@@ -27,7 +27,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
-from test_runner import Source, stand_in
+from stand_ins import Source, stand_in
+from tokbench.report.metrics import load_table
 
 import tokbench.models
 import tokbench.trace  # before the ground stands in for the models of runs
@@ -35,11 +36,10 @@ from tokbench import cli, interrupts
 from tokbench.errors import UserError
 from tokbench.fusion.core import METHODS
 from tokbench.models import load_model
-from tokbench.report.metrics import load_table
 from tokbench.report.tables import render_table
+from tokbench.results.folder import MANIFEST, RECORDS, SKIPPED
 from tokbench.running import resume, runner
 from tokbench.schedules import GRAMMAR, parse_schedule
-from tokbench.results.folder import MANIFEST, RECORDS, SKIPPED
 
 # Exit codes so far, by command: what benchmarks/fuzz.py prints.
 OUTCOMES: Counter[tuple[str, int]] = Counter()

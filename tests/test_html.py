@@ -12,12 +12,13 @@ from typing import Any
 import pandas as pd
 import pytest
 from made_run import make_run
+from stand_ins import plain_records
+from tokbench.report.metrics import load_table
 
 from tokbench.errors import UserError
 from tokbench.report import html
 from tokbench.report.findings import findings, tell_runs_apart
 from tokbench.report.html import plot_data, write_report
-from tokbench.report.metrics import load_table
 from tokbench.report.styles import variant_name
 from tokbench.report.tables import render_table
 from tokbench.results.folder import RunFolder
@@ -37,7 +38,7 @@ def run(tmp_path: Path) -> Path:
 def only(run: Path, out: Path, keep: Any, **changed: Any) -> Path:
     """A run of those records of another that `keep` accepts, with fields changed."""
     folder = RunFolder.create(out, RunFolder.open(run).manifest)
-    for record in RunFolder.open(run).records():
+    for record in plain_records(run):
         if keep(record):
             folder.append({**record, **changed})
     return out
@@ -153,7 +154,7 @@ def test_gains_and_slowdowns_are_called_so(run: Path, tmp_path: Path) -> None:
         "speedup_high": 0.92,
     }
     base = only(run, tmp_path / "base", lambda record: record["method"] == "none")
-    for record in RunFolder.open(run).records():
+    for record in plain_records(run):
         if record["schedule"] == "constant:8":
             known = {key: value for key, value in slow.items() if key in record}
             RunFolder.open(base).append({**record, **known})
@@ -212,7 +213,7 @@ def test_of_a_backbone_the_features_are_compared(run: Path) -> None:
 
 
 def test_the_speed_limit_is_no_method_to_recommend(run: Path) -> None:
-    speed = next(record for record in RunFolder.open(run).records() if record["kind"] == "speed")
+    speed = next(record for record in plain_records(run) if record["kind"] == "speed")
     limit = {"cell": "bundled/free/8", "method": "free", "schedule": "8", "speedup": 9.0, "speedup_low": 8.9}
     RunFolder.open(run).append({**speed, **limit, "speedup_high": 9.1, "throughput": 900.0})
     text = said(run)
@@ -431,7 +432,7 @@ def test_the_plot_begins_with_what_is_kept_against_what_it_costs(run: Path) -> N
 def test_long_names_leave_room_for_what_is_said_of_them(browser: Any, run: Path, tmp_path: Path) -> None:
     name = "vit_small_patch16_224.augreg_in21k_ft_in1k@my_checkpoint_of_a_model_that_was_trained_for_long@224"
     folder = RunFolder.create(tmp_path / "long", {"conditions": {"models": {name: {"data_fingerprint": "0a" * 32}}}})
-    for record in RunFolder.open(run).records():
+    for record in plain_records(run):
         folder.append(record)
     open_page(browser, [folder.path], tmp_path / "page.html")
     widths = browser.execute_script("return [...document.querySelectorAll('dl > *')].map(part => part.clientWidth)")

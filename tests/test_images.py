@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stand_ins import Listener, plain_records, small_grid, tiny_model
 from test_data import make_folder, vit
-from test_runner import Listener, small_grid, tiny_model
+from tokbench.running.resume import HalfPass, Reader
 
 from tokbench import data
 from tokbench.config import MethodSpec, RunOptions
 from tokbench.data import load_batches, open_dataset
 from tokbench.errors import RunStopped
 from tokbench.images import ImageError, decode
+from tokbench.results.folder import RunFolder
 from tokbench.results.predictions import Predictions
 from tokbench.running import runner
-from tokbench.running.resume import HalfPass, Reader
-from tokbench.results.folder import RunFolder
 
 RAMP = np.tile(np.linspace(0, 255, 32, dtype=np.uint8), (24, 1))  # 24 × 32, dark on the left
 
@@ -302,7 +302,7 @@ def test_calibration_takes_the_first_images_that_can_be_decoded(tmp_path, monkey
         image.write_bytes(b"x")
     grid = replace(small_grid(MethodSpec("tofu", ("8",), {"prune_blocks": "auto"})), data=str(folder))
     runner.run(grid, tmp_path / "run", options=RunOptions(device="cpu", only=("flops",)))
-    assert RunFolder.open(tmp_path / "run").records()[1]["calibrated"]["images"] == 2
+    assert plain_records(tmp_path / "run")[1]["calibrated"]["images"] == 2
 
 
 @pytest.mark.parametrize(

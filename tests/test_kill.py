@@ -92,13 +92,13 @@ from tokbench.running import resume
 class Last:
     def __del__(self):
         ctrl_c()
-resume.PassFile.add = lambda self, half: Last() and None
+half_pass.PassFile.add = lambda self, half: Last() and None
 """,
     "again while the pass is saved": """
 from tokbench.running import resume
-save = resume.PassFile.save
-resume.PassFile.add = lambda self, half: ctrl_c()
-resume.PassFile.save = lambda self: (ctrl_c(), save(self))
+save = half_pass.PassFile.save
+half_pass.PassFile.add = lambda self, half: ctrl_c()
+half_pass.PassFile.save = lambda self: (ctrl_c(), save(self))
 """,
     "amid an import": """
 import builtins

@@ -140,7 +140,8 @@ def test_mctf_ranks_alike_in_half_precision_beside_a_token_that_nothing_attends_
         keys = torch.zeros(1, 1, 20, 2, dtype=dtype)
         keys[..., 0] = -strength.to(dtype)
         queries = torch.ones_like(keys)
-        view = View(x.to(dtype), 0, 20, 1, 4, queries, keys, 1.0, has_class_token=False, grid=(4, 5))
+        heads = lambda: (queries, keys)  # noqa: E731
+        view = View(x.to(dtype), 0, 20, 1, 4, heads, lambda: keys, 1.0, has_class_token=False, grid=(4, 5))
         return view, make_method("mctf", **params).plan(view, 8)
 
     exact, half = plan(torch.float64)[1], plan(torch.float16)[1]

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from made_run import make_run
+from safetensors.torch import save_file
+from stand_ins import plain_records
 
 import tokbench
 from tokbench.config import Grid, MethodSpec, ModelSpec, RunOptions
@@ -19,8 +20,8 @@ from tokbench.errors import UserError
 from tokbench.fusion.core import METHODS
 from tokbench.plugins import LOADED
 from tokbench.report.pick import Pick, pick_cells
-from tokbench.running.runner import run as run_grid
 from tokbench.results.folder import RunFolder
+from tokbench.running.runner import run as run_grid
 
 # test_report's cells: drop [interval], speed-up [× 100/101, × 100/99], GFLOPs
 #   tome constant:8        0.2 [-0.3, 0.7]    1.30   0.30
@@ -286,7 +287,7 @@ def test_the_printed_python_makes_the_measured_cell(tmp_path):
     exec(found.code, scope)
     with torch.inference_mode():
         scope["model"](torch.rand(1, 1, 56, 56))
-    record = RunFolder.open(tmp_path / "run").records()[1]
+    record = plain_records(tmp_path / "run")[1]
     assert len(found.code.splitlines()) == 3 and "prop_attn=False" in found.code and record["method"] == "tome"
     assert tokbench.tokens_per_block(scope["model"]) == record["tokens"]
 
@@ -318,7 +319,7 @@ def test_the_printed_python_loads_a_checkpoint_a_size_and_a_dtype(tmp_path):
     exec(only(tmp_path / "run", max_gflops=0.2).code, scope)
     with torch.inference_mode():
         scope["model"](torch.rand(1, 1, 48, 48, dtype=torch.bfloat16))
-    assert tokbench.tokens_per_block(scope["model"]) == RunFolder.open(tmp_path / "run").records()[1]["tokens"]
+    assert tokbench.tokens_per_block(scope["model"]) == plain_records(tmp_path / "run")[1]["tokens"]
 
 
 def test_the_printed_python_loads_a_plugin(tokbench_command, tmp_path, monkeypatch):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,25 +10,20 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-from rich.console import Console
-
-from tokbench.errors import UserError
-from tokbench.measure.stats import median_ratio_interval
-from tokbench.report import panels, plots
-from tokbench.report.findings import group_title
-from tokbench.report.labels import Spot, place, spots_along, spots_around
+from made_run import make_run
 from tokbench.report.metrics import (
-    METRICS,
-    comparable,
-    filter_cells,
     load_cells,
     load_table,
     pareto_front,
     table_of_records,
 )
+
+from tokbench.errors import UserError
+from tokbench.measure.stats import median_ratio_interval
+from tokbench.report import panels, plots
+from tokbench.report.labels import Spot, place, spots_along, spots_around
 from tokbench.report.plots import plot_pareto
 from tokbench.report.published import published_points
-from made_run import changed, make_run
 
 
 @pytest.fixture

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_runner import Source, stand_in
+from stand_ins import Source, plain_records, stand_in
 from timm.models.vision_transformer import VisionTransformer
 
 import tokbench
 from tokbench import cli
 from tokbench.fusion.core import METHODS, Method, make_method, register_method
 from tokbench.plugins import load_plugins
-from tokbench.results.folder import RunFolder
 
 EXAMPLE = Path(__file__).parents[1] / "docs" / "my_method.py"
 
@@ -101,7 +100,7 @@ def test_wrong_plugins_are_answered_in_one_line(tmp_path):
         with pytest.raises(tokbench.UserError, match=words) as error:
             load_plugins([tmp_path / name])
         assert "\n" not in str(error.value)
-    with pytest.raises(tokbench.UserError, match="emty.py' is not there. Did you mean 'empty.py'"):
+    with pytest.raises(tokbench.UserError, match="emty.py' does not exist. Did you mean 'empty.py'"):
         load_plugins([tmp_path / "emty.py"])
 
 
@@ -139,7 +138,7 @@ WRONG_PLANS = {
     "nothing": ("", "None", "must be an Assignment, not NoneType"),
     "exits": ("sys.exit(0)", "", "mine.plan raised SystemExit: 0"),
     "no exception": ("raise GeneratorExit", "", "mine.plan raised GeneratorExit"),
-    "unprintable": ("raise Unprintable", "", "Unprintable: \\(its text cannot be had: ValueError\\)"),
+    "unprintable": ("raise Unprintable", "", "Unprintable: \\(its message raised ValueError\\)"),
     "surrogate": ("raise ValueError('\\udcff [red]')", "", r"ValueError: \udcff \[red\]"),
     "far": ("", "Assignment(good + 1000)", "block 0: kept holds 1000 to 1056; there are 65"),
     "floats": ("", "Assignment(good.float())", "kept must be a tensor of torch.long on cpu, not torch.float32"),
@@ -176,7 +175,7 @@ def test_wrong_plans_fail_alone_and_say_why(tmp_path, monkeypatch, tokbench_comm
         "run", "--model=tiny", *methods, "--method=topk", *words, "--out", tmp_path / "run"
     )
     assert code == 3 and not err and f"{len(WRONG_PLANS)} failed" in out
-    records = RunFolder.open(tmp_path / "run").records()
+    records = plain_records(tmp_path / "run")
     failures = {record["params"]["which"]: record["message"] for record in records if record["kind"] == "failure"}
     assert failures.keys() == WRONG_PLANS.keys()
     for name, (*_, words) in WRONG_PLANS.items():

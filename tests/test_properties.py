@@ -43,10 +43,11 @@ def situations(draw, name):
         torch.arange(tokens), torch.randint(prefix, tokens, (merged,), generator=generator)
     ]) for _ in range(2)])  # fmt: skip
     size = torch.stack([torch.bincount(row, minlength=tokens) for row in where]).double()
+    q, k, v = torch.randn(3, 2, 3, tokens, 4, **kind)
     sized = method.tracks_size and merged > 0
     view = View(
         x=torch.randn(2, tokens, 6, **kind), prefix=prefix, patches=patches, block=draw(st.integers(1, 3)), depth=4,
-        queries=torch.randn(2, 3, tokens, 4, **kind), keys=torch.randn(2, 3, tokens, 4, **kind), scale=0.5,
+        heads=lambda: (q, k), values=lambda: v, scale=0.5,
         has_class_token=prefix > 0 and draw(st.booleans()), grid=(rows, columns), size=size if sized else None,
         log_size=size.log() if sized and method.proportional else None, token_map=where,
     )  # fmt: skip

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import re
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
-import pandas as pd
 import pytest
-from rich.console import Console
+from made_run import changed, make_run
 
 from tokbench.errors import UserError
-from tokbench.measure.stats import median_ratio_interval
-from tokbench.report import panels, plots
-from tokbench.report.findings import group_title
-from tokbench.report.labels import Spot, place, spots_along, spots_around
-from tokbench.report.metrics import (
-    METRICS,
-    comparable,
-    filter_cells,
-    load_cells,
-    load_table,
-    pareto_front,
-    table_of_records,
-)
+from tokbench.report.html import plot_data
 from tokbench.report.plots import plot_pareto
-from tokbench.report.published import published_points
-from made_run import changed, make_run
+from tokbench.report.tables import render_table
+from tokbench.report.text import group_title
+from tokbench.results.cell import Cell, CellKey, Figure
+from tokbench.results.folder import RunFolder
+from tokbench.results.metrics import METRICS, Metric
+from tokbench.results.records import Record, make_record
+from tokbench.results.table import COLUMNS, cells_of, comparable, frame, load_cells, load_table, pareto_front
 
 
 @pytest.fixture
@@ -44,147 +30,189 @@ def cells(run: Path) -> list[Cell]:
     return load_cells([run])
 
 
-# --- metrics ------------------------------------------------------------------------------------------------
+def flops(method: str = "none", schedule: str = "", **fields: Any) -> Record:
+    return make_record(
+        {"schema": 1, "kind": "flops", "cell": f"m/{method}/{schedule}", "model": "m", "method": method}
+        | {"schedule": schedule, "flops": 3}
+        | fields
+    )
 
 
-def test_a_row_per_cell_in_the_units_of_the_labels(df: pd.DataFrame) -> None:
-    assert df["variant"].to_list() == ["none", "tome", "tome", "topk", "random:seed=1"]
-    assert df["is_baseline"].to_list() == [True, False, False, False, False]
-    tome = df.iloc[1]
-    assert tome["gflops"] == pytest.approx(0.3) and tome["flops_ratio"] == 0.75
-    assert tome["top1"] == pytest.approx(79.8) and tome["agreement"] == 90 and tome["tokens_final"] == 100
-    assert tome["drop"] == 0.2 and tome["images"] == 1000 and tome["machine"] == "A CPU"
+def on_front(cells: list[Cell], x: str = "gflops", y: str = "top1") -> list[bool]:
+    front = pareto_front(cells, x, y)
+    return [cell in front for cell in cells]
 
 
-def test_every_metric_is_a_column(df: pd.DataFrame) -> None:
-    for metric in METRICS.values():
-        assert {metric.column, metric.low, metric.high} - {""} <= set(df.columns)
+def test_a_cell_has_its_figures_in_the_units_of_the_labels(cells: list[Cell]) -> None:
+    assert [cell.variant for cell in cells] == ["none", "tome", "tome", "topk", "random:seed=1"]
+    assert [cell.is_baseline for cell in cells] == [True, False, False, False, False]
+    tome = cells[1]
+    assert tome.value("gflops") == pytest.approx(0.3) and tome.value("flops_ratio") == 0.75
+    assert tome.value("top1") == pytest.approx(79.8) and tome["agreement"] == Figure(90) and tome.tokens[-1] == 100
+    assert tome["drop"] == Figure(0.2, -0.3, 0.7) and tome.images == 1000 and tome.machine == "A CPU"
 
 
-def test_error_bars_of_top1_are_the_paired_interval(df: pd.DataFrame) -> None:
-    assert df.loc[2, "top1_paired_low"] == pytest.approx(77.0)
-    assert df.loc[2, "top1_paired_high"] == pytest.approx(79.0)
+def test_a_table_has_a_row_per_cell_and_a_column_per_figure(run: Path) -> None:
+    table = load_table(run)
+    assert tuple(table.columns) == COLUMNS and len(table) == 5
+    assert {column for metric in METRICS.values() for column in metric.columns} <= set(COLUMNS)
+    assert table.loc[2, "top1_paired_low"] == pytest.approx(77.0)
+    assert table.loc[2, "top1_low"] == pytest.approx(76.0)
+    assert table["tokens_final"].to_list() == [100] * 5
 
 
-def test_models_timed_compiled_are_said_to_be_and_not_compared_with_others(df: pd.DataFrame, tmp_path: Path) -> None:
-    assert set(df["compiled"]) == {"no"} and "compiled" not in render_table(df, "md")
-    other = df.assign(compiled="yes", run="compiled")
-    assert ", compiled, batch 32" in render_table(other, "md") and "compiled" in svg(other, tmp_path)
-    assert len(comparable(pd.concat([df, other]))) == 2
-    record = {"kind": "speed", "cell": "m/none", "model": "m", "method": "none", "compiled": True}
-    flops = {"kind": "flops", "cell": "m/tome/8", "model": "m", "method": "tome", "schedule": "8"}
-    assert list(table_of_records([record, flops])["compiled"]) == ["yes", "yes"]
+def test_a_figure_is_one_row_of_metrics(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Metric("Energy per image (mJ)", "Energy mJ", "lower", 1, "joules", " mJ", 1000, "energy_mj", place=19, rank=3)
+    monkeypatch.setitem(METRICS, "energy", row)
+    for number, record in enumerate(RunFolder.open(run).records()):
+        if record.kind == "speed":
+            RunFolder.open(run).append(record.plain() | {"joules": 0.001 * (10 + number)})
+    cells = load_cells([run])
+    assert "| Energy mJ |" in render_table(cells, "md")
+    assert "energy_mj" in render_table(cells, "csv").splitlines()[0] and '"energy_mj": 12.0' in render_table(
+        cells, "json"
+    )
+    drawn = plot_pareto(cells, tmp_path / "energy.svg", x="energy").read_text()
+    assert "Energy per image (mJ)" in drawn
+    assert "energy" in plot_data(cells)["metrics"]
 
 
-def test_speed_at_one_batch_size_is_not_compared_with_speed_at_another(df: pd.DataFrame) -> None:
-    single = df.assign(run="single", batch_size=1, speedup=df["speedup"] / 2)
-    both = pd.concat([df.assign(run="batches"), single], ignore_index=True)
+def test_error_bars_of_top1_are_the_paired_interval(cells: list[Cell]) -> None:
+    top1 = cells[2]["top1"]
+    assert top1 and top1.interval == pytest.approx((77.0, 79.0))
+
+
+def test_models_timed_compiled_are_said_to_be_and_not_compared_with_others(cells: list[Cell]) -> None:
+    assert {cell.compiled for cell in cells} == {"no"} and "compiled" not in render_table(cells, "md")
+    other = changed(cells, compiled="yes", run="compiled")
+    assert ", compiled, batch 32" in render_table(other, "md")
+    assert len(comparable([*cells, *other])) == 2
+    timed = make_record(flops().plain() | {"kind": "speed", "compiled": True})
+    assert [cell.compiled for cell in cells_of([timed, flops("tome", "8")])] == ["yes", "yes"]
+
+
+def test_speed_at_one_batch_size_is_not_compared_with_speed_at_another(cells: list[Cell]) -> None:
+    single = changed(cells, run="single", batch_size=1)
+    both = [*changed(cells, run="batches"), *single]
     assert [group_title(group).rpartition(", ")[2] for group in comparable(both)] == ["batch 32", "batch 1"]
-    assert pareto_front(both, "speedup", "top1").to_list() == 2 * pareto_front(df, "speedup", "top1").to_list()
+    assert on_front(both, "speedup") == 2 * on_front(cells, "speedup")
     assert "Runs: batches (batch 32), single (batch 1)." in render_table(both, "md")
-    untimed = single.assign(speedup=np.nan, throughput=np.nan)  # how accuracy was measured does not matter
-    assert len(comparable(pd.concat([df.assign(run="batches"), untimed], ignore_index=True))) == 1
+    untimed = changed(single, {"speedup": None, "throughput": None})  # how accuracy was measured does not matter
+    assert len(comparable([*changed(cells, run="batches"), *untimed])) == 1
 
 
-def test_no_records_give_an_empty_table_with_all_columns(df: pd.DataFrame) -> None:
-    empty = table_of_records([])
-    assert len(empty) == 0 and list(empty.columns) == list(df.columns)
-    assert load_table([]).empty
+def test_no_records_give_an_empty_table_with_all_columns() -> None:
+    assert cells_of([]) == [] and load_table().empty
+    assert tuple(frame([]).columns) == COLUMNS
 
 
-def test_a_partial_run_has_missing_values(df: pd.DataFrame) -> None:
-    record = {"kind": "flops", "cell": "m/none", "model": "m", "method": "none", "flops": 3}
-    row = table_of_records([record]).iloc[0]
-    assert np.isnan(row["top1"]) and row["gflops"] == pytest.approx(3e-9)
+def test_a_partial_run_has_missing_figures() -> None:
+    (cell,) = cells_of([flops()])
+    assert cell["top1"] is None and cell.value("gflops") == pytest.approx(3e-9)
 
 
 def test_a_later_record_replaces_an_earlier_one() -> None:
-    record = {"kind": "flops", "cell": "m/none", "model": "m", "method": "none", "flops": 3}
-    assert table_of_records([record, record | {"flops": 4_000_000_000}])["gflops"].to_list() == [4]
+    (cell,) = cells_of([flops(), flops(flops=4_000_000_000)])
+    assert cell.value("gflops") == 4
 
 
-def test_the_front_is_what_no_cell_beats(df: pd.DataFrame) -> None:
-    assert pareto_front(df, "gflops", "top1").to_list() == [True, True, True, False, False]
-    assert pareto_front(df, "throughput", "top1").to_list() == [True, True, True, True, False]
-    assert pareto_front(df, "throughput", "drop").to_list() == [True, True, True, True, False]
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"schedule": "13"}, {"schedule": "constant:13"}),
+        ({"schedule": "keep:0.7@9,3"}, {"schedule": "keep:0.70@3,9"}),
+        ({"schedule": "8", "params": {"tau": 1}}, {"schedule": "8", "params": {"tau": 1.0}}),
+    ],
+)
+def test_a_cell_is_one_however_it_was_written(first: dict[str, Any], then: dict[str, Any]) -> None:
+    accuracy = flops("tome", **then).plain() | {"kind": "accuracy", "images": 4, "top1": 0.5}
+    (cell,) = cells_of([flops("tome", **first), make_record(accuracy)])
+    assert cell["gflops"] and cell["top1"] and cell.schedule == first["schedule"]
+    assert CellKey.of("m", "tome", {"seed": 1}, "8") != CellKey.of("m", "tome", {"seed": 2}, "8")
 
 
-def test_equal_cells_share_the_front_and_unmeasured_ones_are_off_it(df: pd.DataFrame) -> None:
-    twice = pd.concat([df, df.assign(gflops=np.nan), df], ignore_index=True)
-    front = pareto_front(twice, "gflops", "top1")
-    assert front[:5].to_list() == front[10:].to_list() == [True, True, True, False, False]
-    assert not front[5:10].any()
+def test_the_front_is_what_no_cell_beats(cells: list[Cell]) -> None:
+    assert on_front(cells, "gflops", "top1") == [True, True, True, False, False]
+    assert on_front(cells, "throughput", "top1") == [True, True, True, True, False]
+    assert on_front(cells, "throughput", "drop") == [True, True, True, True, False]
 
 
-def test_costs_within_a_percent_are_equal_on_the_front(df: pd.DataFrame) -> None:
-    worse = df.iloc[[2]].assign(gflops=0.1985, top1=60.0)
-    assert pareto_front(pd.concat([df, worse], ignore_index=True), "gflops", "top1").to_list()[-1] is False
-    cheaper = worse.assign(gflops=0.15)
-    assert pareto_front(pd.concat([df, cheaper], ignore_index=True), "gflops", "top1").to_list()[-1] is True
+def test_equal_cells_share_the_front_and_unmeasured_ones_are_off_it(cells: list[Cell]) -> None:
+    front = on_front([*cells, *changed(cells, {"gflops": None}), *changed(cells)])
+    assert front[:5] == front[10:] == [True, True, True, False, False]
+    assert not any(front[5:10])
 
 
-def test_a_front_of_speed_is_judged_by_the_paired_speed_up(df: pd.DataFrame) -> None:
-    twins = pd.concat([df.iloc[[0, 2]], df.iloc[[2]]], ignore_index=True)
-    twins["throughput"], twins["speedup"] = [100.0, 175.0, 170.0], [1.0, 1.70, 1.75]
-    assert pareto_front(twins, "throughput", "top1").to_list() == [True, False, True]
-    twins["speedup"] = np.nan
-    assert pareto_front(twins, "throughput", "top1").to_list() == [True, True, False]
+def test_costs_within_a_percent_are_equal_on_the_front(cells: list[Cell]) -> None:
+    worse = changed(cells[2:3], {"gflops": Figure(0.1985), "top1": Figure(60)})
+    assert on_front([*cells, *worse])[-1] is False
+    assert on_front([*cells, *changed(worse, {"gflops": Figure(0.15)})])[-1] is True
 
 
-def test_a_cell_with_nan_logits_is_on_no_front_and_beats_none(df: pd.DataFrame) -> None:
-    broken = df.assign(nonfinite=pd.array([0, 3, 0, 0, 0], "Int64"))
-    assert pareto_front(broken, "gflops", "top1").to_list() == [True, False, True, False, False]
+def test_a_front_of_speed_is_judged_by_the_paired_speed_up(cells: list[Cell]) -> None:
+    base, first, second = cells[0], *changed([cells[2], cells[2]])
+    twins = [
+        base,
+        *changed([first], {"throughput": Figure(175), "speedup": Figure(1.70)}),
+        *changed([second], {"throughput": Figure(170), "speedup": Figure(1.75)}),
+    ]
+    assert on_front(twins, "throughput") == [True, False, True]
+    assert on_front(changed(twins, {"speedup": None}), "throughput") == [True, True, False]
 
 
-def test_flops_are_told_by_part(df: pd.DataFrame) -> None:
-    flops = {"kind": "flops", "cell": "a", "model": "m", "method": "tome", "schedule": "8", "flops": 4 * 10**9}
+def test_a_cell_with_nan_logits_is_on_no_front_and_beats_none(cells: list[Cell]) -> None:
+    broken = [cells[0], *changed(cells[1:2], nonfinite=3), *cells[2:]]
+    assert on_front(broken) == [True, False, True, False, False]
+
+
+def test_flops_are_told_by_part() -> None:
     parts = {"flops_attention": 10**9, "flops_mlp": 2 * 10**9, "flops_method": 10**8, "flops_rest": 9 * 10**8}
-    cell = table_of_records([flops | parts]).iloc[0]
-    assert [cell[f"gflops_{part}"] for part in ("attention", "mlp", "method", "rest")] == [1.0, 2.0, 0.1, 0.9]
-    assert cell["method_share"] == 2.5
-    assert np.isnan(table_of_records([flops]).iloc[0]["method_share"])
+    (cell,) = cells_of([flops(flops=4 * 10**9, **parts)])
+    told = [cell.value(f"gflops_{part}") for part in ("attention", "mlp", "method", "rest")]
+    assert told == pytest.approx([1.0, 2.0, 0.1, 0.9])
+    assert cell.value("method_share") == 2.5
+    assert cells_of([flops()])[0]["method_share"] is None
 
 
 def test_a_run_named_twice_is_read_once_and_equal_names_are_told_apart(tmp_path: Path, run: Path) -> None:
-    assert len(load_table([run, run])) == len(load_table([run]))
-    both = load_table([run, make_run(tmp_path / "elsewhere" / "run")])
-    assert list(both["run"].unique()) == [f"{tmp_path.name}/run", "elsewhere/run"]
+    assert len(load_cells([run, run])) == len(load_cells([run]))
+    both = load_cells([run, make_run(tmp_path / "elsewhere" / "run")])
+    assert list(dict.fromkeys(cell.run for cell in both)) == [f"{tmp_path.name}/run", "elsewhere/run"]
 
 
 def test_cells_of_other_models_or_data_do_not_compete(tmp_path: Path, run: Path) -> None:
-    other = make_run(tmp_path / "other", model="better", data_fingerprint="ef")
-    both = load_table([run, other])
+    both = load_cells([run, make_run(tmp_path / "other", model="better", data_fingerprint="ef")])
     assert len(comparable(both)) == 2
-    assert pareto_front(both, "gflops", "top1").sum() == 6
+    assert sum(on_front(both)) == 6
 
 
 def test_where_the_machine_sets_the_pace_a_run_competes_with_itself_only(tmp_path: Path, run: Path) -> None:
-    both = load_table([run, make_run(tmp_path / "again")])
-    faster = both["run"] == "again"
-    for column in ("throughput", "throughput_low", "throughput_high"):
-        both.loc[faster, column] *= 1.4  # the same machine at another hour
-    own = pareto_front(both[~faster], "throughput", "top1")
-    assert 0 < own.sum() < len(own)
-    assert pareto_front(both, "throughput", "top1").to_list() == [*own, *own]
-    assert [set(group["run"]) for group in comparable(both, "throughput", "top1")] == [{"run"}, {"again"}]
+    own = load_cells([run])
+    again = [  # the same machine at another hour
+        changed([cell], {name: Figure(1.4 * (cell.value(name) or 0)) for name in ("throughput", "speedup")})[0]
+        for cell in load_cells([make_run(tmp_path / "again")])
+    ]
+    both, front = [*own, *again], on_front(own, "throughput")
+    assert 0 < sum(front) < len(front)
+    assert on_front(both, "throughput") == [*front, *front]
+    assert [{cell.run for cell in group} for group in comparable(both, "throughput", "top1")] == [{"run"}, {"again"}]
     # Speed-ups are ratios within a run, and compare.
-    both.loc[faster, "speedup"] *= 1.4
-    assert pareto_front(both, "speedup", "top1")[faster & ~both["is_baseline"]].any()
-    assert not pareto_front(both, "speedup", "top1")[~faster & ~both["is_baseline"]].any()
+    assert any(on_front(both, "speedup")[6:]) and not any(on_front(both, "speedup")[1:5])
 
 
 def test_runs_under_the_same_conditions_are_compared(tmp_path: Path, run: Path) -> None:
-    assert len(comparable(load_table([run, make_run(tmp_path / "again")]))) == 1
+    assert len(comparable(load_cells([run, make_run(tmp_path / "again")]))) == 1
 
 
 def test_a_cell_that_failed_early_stays_with_its_run(run: Path) -> None:
-    cell = "bundled/tome/constant:99"
-    failure = {"kind": "failure", "cell": cell, "model": "bundled", "method": "tome", "schedule": "constant:99"}
-    RunFolder.open(run).append({**failure, "message": "out of memory", "traceback": "..."})
-    table = load_table([run])
-    assert len(comparable(table)) == 1 and table.iloc[-1]["error"] == "out of memory"
+    RunFolder.open(run).append(
+        {"kind": "failure", "cell": "bundled/tome/99", "model": "bundled", "method": "tome", "schedule": "99"}
+        | {"phase": "setup", "message": "out of memory", "traceback": "..."}
+    )
+    cells = load_cells([run])
+    assert len(comparable(cells)) == 1 and cells[-1].error == "out of memory"
 
 
-def test_a_metric_that_is_not_there_is_one_line(df: pd.DataFrame) -> None:
+def test_a_metric_that_is_not_there_is_one_line(cells: list[Cell]) -> None:
     with pytest.raises(UserError, match="no metric 'gflop'. Did you mean 'gflops'"):
-        pareto_front(df, "gflop", "top1")
+        pareto_front(cells, "gflop", "top1")

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_runner import CLASSES, IMAGES, Listener, Source, small_grid, stand_in, tiny_model
+from stand_ins import CLASSES, IMAGES, Listener, Source, plain_records, small_grid, stand_in, tiny_model
 
 from tokbench.config import Grid, MethodSpec, ModelSpec, RunOptions
 from tokbench.errors import RunStopped, UserError
-from tokbench.results.predictions import Predictions
-from tokbench.running import answers, bench, resume, runner, timing
 from tokbench.results.folder import RunFolder
+from tokbench.results.predictions import Predictions
+from tokbench.running import answers, bench, half_pass, runner, timing
 
 TOME, RANDOM = MethodSpec("tome", ("8",)), MethodSpec("random", ("8",))
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def source(monkeypatch) -> Source:
-    monkeypatch.setattr(resume, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(half_pass, "SAVE_SECONDS", 0)
     monkeypatch.setattr(runner, "_draw", lambda table, folder: [])
     return stand_in(monkeypatch, Source())
 
@@ -55,10 +55,10 @@ def figures(run: Path) -> dict:
     folder = RunFolder.open(run)
     kept = {
         (record["cell"], record["kind"]): {key: value for key, value in record.items() if key != "traceback"}
-        for record in folder.records()
+        for record in plain_records(folder.path)
         if record["kind"] != "speed"
     }
-    assert len(kept) == sum(record["kind"] != "speed" for record in folder.records())
+    assert len(kept) == sum(record["kind"] != "speed" for record in plain_records(folder.path))
     for cell, kind in list(kept):
         if kind == "accuracy":
             answers = Predictions.load(folder.prediction_path(cell))
@@ -159,9 +159,9 @@ def test_a_stream_starts_again(source, tmp_path, monkeypatch):
 def test_a_larger_grid_adds_only_what_is_new(source, tmp_path):
     runner.run(small_grid(TOME, RANDOM), tmp_path / "whole")
     runner.run(small_grid(TOME), tmp_path / "run")
-    before = RunFolder.open(tmp_path / "run").records()
+    before = plain_records(tmp_path / "run")
     table = runner.run(small_grid(MethodSpec("tome", ("constant:8",)), RANDOM), tmp_path / "run")
-    added = RunFolder.open(tmp_path / "run").records()[len(before) :]
+    added = plain_records(tmp_path / "run")[len(before) :]
     assert [(record["kind"], record["cell"]) for record in added] == [
         (kind, "tiny/random/8") for kind in ("flops", "accuracy", "speed")
     ]
@@ -186,7 +186,7 @@ def test_a_measure_can_be_added(source, tmp_path):
     runner.run(small_grid(only=("flops",)), tmp_path / "run")
     runner.run(small_grid(only=("speed", "flops")), tmp_path / "run")
     runner.run(small_grid(), tmp_path / "run")
-    assert [r["kind"] for r in RunFolder.open(tmp_path / "run").records()] == [
+    assert [r["kind"] for r in plain_records(tmp_path / "run")] == [
         kind for kind in ("flops", "speed", "accuracy") for _ in range(3)
     ]
     assert RunFolder.open(tmp_path / "run").manifest["conditions"]["models"]["tiny"]["images"] == IMAGES
@@ -196,7 +196,7 @@ def test_a_model_can_be_added(source, tmp_path):
     runner.run(small_grid(only=("flops",)), tmp_path / "run")
     both = (ModelSpec("tiny"), ModelSpec("tiny", label="again"))
     table = runner.run(small_grid(models=both, only=("flops",)), tmp_path / "run")
-    assert len(RunFolder.open(tmp_path / "run").records()) == len(table) == 6
+    assert len(plain_records(tmp_path / "run")) == len(table) == 6
 
 
 def test_the_unreduced_model_must_answer_as_before(source, tmp_path):
@@ -208,7 +208,7 @@ def test_the_unreduced_model_must_answer_as_before(source, tmp_path):
     answers.save(path)
     with pytest.raises(RunStopped, match="predictions differ among images 10 to 20"):
         runner.run(small_grid(TOME, RANDOM), tmp_path / "run")
-    assert "tiny/random/8" not in {r["cell"] for r in folder.records() if r["kind"] == "accuracy"}
+    assert "tiny/random/8" not in {r["cell"] for r in plain_records(folder.path) if r["kind"] == "accuracy"}
     path.unlink()
     with pytest.raises(RunStopped, match="predictions in .* cannot be read"):
         runner.run(small_grid(TOME, RANDOM), tmp_path / "run")
@@ -280,7 +280,7 @@ def test_a_failed_cell_is_tried_again_and_told_once(source, tmp_path, monkeypatc
         for _ in range(2):
             table = runner.run(small_grid(TOME), tmp_path / "run")
     assert list(table["error"].notna()) == [False, True]
-    assert [r["kind"] for r in RunFolder.open(tmp_path / "run").records()].count("failure") == 1
+    assert [r["kind"] for r in plain_records(tmp_path / "run")].count("failure") == 1
     table = runner.run(small_grid(TOME), tmp_path / "run")
     assert table["error"].isna().all() and table["top1"].notna().all()
 

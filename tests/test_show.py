@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_runner import tiny_model
+from stand_ins import tiny_model
 
 import tokbench
 from tokbench.config import MethodSpec

@@ -7,31 +7,16 @@ import io
 import json
 import re
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-import numpy as np
-import pandas as pd
 import pytest
+from made_run import changed, make_run
 from rich.console import Console
 
 from tokbench.errors import UserError
-from tokbench.measure.stats import median_ratio_interval
-from tokbench.report import panels, plots
-from tokbench.report.findings import group_title
-from tokbench.report.labels import Spot, place, spots_along, spots_around
-from tokbench.report.metrics import (
-    METRICS,
-    comparable,
-    filter_cells,
-    load_cells,
-    load_table,
-    pareto_front,
-    table_of_records,
-)
-from tokbench.report.plots import plot_pareto
-from tokbench.report.published import published_points
-from made_run import changed, make_run
+from tokbench.report.tables import print_table, render_table
+from tokbench.results.cell import Cell, Figure
+from tokbench.results.folder import RunFolder
+from tokbench.results.table import filter_cells, load_cells, load_shown
 
 
 @pytest.fixture
@@ -44,39 +29,36 @@ def cells(run: Path) -> list[Cell]:
     return load_cells([run])
 
 
-# --- tables -------------------------------------------------------------------------------------------------
-
-
-def rich_text(df: pd.DataFrame, width: int) -> str:
+def rich_text(cells: list[Cell], width: int) -> str:
     console = Console(width=width, file=io.StringIO(), color_system=None)
-    console.print(render_table(df, "rich", width=width))
+    console.print(render_table(cells, "rich", width=width))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
 
-def test_a_drop_that_may_be_none_is_printed_and_said_to_be(df: pd.DataFrame) -> None:
-    markdown = render_table(df, "md")
-    assert "| 0.2 [-0.3, 0.7] n.s. |" in markdown and "| 2.0 [1.0, 3.0] |" in markdown
+def test_a_drop_that_may_be_none_is_printed_and_said_to_be(cells: list[Cell]) -> None:
+    markdown = render_table(cells, "md")
+    assert "| 0.2 [−0.3, 0.7] n.s. |" in markdown and "| 2.0 [1.0, 3.0] |" in markdown
     assert "n.s.: cannot be told from no drop." in markdown
 
 
 def test_digits_follow_the_number_of_images(tmp_path: Path) -> None:
-    many = load_table([make_run(tmp_path / "many", images=10_000)])
+    many = load_cells([make_run(tmp_path / "many", images=10_000)])
     assert "| 2.00 [1.00, 3.00] |" in render_table(many, "md")
 
 
-def test_front_members_are_marked(df: pd.DataFrame) -> None:
-    lines = [line for line in render_table(df, "md").splitlines() if line.startswith("| ")]
+def test_front_members_are_marked(cells: list[Cell]) -> None:
+    lines = [line for line in render_table(cells, "md").splitlines() if line.startswith("| ")]
     assert [line.split("|")[-2].strip() for line in lines] == ["Front", "both", "both", "both", "speed", ""]
 
 
-def test_the_best_for_its_cost_is_bold_in_files(df: pd.DataFrame) -> None:
-    assert "| **79.8** |" in render_table(df, "md") and "| 70.0 |" in render_table(df, "md")
-    assert r"\textbf{79.8}" in render_table(df, "tex") and r"\textbf{70.0}" not in render_table(df, "tex")
+def test_the_best_for_its_cost_is_bold_in_files(cells: list[Cell]) -> None:
+    assert "| **79.8** |" in render_table(cells, "md") and "| 70.0 |" in render_table(cells, "md")
+    assert r"\textbf{79.8}" in render_table(cells, "tex") and r"\textbf{70.0}" not in render_table(cells, "tex")
 
 
-def test_speed_ups_have_their_interval(df: pd.DataFrame) -> None:
-    assert "| 1.30× | [1.29, 1.31] |" in render_table(df, "md")
+def test_speed_ups_have_their_interval(cells: list[Cell]) -> None:
+    assert "| 1.30× | [1.29, 1.31] |" in render_table(cells, "md")
 
 
 @pytest.mark.parametrize(
@@ -86,16 +68,16 @@ def test_speed_ups_have_their_interval(df: pd.DataFrame) -> None:
      (["images=1000"], [0, 1, 2, 3, 4]),
      (["tokens_final>=100", "method=to*", "top1>79"], [1]), ([], [0, 1, 2, 3, 4])],
 )  # fmt: skip
-def test_filters_choose_cells(df: pd.DataFrame, filters: list[str], rows: list[int]) -> None:
-    assert filter_cells(df, filters).index.to_list() == rows
+def test_filters_choose_cells(cells: list[Cell], filters: list[str], rows: list[int]) -> None:
+    assert filter_cells(cells, filters) == [cells[row] for row in rows]
 
 
-def test_filters_leave_the_front_as_it_is(df: pd.DataFrame) -> None:
-    row = json.loads(render_table(df, "json", filters=["method=random"]))[0]
+def test_filters_leave_the_front_as_it_is(cells: list[Cell]) -> None:
+    row = json.loads(render_table(cells, "json", filters=["method=random"]))[0]
     assert row["front_gflops"] is False
 
 
-def test_filters_that_cannot_be_are_one_line(df: pd.DataFrame) -> None:
+def test_filters_that_cannot_be_are_one_line(cells: list[Cell]) -> None:
     for wrong, answer in {
         "method": "write COLUMN=VALUE",
         "methd=tome": "no column 'methd'. Did you mean 'method'",
@@ -104,126 +86,120 @@ def test_filters_that_cannot_be_are_one_line(df: pd.DataFrame) -> None:
         "method=tme": "no cell meets method=tme; there are methods none, random, tome, topk; schedules constant:13",
     }.items():
         with pytest.raises(UserError, match=answer.replace("(", r"\(")):
-            render_table(df, "md", filters=[wrong])
+            render_table(cells, "md", filters=[wrong])
 
 
-def test_pareto_keeps_the_front_and_the_unreduced_model(df: pd.DataFrame) -> None:
-    beaten = df.assign(top1=df["top1"].where(~df["is_baseline"], 1.0))
+def test_pareto_keeps_the_front_and_the_unreduced_model(cells: list[Cell]) -> None:
+    beaten = [*changed(cells[:1], {"top1": Figure(1.0)}), *cells[1:]]
     methods = [row["variant"] for row in json.loads(render_table(beaten, "json", pareto=True))]
     assert methods == ["none", "tome", "tome", "topk"]
 
 
-def test_sorting_puts_the_best_first(df: pd.DataFrame) -> None:
+def test_sorting_puts_the_best_first(cells: list[Cell]) -> None:
     def order(sort: str) -> list[float]:
-        return [row["gflops"] for row in json.loads(render_table(df, "json", sort))]
+        return [row["gflops"] for row in json.loads(render_table(cells, "json", sort))]
 
-    assert order("gflops") == sorted(df["gflops"])
-    assert order("top1") == df.sort_values("top1", ascending=False)["gflops"].to_list()
+    assert order("gflops") == sorted(order(""))
+    assert order("top1") == [cell.value("gflops") for cell in cells]
 
 
-def test_wrong_words_are_answered_with_the_right_ones(df: pd.DataFrame) -> None:
+def test_wrong_words_are_answered_with_the_right_ones(cells: list[Cell]) -> None:
     with pytest.raises(UserError, match="Did you mean 'top1'"):
-        render_table(df, "md", "top-1")
+        render_table(cells, "md", "top-1")
     with pytest.raises(UserError, match="no table format 'markdown'; there are rich, md, csv, tex, json"):
-        render_table(df, "markdown")
+        render_table(cells, "markdown")
 
 
-def test_csv_and_json_carry_everything_unrounded(df: pd.DataFrame) -> None:
-    rows = list(csv.DictReader(io.StringIO(render_table(df, "csv"))))
-    assert float(rows[0]["throughput_low"]) == df.loc[0, "throughput_low"] and rows[0]["images"] == "1000"
-    records = json.loads(render_table(df, "json"))
+def test_csv_and_json_carry_everything_unrounded(cells: list[Cell]) -> None:
+    rows = list(csv.DictReader(io.StringIO(render_table(cells, "csv"))))
+    assert float(rows[0]["throughput_low"]) == 100 / 1.2 and rows[0]["images"] == "1000"
+    records = json.loads(render_table(cells, "json"))
     assert records[4]["params"] == {"seed": 1} and records[0]["latency_ms"] is None
     assert records[0]["is_baseline"] is True and records[0]["images"] == 1000
     assert list(rows[0]) == list(records[0])
 
 
-def test_latex_is_escaped(df: pd.DataFrame) -> None:
-    latex = render_table(df.assign(variant="tome:prop_attn=false"), "tex")
+def test_latex_is_escaped(cells: list[Cell]) -> None:
+    latex = render_table(changed(cells, params={"prop_attn": False}), "tex")
     assert r"tome:prop\_attn=false" in latex and r"Top-1 \%" in latex and r"$-$0.3" in latex and r"$\times$" in latex
     body = [line for line in latex.splitlines() if line.endswith(r"\\")]
     assert len({line.count("&") - line.count(r"\&") for line in body}) == 1
 
 
 @pytest.mark.parametrize("width", [80, 100, 140])
-def test_the_terminal_table_fits_and_folds_no_number(df: pd.DataFrame, width: int) -> None:
-    text = rich_text(df, width)
+def test_the_terminal_table_fits_and_folds_no_number(cells: list[Cell], width: int) -> None:
+    text = rich_text(cells, width)
     assert max(len(line.rstrip()) for line in text.splitlines()) <= width
-    assert "0.2 [-0.3, 0.7] n.s." in text and "10.0 [8.0, 12.0]" in text and "keep:0.7@3,6,9" in text
+    assert "0.2 [−0.3, 0.7] n.s." in text and "10.0 [8.0, 12.0]" in text and "keep:0.7@3,6,9" in text
     assert ("FLOPs ratio" in text.splitlines()[1]) == (width == 140)
 
 
 @pytest.mark.parametrize("width", [10, 20, 30, 40, 60, 80])
-def test_no_number_is_cut_however_narrow_the_terminal_is(df: pd.DataFrame, width: int) -> None:
+def test_no_number_is_cut_however_narrow_the_terminal_is(cells: list[Cell], width: int) -> None:
     console = Console(width=width, file=io.StringIO(), color_system=None)
-    print_table(console, df)
+    print_table(console, cells)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     lines = text.splitlines()
     for row in ("none .* 80.0", "tome +constant:8 .* ?79.8", "topk +keep:0.7@3,6,9 .* ?77.0", "random:seed=1 .* 70.0"):
         assert any(re.match(row, line) for line in lines), text
     assert "Too narrow for" in " ".join(line.strip() for line in lines)
-    print_table(everything := Console(width=width, file=io.StringIO(), color_system=None), df, every_column=True)
+    print_table(everything := Console(width=width, file=io.StringIO(), color_system=None), cells, every_column=True)
     assert "Too narrow" not in everything.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_a_dropped_column_takes_its_footnote_with_it(df: pd.DataFrame) -> None:
-    costly = df.assign(method_share=[0.0, 3.0, 3.0, 3.0, 3.0])
+def test_a_dropped_column_takes_its_footnote_with_it(cells: list[Cell]) -> None:
+    costly = changed(cells, {"method_share": Figure(3.0)})
     for width in (80, 240):
         text = rich_text(costly, width)
         assert ("Overhead %" in text.splitlines()[1]) == ("Overhead:" in text) == (width == 240)
 
 
-def test_a_plot_says_of_what_its_bars_are_intervals(df: pd.DataFrame, tmp_path: Path) -> None:
-    known = df.assign(agreement_low=df["agreement"] - 1, agreement_high=df["agreement"] + 1)
-    assert "Vertical bars: 95 % interval over images." in svg(known, tmp_path, y="agreement")
-    assert "interval over images" not in svg(df, tmp_path, y="agreement")  # it has no bars
-    assert "interval over images" not in svg(known, tmp_path)
-
-
 def test_a_failed_cell_is_shown_with_its_reason(run: Path) -> None:
     failure = {"kind": "failure", "cell": "bundled/tofu/constant:8", "model": "bundled", "method": "tofu"}
-    RunFolder.open(run).append({**failure, "schedule": "constant:8", "message": "out of memory"})
-    text = rich_text(load_table([run]), 100)
+    RunFolder.open(run).append({**failure, "schedule": "constant:8", "phase": "setup", "message": "out of memory"})
+    text = rich_text(load_cells([run]), 100)
     assert "failed" in text and "tofu constant:8 failed: out of memory" in text
 
 
-def test_without_labels_the_front_is_one_of_agreement_and_named_so(df: pd.DataFrame, tmp_path: Path) -> None:
-    labels = [column for column in df if column.startswith(("top", "drop"))]
-    unlabeled = df.assign(**dict.fromkeys(labels, np.nan), agreement=[100.0, 98.0, 97.0, 90.0, 96.0])
+def test_without_labels_the_front_is_one_of_agreement_and_named_so(cells: list[Cell]) -> None:
+    unlabeled = [
+        changed([cell], {"top1": None, "top5": None, "drop": None, "agreement": Figure(value)})[0]
+        for cell, value in zip(cells, (100.0, 98.0, 97.0, 90.0, 96.0), strict=True)
+    ]
     text = render_table(unlabeled, "md")
     assert "Front: the best agreement with the unreduced model, as the images have no labels, for" in text
     assert [line.split("|")[-2].strip() for line in text.splitlines()[4:9]] == ["both", "both", "both", "speed", ""]
-    assert "| **98.0** |" in text and "Front: the best top-1" in render_table(df, "md")
-    features = unlabeled.assign(agreement=np.nan, similarity=unlabeled["agreement"] / 100)
+    assert "| **98.0** |" in text and "Front: the best top-1" in render_table(cells, "md")
+    features = changed(unlabeled, {"agreement": None, "similarity": Figure(0.98)})
     assert "cosine to the unreduced model's features, as the model has no classes, for" in render_table(features, "md")
-    mixed = pd.concat([df, unlabeled.assign(data="others", run="others")], ignore_index=True)
+    mixed = [*cells, *changed(unlabeled, data="others", run="others")]
     by = [row["front_by"] for row in json.loads(render_table(mixed, "json"))]
     assert by == ["top1"] * 5 + ["agreement"] * 5
-    assert "Agreement with the unreduced model" in svg(unlabeled, tmp_path)
 
 
 def test_an_empty_table_renders_in_every_format() -> None:
-    empty = table_of_records([])
     for kind in ("md", "csv", "tex", "json"):
-        assert isinstance(render_table(empty, kind), str)
-    assert rich_text(empty, 80)
+        assert isinstance(render_table([], kind), str)
+    assert rich_text([], 80)
 
 
 def test_notes_under_a_table_of_several_runs_say_which_one_they_mean(run: Path, tmp_path: Path) -> None:
-    both = load_table([run, make_run(tmp_path / "other", device="cuda")])
-    both.loc[both.index[-1], "error"] = "out of memory"
+    both = load_cells([run, make_run(tmp_path / "other", device="cuda")])
+    both[-1:] = changed(both[-1:], error="out of memory")
     text = render_table(both, "md")
     assert "Runs: run (A CPU), other (A GPU)." in text
     assert "other random:seed=1 constant:13 failed: out of memory" in text
-    assert "Runs:" not in render_table(both[both["run"] == "run"], "md")
+    assert "Runs:" not in render_table([cell for cell in both if cell.run == "run"], "md")
 
 
 def test_two_models_get_a_model_column(tmp_path: Path, run: Path) -> None:
-    both = load_table([run, make_run(tmp_path / "two", model="other")])
+    both = load_cells([run, make_run(tmp_path / "two", model="other")])
     assert render_table(both, "md").splitlines()[2].startswith("| Run | Model | Method |")
 
 
-def test_what_nobody_measured_neither_sorts_nor_filters_and_has_no_front(df: pd.DataFrame) -> None:
-    counted = df.assign(**{column: np.nan for column in df if column.startswith(("top", "drop", "agree", "speed"))})
+def test_what_nobody_measured_neither_sorts_nor_filters_and_has_no_front(cells: list[Cell]) -> None:
+    gone = ("top1", "top5", "drop", "agreement", "speedup")
+    counted = changed(cells, dict.fromkeys(gone))
     for words, part in [
         ({"sort": "drop"}, "cannot sort by drop: no cell here has it; measured: gflops,"),
         ({"filters": ["drop<1"]}, "filter 'drop<1': no cell here has drop; measured: gflops,"),
@@ -232,14 +208,14 @@ def test_what_nobody_measured_neither_sorts_nor_filters_and_has_no_front(df: pd.
         with pytest.raises(UserError, match=part):
             render_table(counted, "md", **words)
     with pytest.raises(UserError, match="'nan' is not a number"):
-        filter_cells(df, ["drop<nan"])
-    assert len(filter_cells(df, ["error=*"])) == len(df)  # no text is text, too
+        filter_cells(cells, ["drop<nan"])
+    assert filter_cells(cells, ["error=*"]) == cells  # no text is text, too
 
 
 def test_runs_that_hold_nothing_are_named(run: Path, tmp_path: Path) -> None:
     told: list[str] = []
     empty = RunFolder.create(tmp_path / "empty", {}).path
-    assert len(load_cells([run, empty], told.append)) == 5
+    assert len(load_shown([run, empty], told.append)) == 5
     assert told == [f"{empty} holds no records, and so is not shown."]
     with pytest.raises(UserError, match="nothing to show: .*empty holds no records"):
-        load_cells([empty], told.append)
+        load_shown([empty], told.append)

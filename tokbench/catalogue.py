@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import sys
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 _FUSION = Path(__file__).parent / "fusion"
+# The methods that tokbench adds for any other to beat.
+CONTROLS = frozenset({"topk", "random", "free"})
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,6 @@ def built_in() -> list[Entry]:
     imports = ast.parse((_FUSION / "__init__.py").read_text(encoding="utf-8")).body
     modules = [alias.name for node in imports if isinstance(node, ast.ImportFrom) for alias in node.names]
     return [entry for module in modules for entry in _read(_FUSION / f"{module}.py")]
-
-
-@cache
-def controls() -> frozenset[str]:
-    """The methods that tokbench adds for any other to beat: their `paper` says so."""
-    return frozenset(entry.name for entry in built_in() if entry.paper.startswith("control"))
 
 
 def _read(path: Path) -> list[Entry]:

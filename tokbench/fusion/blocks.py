@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -35,6 +36,10 @@ class Fusion:
 
     def begin(self, x: Tensor) -> None:
         self.state = State(rotary=self.rotary)
+        with torch.autocast(x.device.type, enabled=False):
+            self.state.begun = self.method.begin(x, self.prefix, self.grid)
+        if self.method.counts_by_image:
+            self.state.nominal = int(x.shape[1])
         if self.trace or self.method.needs_map:
             batch, tokens, _ = x.shape
             self.state.token_map = torch.arange(tokens, device=x.device).expand(batch, -1)
@@ -65,14 +70,24 @@ class Fusion:
             if not isinstance(plan, Assignment):
                 raise UserError(f"it must be an Assignment, not {type(plan).__name__}")
             plan.require_valid(view)
+            if (plan.count is not None) != self.method.counts_by_image:
+                raise UserError("it has a count if, and only if, the method says that it counts_by_image")
+            if self.method.reuses_attention and any(one is not None for one in (plan.mass, plan.mix, plan.count)):
+                raise UserError("attention can be reduced by plain merges only, without mass, mix or count")
             if not torch.allclose(view.x, before, rtol=0, atol=0, equal_nan=True):
                 raise UserError("the tokens in view.x are there to be looked at, and were changed")
         except UserError as error:
             raise UserError(f"the plan of '{self.method.name}' in block {view.block}: {error}") from error
 
     def log_size(self) -> Tensor | None:
-        """log s for the attention logits, (B, N), where the method uses it and something has merged."""
-        return self.state.size.log() if self.method.proportional and self.state.size is not None else None
+        """log s for the attention logits, (B, N), where the method uses it and something has merged.
+
+        −∞ shuts out what fills up images of fewer tokens, whatever the method.
+        """
+        size = self.state.size
+        if size is None or not (self.method.proportional or self.state.count is not None):
+            return None
+        return size.log() if self.method.proportional else size.clamp_max(1).log()
 
     def rope(self, table: Tensor | None) -> Tensor | None:
         """The rotary embedding of the patch tokens as they now are: each token's row of the model's own table.
@@ -86,9 +101,15 @@ class Fusion:
         return table[rows].unsqueeze(1) if table.ndim == 2 else table[:, rows].transpose(0, 1)
 
     def view(
-        self, x: Tensor, block: int, attention: Any, queries: Tensor, keys: Tensor, rope: Tensor | None = None
+        self,
+        x: Tensor,
+        block: int,
+        attention: Any,
+        heads: Callable[[], tuple[Tensor, Tensor]],
+        values: Callable[[], Tensor],
+        rope: Tensor | None = None,
     ) -> View:
-        """What the method may look at: x (B, N, C), this block's queries and keys (B, H, N, d) and the model's rope."""
+        """What the method may look at: x (B, N, C), this block's queries, keys and values, and the model's rope."""
         rope = self.rope(rope)
         return View(
             x=x,
@@ -96,8 +117,8 @@ class Fusion:
             patches=int(x.shape[1]) - self.prefix,
             block=block,
             depth=self.depth,
-            queries=queries,
-            keys=keys,
+            heads=heads,
+            values=values,
             rotate=None if rope is None else partial(rotate, attention, rope),
             scale=attention.scale,
             has_class_token=self.has_class_token,
@@ -105,6 +126,9 @@ class Fusion:
             size=self.state.size,
             log_size=self.log_size(),
             token_map=self.state.token_map,
+            begun=self.state.begun,
+            nominal=(self.state.nominal or int(x.shape[1])) - self.prefix,
+            padded=self.state.count is not None,
         )
 
     def reduce(self, view: View, r: int) -> tuple[Tensor, Tensor | None]:
@@ -118,9 +142,18 @@ class Fusion:
         self.state.advance(plan, int(view.x.shape[1]), self.method.tracks_size, score_dtype(view.x))
         return reduced, attention
 
+    def finish(self, r: int, tokens: int) -> None:
+        """Note what a block left of the r tokens that were to go from it."""
+        state = self.state
+        state.tokens.append(tokens if state.count is None else state.count)
+        if state.nominal is not None:
+            state.nominal -= r
+        if len(state.tokens) == self.depth:
+            state.begun = None  # nothing is held on to until the next forward pass
+
 
 class Tap:
-    """A forward hook that keeps a module's last output: queries and keys pass through q_norm and k_norm."""
+    """A forward hook that keeps a module's last output."""
 
     def __init__(self) -> None:
         self.value: Tensor | None = None
@@ -132,11 +165,20 @@ class Tap:
         return {"value": None}
 
 
-def tapped(module: nn.Module) -> Tensor:
-    """What last passed through a tapped module; it is let go, so that no block holds on to its activations."""
-    tap = next(hook for hook in module._forward_hooks.values() if isinstance(hook, Tap))
-    value, tap.value = tap.value, None
-    return value  # type: ignore[return-value]
+def tapped(module: nn.Module) -> Tensor | None:
+    """What last passed through a module, None where nothing did or no tap is; it is let go, so that no block holds on
+    to its activations."""
+    for hook in module._forward_hooks.values():
+        if isinstance(hook, Tap):
+            value, hook.value = hook.value, None
+            return value
+    return None
+
+
+def tapped_modules(attention: Any, needs_values: bool) -> list[nn.Module]:
+    """Where to listen in to a timm attention: queries, keys, and what values are part of."""
+    joint = attention.v_proj if attention.qkv is None else attention.qkv
+    return [attention.q_norm, attention.k_norm, *([joint] if needs_values else [])]
 
 
 def rotate(attention: Any, rope: Tensor, x: Tensor) -> Tensor:
@@ -157,12 +199,17 @@ def queries_and_keys(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def attend_with(attention: Any, x: Tensor, matrix: Tensor) -> Tensor:
     """What a timm attention gives for the tokens x (B, N, C) when A is `matrix` (B, H, N, N): values only are new."""
-    projected = attention.v_proj(x) if attention.qkv is None else _project(attention, x, slice(2, 3))
-    values = for_every_head(_heads(attention, projected), attention.num_heads)
+    values = project_values(attention, x)
     out = attention.norm((matrix.to(values.dtype) @ values).transpose(1, 2).flatten(2))
     if attention.gate is not None:
         out = out * attention.gate(x).sigmoid()
     return attention.proj_drop(attention.proj(out))
+
+
+def project_values(attention: Any, x: Tensor) -> Tensor:
+    """The values (B, H, N, d) of a timm attention for the tokens x (B, N, C)."""
+    projected = attention.v_proj(x) if attention.qkv is None else _project(attention, x, slice(2, 3))
+    return for_every_head(_heads(attention, projected), attention.num_heads)
 
 
 def _project(attention: Any, x: Tensor, parts: slice) -> Tensor:
@@ -195,22 +242,21 @@ class _Reduced:
         fusion = self.fusion
         if self.index == 0:
             fusion.begin(x)
-        r = fusion.to_remove(self.index, int(x.shape[1]))  # under tracing, shapes are tensors
+        r = fusion.to_remove(self.index, fusion.state.nominal or int(x.shape[1]))  # under tracing, shapes are tensors
         match fusion.method.place if r else "nowhere":
             case "start":
                 x = self.reduce_first(x, r, rope)
             case "middle":
-                x = self.add_attention(x, self.attn(self.before_attention(x), **self.bias(x, rope)))
-                x, _ = fusion.reduce(self.tapped_view(x, rope), r)
+                x, _ = fusion.reduce(self.attended(x, rope), r)
                 x = self.add_mlp(x)
             case "end":
-                x = super().forward(x, **self.bias(x, rope))  # type: ignore[misc]
-                x, _ = fusion.reduce(self.tapped_view(x, rope), r)
+                after = super().forward(x, **self.bias(x, rope))  # type: ignore[misc]
+                x, _ = fusion.reduce(self.view_behind(x, after, rope), r)
             case _:
                 x = super().forward(x, **self.bias(x, rope))  # type: ignore[misc]
-        for norm in (self.attn.q_norm, self.attn.k_norm):
-            tapped(norm)
-        fusion.state.tokens.append(int(x.shape[1]))
+        fusion.finish(r, int(x.shape[1]))
+        for module in tapped_modules(self.attn, fusion.method.needs_values):
+            tapped(module)
         return x
 
     def bias(self, x: Tensor, rope: Tensor | None) -> dict[str, Tensor | None]:
@@ -222,13 +268,46 @@ class _Reduced:
         mask = None if log_size is None else log_size[:, None, None, :].to(x.dtype)
         return {"attn_mask": mask} if rope is None else {"attn_mask": mask, "rope": self.fusion.rope(rope)}
 
-    def tapped_view(self, x: Tensor, rope: Tensor | None) -> View:
-        return self.fusion.view(x, self.index, self.attn, tapped(self.attn.q_norm), tapped(self.attn.k_norm), rope)
+    def attended(self, x: Tensor, rope: Tensor | None) -> View:
+        """A view of the tokens after this block's attention."""
+        normed = self.before_attention(x)
+        if not self.fusion.method.reshapes_attention:
+            return self.view_behind(x, self.add_attention(x, self.attn(normed, **self.bias(x, rope))), rope)
+        view = self.view_ahead(x, rope)
+        with torch.autocast(x.device.type, enabled=False):
+            view.attend_with(self.fusion.method.reshape_attention(view.attention()))
+        view.x = self.add_attention(x, attend_with(self.attn, normed, view.attention()))
+        return view
+
+    def view_behind(self, before: Tensor, x: Tensor, rope: Tensor | None) -> View:
+        """A view of tokens x (B, N, C) that came to this block as `before` and have been through its attention."""
+
+        def heads() -> tuple[Tensor, Tensor]:
+            return tapped(self.attn.q_norm), tapped(self.attn.k_norm)  # type: ignore[return-value]
+
+        def values() -> Tensor:
+            *_, joint = tapped_modules(self.attn, needs_values=True)
+            if (passed := tapped(joint)) is None:  # EVA's with biases of its own is not called, but multiplied by
+                return project_values(self.attn, self.before_attention(before))
+            own = passed if self.attn.qkv is None else passed.chunk(3, dim=-1)[2]
+            return for_every_head(_heads(self.attn, own), self.attn.num_heads)
+
+        return self.fusion.view(x, self.index, self.attn, heads, values, rope)
+
+    def view_ahead(self, x: Tensor, rope: Tensor | None) -> View:
+        """A view of tokens x (B, N, C) that this block's attention has not seen: it has to be computed for them."""
+
+        def heads() -> tuple[Tensor, Tensor]:
+            return queries_and_keys(self.attn, self.before_attention(x))
+
+        def values() -> Tensor:
+            return project_values(self.attn, self.before_attention(x))
+
+        return self.fusion.view(x, self.index, self.attn, heads, values, rope)
 
     def reduce_first(self, x: Tensor, r: int, rope: Tensor | None) -> Tensor:
         """Reduce before the attention, by this block's own attention on the tokens as they come."""
-        queries, keys = queries_and_keys(self.attn, self.before_attention(x))
-        x, matrix = self.fusion.reduce(self.fusion.view(x, self.index, self.attn, queries, keys, rope), r)
+        x, matrix = self.fusion.reduce(self.view_ahead(x, rope), r)
         if matrix is None:
             return super().forward(x, **self.bias(x, rope))  # type: ignore[misc]
         return self.add_mlp(self.add_attention(x, attend_with(self.attn, self.before_attention(x), matrix)))

@@ -26,7 +26,7 @@ from timm.models.vision_transformer import (
 from torch import Tensor, nn
 
 from tokbench.errors import UserError
-from tokbench.fusion.blocks import REDUCED_BLOCKS, Fusion, Tap
+from tokbench.fusion.blocks import REDUCED_BLOCKS, Fusion, Tap, tapped_modules
 from tokbench.fusion.core import Method
 from tokbench.schedules import Schedule
 
@@ -71,7 +71,7 @@ class _Reduced:
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """timm's pooling that knows that a token may stand for several patches."""
-        size = self.fusion.state.size
+        size = self.fusion.state.size if self.fusion.method.pools_by_size else None
         pool_type = self.global_pool if pool_type is None else pool_type
         if size is None or (self.attn_pool is None and pool_type not in ("avg", "avgmax")):
             return super().pool(x, pool_type)  # type: ignore[misc]
@@ -174,8 +174,8 @@ def insert(model: Model, method: Method, schedule: Schedule, trace: bool = False
     for index, block in enumerate(vit.blocks):
         block.fusion, block.index = fusion, index
         block.__class__ = REDUCED_BLOCKS[type(block)]
-        block.attn.q_norm.register_forward_hook(Tap())
-        block.attn.k_norm.register_forward_hook(Tap())
+        for module in tapped_modules(block.attn, method.needs_values):
+            module.register_forward_hook(Tap())
     return model
 
 
@@ -187,9 +187,9 @@ def remove(model: Model) -> Model:
     for block in vit.blocks:
         block.__class__ = ORIGINAL[type(block)]
         del block.fusion, block.index
-        for norm in (block.attn.q_norm, block.attn.k_norm):
-            for key in [key for key, hook in norm._forward_hooks.items() if isinstance(hook, Tap)]:
-                del norm._forward_hooks[key]
+        for module in tapped_modules(block.attn, needs_values=True):
+            for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, Tap)]:
+                del module._forward_hooks[key]
     del vit.fusion
     vit.__class__ = ORIGINAL[type(vit)]
     return model
@@ -217,15 +217,26 @@ def rehearse(model: nn.Module, images: Tensor) -> None:
         fusion.checks = False
 
 
-def tokens_per_block(model: Any) -> list[int]:
-    """Tokens after each block in the last forward pass, prefix included. Raises UserError if there was none."""
+def tokens_per_block(model: Any) -> list[int | float]:
+    """Tokens after each block in the last forward pass, prefix included; their mean over the images, where they differ.
+
+    Raises UserError if there was no forward pass.
+    """
+    return [sum(counts) / len(counts) if len(set(counts)) > 1 else counts[0] for counts in tokens_per_image(model)]
+
+
+def tokens_per_image(model: Any) -> list[list[int]]:
+    """Tokens after each block in the last forward pass, prefix included: for each block one number, or one an image.
+
+    Raises UserError if there was no forward pass.
+    """
     fusion = getattr(model, "fusion", None)
     if fusion is None:
         require_supported(model)
-        return [model.patch_embed.num_patches + model.num_prefix_tokens] * len(model.blocks)
+        return [[model.patch_embed.num_patches + model.num_prefix_tokens]] * len(model.blocks)
     if len(fusion.state.tokens) != fusion.depth:
         raise UserError("tokens_per_block: no forward pass has been run since the method was applied")
-    return list(fusion.state.tokens)
+    return [one.tolist() if isinstance(one, Tensor) else [one] for one in fusion.state.tokens]
 
 
 def token_map(model: nn.Module) -> Tensor:

@@ -7,10 +7,7 @@ EViT (Liang et al., ICLR 2022).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-
-import pandas as pd
 
 _AUGREG = "augreg_in21k_ft_in1k"
 
@@ -22,7 +19,7 @@ class Published:
     Attributes:
         models: labels in a run that mean just these weights.
         method, schedule: as the command line writes them.
-        values: columns of `metrics.load_table`, as far as they were printed or follow from what was.
+        values: by metric, as far as they were printed or follow from what was.
         where: data and hardware.
     """
 
@@ -86,14 +83,6 @@ PUBLISHED: tuple[Published, ...] = (
 )
 
 
-def published_points(models: Iterable[str], columns: Iterable[str]) -> pd.DataFrame:
-    """Printed rows of these models that have all of these columns: model, method, schedule, where and the columns."""
-    wanted, needed = set(models), list(dict.fromkeys(columns))
-    rows = [
-        {"model": model, "method": row.method, "schedule": row.schedule, "where": row.where}
-        | {column: row.values[column] for column in needed}
-        for row in PUBLISHED
-        for model in row.models
-        if model in wanted and row.values.keys() >= set(needed)
-    ]
-    return pd.DataFrame(rows, columns=["model", "method", "schedule", "where", *needed])
+def published_points(model: str, *metrics: str) -> list[Published]:
+    """The printed rows of a model that have all of these metrics."""
+    return [row for row in PUBLISHED if model in row.models and row.values.keys() >= set(metrics)]

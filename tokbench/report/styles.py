@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tokbench.errors import UserError, nearest
-
-Color = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,11 @@ def method_style(method: str) -> Style:
     return Style(method, _SPARE_COLORS[color], _SPARE_MARKERS[marker])
 
 
+def method_order(methods: Iterable[str]) -> list[str]:
+    """Ours as they are listed here, then others by name."""
+    return [*STYLES, *sorted(set(methods))]
+
+
 @dataclass(frozen=True)
 class Theme:
     """Colors of everything that is no method, and towards what a method's color is shaded for lines and text."""
@@ -58,9 +62,9 @@ class Theme:
 
     @property
     def is_dark(self) -> bool:
-        return sum(rgb(self.background)) < 1.5
+        return sum(_parts(self.background)) < 1.5 * 255
 
-    def shade(self, color: str, share: float) -> Color:
+    def shade(self, color: str, share: float) -> str:
         """A color moved towards the ink, so that thin lines and small text stand out from the background."""
         return blend(color, "#FFFFFF" if self.is_dark else "#000000", share)
 
@@ -82,13 +86,11 @@ def find_theme(name: str) -> Theme:
     return THEMES[name]
 
 
-def rgb(color: str) -> Color:
-    """`#RRGGBB` as three numbers from 0 to 1."""
-    red, green, blue = (int(color[start : start + 2], 16) / 255 for start in (1, 3, 5))
-    return red, green, blue
+def blend(color: str, other: str, share: float) -> str:
+    """`color` with `share` of `other` mixed in; `#RRGGBB` all."""
+    mixed = (a + share * (b - a) for a, b in zip(_parts(color), _parts(other), strict=True))
+    return "#" + "".join(f"{round(part):02X}" for part in mixed)
 
 
-def blend(color: str, other: str, share: float) -> Color:
-    """`color` with `share` of `other` mixed in, as three numbers from 0 to 1."""
-    red, green, blue = (a + share * (b - a) for a, b in zip(rgb(color), rgb(other), strict=True))
-    return red, green, blue
+def _parts(color: str) -> tuple[int, ...]:
+    return tuple(bytes.fromhex(color[1:]))

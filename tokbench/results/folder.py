@@ -142,7 +142,7 @@ class RunFolder:
         Raises RunStopped if it cannot be written; the records before it are then as they were.
         """
         record = KINDS[fields["kind"]].model_validate({"schema": SCHEMA, **fields})
-        text = json.dumps(record.plain(), allow_nan=False, default=_plain)
+        text = json.dumps(record.plain(), allow_nan=False)
         # Not "ab+": a folder that somebody removed or emptied must not come back with half of the records.
         with stopping_at_write_errors(self.path), open(self.path / RECORDS, "rb+") as file:
             end = _cut_torn_line(file)
@@ -299,7 +299,7 @@ def _slug(cell_id: str) -> str:
 
 
 def _as_json(manifest: dict[str, Any]) -> bytes:
-    return json.dumps(manifest, indent=2, default=_plain).encode() + b"\n"
+    return json.dumps(manifest, indent=2).encode() + b"\n"
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -373,12 +373,3 @@ def _no_run_message(path: Path) -> str:
     if inside:
         return f"{path} is no run folder (it has no {MANIFEST}), but holds runs; the newest is {inside[-1]}."
     return f"{path} is no run folder: it has no {MANIFEST}."
-
-
-def _plain(value: Any) -> Any:
-    """Numpy scalars and arrays, and paths, as JSON can hold them."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"{type(value).__name__} cannot be written to a record: {value!r}")

@@ -6,11 +6,12 @@ A field that an older tokbench did not write is None, and a field that is not na
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from tokbench.errors import UserError
 
@@ -20,6 +21,7 @@ Number = Annotated[float, Field(gt=-1e300, lt=1e300)]
 Positive = Annotated[float, Field(gt=0, lt=1e300)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+_ENDS = TypeAdapter(dict[str, Number], config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 class _Stored(BaseModel):
@@ -52,6 +54,14 @@ class Record(_Stored):
     device: str | None = None
     fused_attention: str | None = None
 
+    @model_validator(mode="after")
+    def _ends_are_numbers(self) -> Record:
+        """Ends of 95 % intervals stand beside their figure, as `drop_low` and `latency_high_ms`."""
+        for name, value in (self.model_extra or {}).items():
+            if re.search("_(low|high)(_ms)?$", name) and value is not None:
+                _ENDS.validate_python({name: value})
+        return self
+
 
 class FlopsRecord(Record):
     """Multiply-adds per image. `flops_attention` to `flops_rest` add up to `flops`."""
@@ -66,7 +76,7 @@ class FlopsRecord(Record):
 
 
 class AccuracyRecord(Record):
-    """Shares of images; `drop` in points; ends of 95 % intervals under `_low` and `_high`."""
+    """Shares of images; `drop` in points."""
 
     images: Count
     correct: Count | None = None
@@ -74,24 +84,12 @@ class AccuracyRecord(Record):
     skipped: Count | None = None
     nonfinite: Count | None = None
     top1: Share | None = None
-    top1_low: Share | None = None
-    top1_high: Share | None = None
     top5: Share | None = None
-    top5_low: Share | None = None
-    top5_high: Share | None = None
     drop: Number | None = None
-    drop_low: Number | None = None
-    drop_high: Number | None = None
     mcnemar_p: Share | None = None
     agreement: Share | None = None
-    agreement_low: Share | None = None
-    agreement_high: Share | None = None
     kl: Number | None = None
-    kl_low: Number | None = None
-    kl_high: Number | None = None
     similarity: Number | None = None
-    similarity_low: Number | None = None
-    similarity_high: Number | None = None
     batch_size: Count | None = None
 
 
@@ -107,21 +105,11 @@ class SpeedRecord(Record):
     iterations: Count | None = None
     compiled: bool | None = None
     throughput: Positive | None = None
-    throughput_low: Positive | None = None
-    throughput_high: Positive | None = None
     speedup: Positive | None = None
-    speedup_low: Number | None = None
-    speedup_high: Number | None = None
     latency_ms: Positive | None = None
-    latency_low_ms: Number | None = None
-    latency_high_ms: Number | None = None
     latency_p95_ms: Positive | None = None
     latency_speedup: Positive | None = None
-    latency_speedup_low: Number | None = None
-    latency_speedup_high: Number | None = None
     efficiency: Positive | None = None
-    efficiency_low: Number | None = None
-    efficiency_high: Number | None = None
     free_speedup: Positive | None = None
     peak_memory_bytes: Number | None = None
     reserved_memory_bytes: Number | None = None

@@ -204,7 +204,7 @@ def filter_cells(cells: Sequence[Cell], conditions: Iterable[str]) -> list[Cell]
         name, sign, value = _split_condition(condition)
         column = METRICS[name].columns[0] if name in METRICS else name
         if column not in COLUMNS:
-            hint = nearest(name, {*METRICS, *COLUMNS}) or " Try model, method, schedule, run or a metric."
+            hint = nearest(name, dict.fromkeys([*METRICS, *COLUMNS])) or " Try model, method, schedule, run or a metric."
             raise UserError(f"filter {condition!r}: no column {name!r}.{hint}")
         metric = metric_of_column(column)
         if metric and cells and not any(cell[metric] for cell in cells):

@@ -13,8 +13,6 @@ from tokbench.measure.speed import SpeedResult
 from tokbench.measure.stats import mcnemar_p, mean_interval, median_interval, median_ratio_interval, paired_drop, wilson
 from tokbench.results.predictions import Predictions
 
-_LATENCY = ("latency_ms", "latency_low_ms", "latency_high_ms")
-
 
 def accuracy_fields(predictions: Predictions, baseline: Predictions) -> dict[str, Any]:
     """The accuracy part of a record: counts, fractions and their intervals, against the unreduced model's.
@@ -26,26 +24,25 @@ def accuracy_fields(predictions: Predictions, baseline: Predictions) -> dict[str
         right, right_before = predictions.correct, baseline.correct
         correct5 = int(predictions.top5.sum())
         fields |= {"correct": int(right.sum()), "correct5": correct5}
-        fields |= dict(zip(("top1_low", "top1_high"), wilson(int(right.sum()), len(right)), strict=True))
-        fields |= dict(zip(("top5_low", "top5_high"), wilson(correct5, len(right)), strict=True))
-        fields |= dict(zip(("drop", "drop_low", "drop_high"), paired_drop(right_before, right), strict=True))
-        fields |= {"top1": predictions.top1(), "top5": predictions.top5_accuracy()}
+        fields |= _with_ends("top1", predictions.top1(), *wilson(int(right.sum()), len(right)))
+        fields |= _with_ends("top5", predictions.top5_accuracy(), *wilson(correct5, len(right)))
+        fields |= _with_ends("drop", *paired_drop(right_before, right))
         fields["mcnemar_p"] = mcnemar_p(right_before, right)
     if predictions.classifies:
         agree = (predictions.predicted == baseline.predicted) & (baseline.predicted >= 0)
-        fields["agreement"] = float(np.mean(agree))
-        fields |= dict(zip(("agreement_low", "agreement_high"), wilson(int(agree.sum()), len(agree)), strict=True))
+        fields |= _with_ends("agreement", float(np.mean(agree)), *wilson(int(agree.sum()), len(agree)))
     distances = (("kl", predictions.divergence, 0, inf), ("similarity", predictions.similarity, -1, 1))
     for name, values, least, most in distances:
         if np.isfinite(values).any():
             mean, low, high = mean_interval(values)
             # Where the mean can be. Rounded, it may itself be a little beyond.
-            fields |= {
-                name: mean,
-                f"{name}_low": max(low, min(mean, least)),
-                f"{name}_high": min(high, max(mean, most)),
-            }
+            fields |= _with_ends(name, mean, max(low, min(mean, least)), min(high, max(mean, most)))
     return fields
+
+
+def _with_ends(name: str, value: float, low: float, high: float, unit: str = "") -> dict[str, float]:
+    """A figure and the ends of its interval under the names that records have."""
+    return {f"{name}{unit}": value, f"{name}_low{unit}": low, f"{name}_high{unit}": high}
 
 
 def at_chance_level(baseline: Predictions, num_classes: int) -> bool:
@@ -95,29 +92,21 @@ def speed_fields(
         "seconds": result.rounds,
         "iterations": result.iterations,
         "compiled": compiled,
-        "throughput": result.throughput,
-        "throughput_low": result.batch_size / slow,
-        "throughput_high": result.batch_size / quick,
-        "speedup": result.speedup,
-        "speedup_low": result.speedup_low,
-        "speedup_high": result.speedup_high,
+        **_with_ends("throughput", result.throughput, result.batch_size / slow, result.batch_size / quick),
+        **_with_ends("speedup", result.speedup, result.speedup_low, result.speedup_high),
         "latency_seconds": result.latency,
-        **{name: 1000 * value for name, value in zip(_LATENCY, median_interval(result.latency), strict=True)},
+        **_with_ends("latency", *(1000 * value for value in median_interval(result.latency)), unit="_ms"),
         "latency_p95_ms": 1000 * float(np.quantile(result.latency, 0.95)),
     }
     # Pass by pass; none of them are missing, as a model that raises once is out.
-    paired = median_ratio_interval(reference.latency, result.latency)
-    fields |= dict(zip(("latency_speedup", "latency_speedup_low", "latency_speedup_high"), paired, strict=True))
+    fields |= _with_ends("latency_speedup", *median_ratio_interval(reference.latency, result.latency))
     if memory:
         fields |= {"peak_memory_bytes": memory[0], "reserved_memory_bytes": memory[1]}
     if limit is not None:
-        efficiency, low, high = median_ratio_interval(limit.rounds, result.rounds)
         fields |= {
             "free_seconds": limit.rounds,
             "free_speedup": median_ratio_interval(reference.rounds, limit.rounds)[0],
-            "efficiency": efficiency,
-            "efficiency_low": low,
-            "efficiency_high": high,
+            **_with_ends("efficiency", *median_ratio_interval(limit.rounds, result.rounds)),
         }
     return fields
 

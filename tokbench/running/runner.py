@@ -30,7 +30,7 @@ from tokbench.models import load_model, weights_sha256
 from tokbench.plugins import LOADED
 from tokbench.progress import Progress
 from tokbench.resolve import check_schedule
-from tokbench.results.cell import Cell, RecordIndex
+from tokbench.results.cell import Cell, RecordIndex, key_of
 from tokbench.results.conditions import agreed
 from tokbench.results.folder import RunFolder, fresh_path, is_run, new_run_path, removed, require_free
 from tokbench.results.records import SCHEMA, Manifest, Session
@@ -89,10 +89,14 @@ def run(
         index = RecordIndex(records)
         count = sum(len(subject.cells) for subject in subjects)
         progress.started(folder, count, count * len(options.only))
-        if records:
-            progress.continued(records)
         for subject in subjects:
             subject.cells = [cell.named_as(index) for cell in subject.cells]
+        if records:
+            asked = {cell.key for subject in subjects for cell in subject.cells}
+            progress.continued(
+                [record for record in records if key_of(record) in asked and record.kind in options.only]
+            )
+        for subject in subjects:
             _measure(Bench(subject, folder, options, device, progress, index, manifest.conditions.batch_size))
         try:
             cells = load_cells([folder.path])
