@@ -455,7 +455,7 @@ def test_names_are_text_wherever_they_are_told(make_run, tmp_path, capsys, name)
     page = (tmp_path / "summary.md").read_text()
     assert not re.search(r"(?<!\\)[<`]|\W_x_", page)
     cases = [case.get("name", "") for case in ElementTree.parse(tmp_path / "junit.xml").getroot().iter("testcase")]
-    assert len(cases) == 6 and all(case.isprintable() for case in cases)
+    assert len(cases) == 7 and all(case.isprintable() for case in cases)
     assert all(line.isprintable() for line in (told + page).splitlines())
 
 
@@ -539,6 +539,14 @@ def test_a_baseline_that_was_continued_is_measured_again_as_a_whole(tmp_path):
         run(Grid(methods=(method,), options=options), tmp_path / "run")
     found = check(tmp_path / "run", out=tmp_path / "again")
     assert found.passed and found.scope == "3 cells on 6 images of bundled"
+
+
+def test_a_cell_measured_in_two_sessions_and_spellings_is_checked_as_one(tmp_path):
+    for schedule, only in (("13", ("flops",)), ("constant:13", ("flops", "accuracy"))):
+        options = RunOptions(device="cpu", limit=6, only=only)
+        run(Grid(methods=(MethodSpec("tome", (schedule,)),), options=options), tmp_path / "run")
+    found = check(tmp_path / "run", tmp_path / "run", limits=Limits(0, 0))
+    assert found.passed and found.scope == "2 cells on 6 images of bundled" and len(found.verdicts) == 5 * 2
 
 
 def test_the_check_never_takes_up_an_earlier_run(good_run):
