@@ -17,10 +17,12 @@ import pytest
 import torch
 
 from tokbench.check.compare import Limits, check
+from tokbench.check.differences import compare
 from tokbench.check.verdicts import Check, require_writable, summary, tell_github, write_junit
 from tokbench.config import Grid, MethodSpec, RunOptions
 from tokbench.errors import UserError
 from tokbench.fusion.core import bipartite_match
+from tokbench.measure.stats import paired_drop, wilson
 from tokbench.results.folder import RunFolder
 from tokbench.results.predictions import Predictions
 from tokbench.running.records import accuracy_fields
@@ -471,6 +473,62 @@ except SystemExit as end:
     sys.exit(end.code or ("torch" in sys.modules) * 9)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- how two runs differ
+
+
+def test_cells_of_two_checkpoints_are_paired_on_the_same_images(make_run):
+    other = CELLS | {("tome", "8"): answers(30)}
+    del other["tome", "constant:8"]
+    old = make_run("old", change=lambda record: record | ({"throughput": 100.0, "throughput_low": 90.0,
+                   "throughput_high": 110.0} if record["kind"] == "speed" else {}))  # fmt: skip
+    new = make_run("new", other, change=lambda record: record | {"model": "w2", "weights_sha256": "ef" * 32}
+                   | ({"throughput": 200.0, "throughput_low": 190.0, "throughput_high": 210.0}
+                      if record["kind"] == "speed" else {}))  # fmt: skip
+    found = {one.cell: one for one in compare([old, new])}
+    tome = found["new: m/tome/8"]
+    assert (tome.against, tome.images) == ("old: m/tome/constant:8", "same")
+    drop, low, high = paired_drop(CELLS["tome", "constant:8"] == 0, answers(30) == 0)
+    gained = tome.figures["top1_difference"]
+    assert (gained.value, gained.low, gained.high) == pytest.approx((-drop, -high, -low)) and -drop == -3
+    assert tome.figures["agreement"].value == 97 and tome.figures["gflops_ratio"].value == 1
+    ratio = tome.figures["throughput_ratio"]
+    assert ratio.value == pytest.approx(2) and ratio.low is not None and 1.6 < ratio.low < 190 / 110 + 0.1
+    assert found["new: m/none"].figures["top1_difference"].value == 0
+
+
+def test_cells_on_other_images_are_compared_without_pairs(make_run):
+    old = make_run("old")
+    new = make_run("new", CELLS | {("none", ""): answers(40)}, change=lambda one: one | {"data_fingerprint": "01" * 32})
+    none = compare([old, new])[0]
+    assert none.images == "other" and "agreement" not in none.figures
+    # Newcombe's interval of 160/200 − 180/200, from Wilson's of both.
+    (p, p_low, p_high), (q, q_low, q_high) = ((100 * n / 200, *(100 * e for e in wilson(n, 200))) for n in (160, 180))
+    wanted = (p - q, p - q - np.hypot(p - p_low, q_high - q), p - q + np.hypot(p_high - p, q - q_low))
+    figure = none.figures["top1_difference"]
+    assert (figure.value, figure.low, figure.high) == pytest.approx(wanted)
+
+
+def test_all_cells_may_be_compared_with_one(make_run, tokbench_command):
+    old, new = make_run("old"), make_run("new", CELLS | {("none", ""): answers(30)})
+    found = compare([old, new], "old:tome/8")
+    assert {one.against for one in found} == {"old: m/tome/constant:8"} and len(found) == 5
+    assert {one.cell: one.figures["top1_difference"].value for one in found}["new: m/none"] == -3
+    code, out, _ = tokbench_command("compare", old, new, "--baseline", f"{new}:none", "--format", "json")
+    assert code == 0 and [one["cell"] for one in json.loads(out)][0] == "old: m/none"
+    assert tokbench_command("compare", old, new, "--format", "csv")[1].splitlines()[1].startswith("new: m/none,old: m/")
+    for form in ("md", "rich"):
+        code, out, _ = tokbench_command("compare", old, new, "--format", form)
+        assert code == 0 and "−5.00" in out and "same" in out
+    for words, part in [
+        ((old,), "one run"),
+        ((old, new, "--baseline", "old:tome/9"), "'tome/constant:8'"),
+        ((old, new, "--baseline", "odl:none"), "write RUN:CELL, such as old:none"),
+        ((old, new, "--format", "xml"), "rich, md, csv, json"),
+    ]:
+        code, _, err = tokbench_command("compare", *words)
+        assert code == 2 and err.count("\n") == 1 and part in err, err
 
 
 # --- the bundled model
