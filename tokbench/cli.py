@@ -419,6 +419,31 @@ def check(
 
 
 @app.command()
+def compare(
+    runs: Runs,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="RUN:CELL", help="Compare all cells with this one, such as a:none (default: see above)."),
+    ] = None,
+    format: Annotated[str, typer.Option(metavar="FORMAT", help="rich, md, csv or json.")] = "rich",
+) -> None:
+    """Tell how each cell differs from the same cell of the first RUN, also between checkpoints, dtypes and machines.
+
+    Of models with the same label, or of the only one in each run. With intervals, paired where the images are the same.
+    """
+    from rich.console import Console
+
+    from tokbench.check.differences import as_table, render
+    from tokbench.check.differences import compare as compare_runs
+
+    found = compare_runs(runs, baseline)
+    if format == "rich":
+        Console().print(as_table(found))
+    else:
+        print(render(found, format), end="")
+
+
+@app.command()
 def pick(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)],
     max_drop: Annotated[float | None, typer.Option(metavar="POINTS", help="Most points of top-1 to lose.")] = None,
