@@ -11,10 +11,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokbench.fusion.patch import fork
 from tokbench.measure._model import placement, resolve_input_size
@@ -57,39 +58,60 @@ FREE_OPERATORS = frozenset(
 
 @dataclass(frozen=True)
 class FlopCount:
-    """Multiply-adds of one forward pass on one image.
+    """Multiply-adds of one forward pass on one image; where several were counted, their means.
 
-    `total` is the whole model's. `by_module` maps every submodule's dotted name ("" is the model) to its
-    share, children included; `by_operator` maps operator names to theirs. `unsupported` maps operators that
-    may cost multiply-adds but could not be counted to their number of calls: unless it is empty, `total` is
-    too low.
+    `total` is the whole model's, and `spread` its standard deviation over the images. `by_module` maps every
+    submodule's dotted name ("" is the model) to its share, children included; `by_operator` maps operator names to
+    theirs. `unsupported` maps operators that may cost multiply-adds but could not be counted to their number of calls:
+    unless it is empty, `total` is too low.
     """
 
     total: int
     by_module: dict[str, int]
     by_operator: dict[str, int]
     unsupported: dict[str, int]
+    spread: float = 0.0
 
 
-def count_flops(model: nn.Module, input_size: int | Sequence[int] | None = None) -> FlopCount:
+def count_flops(
+    model: nn.Module, input_size: int | Sequence[int] | None = None, *, images: Tensor | None = None
+) -> FlopCount:
     """Count the multiply-adds of `model` on one image, in eval mode, on the model's own device and dtype.
+
+    images: (B, C, H, W), each counted alone, for models whose work depends on the image; None: a random one.
 
     `input_size` is the side of a square image, or (C, H, W), or None for the size the model was built for; a
     ValueError says so when that cannot be told. The model itself is neither run nor changed: a copy that
     shares its parameters and buffers is traced. A compiled model counts as the eager one it was made from.
     """
-    size = resolve_input_size(_eager(model), input_size)
     # Sizes are traced integers, which a module may store, and fvcore's hooks stay when a forward pass raises: none of
     # it may reach the caller's model.
     twin = fork(_eager(model)).eval()
     device, dtype = placement(twin)
-    # Random rather than zeros, so that no method meets the division by zero that equal tokens could bring.
-    image = torch.rand(1, *size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    if images is None:
+        # Random rather than zeros, so that no method meets the division by zero that equal tokens could bring.
+        size = resolve_input_size(_eager(model), input_size)
+        images = torch.rand(1, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), warnings.catch_warnings():
         # torch announces the deprecation of the tracer that fvcore is built on, at import and at every trace.
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        return _analyze(twin, image)
+        return _mean([_analyze(twin, image) for image in images.to(device, dtype).split(1)])
+
+
+def _mean(counts: list[FlopCount]) -> FlopCount:
+    def each(parts: list[dict[str, int]]) -> dict[str, int]:
+        names = dict.fromkeys(name for part in parts for name in part)
+        return {name: round(fmean(part.get(name, 0) for part in parts)) for name in names}
+
+    totals = [count.total for count in counts]
+    return FlopCount(
+        total=round(fmean(totals)),
+        by_module=each([count.by_module for count in counts]),
+        by_operator=each([count.by_operator for count in counts]),
+        unsupported=each([count.unsupported for count in counts]),
+        spread=stdev(totals) if len(totals) > 1 else 0.0,
+    )
 
 
 def _analyze(model: nn.Module, image: torch.Tensor) -> FlopCount:
