@@ -18,6 +18,8 @@ from tokbench.fusion.tofu import AUTO, ToFu
 from tokbench.schedules import Schedule
 
 CALIBRATION_IMAGES = 32
+# Of these, how many FLOPs are counted on where they depend on the image: each takes about a second.
+COUNTED_IMAGES = 8
 
 
 def wants_images(method: Method) -> bool:

@@ -13,12 +13,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import tokbench.fusion  # noqa: F401  (registers the methods)
-from tokbench.calibrate import calibrate, countable
+from tokbench.calibrate import COUNTED_IMAGES, calibrate, countable
 from tokbench.errors import UserError
 from tokbench.fusion.blocks import Fusion
 from tokbench.fusion.core import METHODS, Method, make_method
 from tokbench.fusion.patch import fork, insert, remove, require_supported
 from tokbench.measure.flops import count_flops
+from tokbench.rates import look_up
 from tokbench.schedules import Schedule, parse_schedule
 
 __all__ = ["FlopsWarning", "apply", "check_schedule", "list_methods", "resolve_schedule"]
@@ -68,6 +69,8 @@ def apply(
         return remove(model)
     made = make_method(method, **params)
     made.require_depth(len(model.blocks))
+    if parsed.kind == "diffrate":
+        made, parsed = look_up(model, made, parsed)
     resolved = resolve_schedule(model, countable(made), parsed, unreduced_flops, images)
     return insert(model, calibrate(model, made, resolved, images), resolved, trace=trace)
 
@@ -98,8 +101,8 @@ def resolve_schedule(
     check_schedule(schedule, depth)
     if schedule.kind != "flops":
         return schedule
-    counted_on = images if method.counts_by_image else None
-    if method.counts_by_image and images is None:
+    counted_on = images[:COUNTED_IMAGES] if method.counts_by_image and images is not None else None
+    if method.counts_by_image and counted_on is None:
         raise UserError(f"method '{method.name}': its FLOPs depend on the image; '{schedule}' needs some: images=…")
     probe = remove(fork(model))
     unreduced, wanted = unreduced_flops or count_flops(probe).total, schedule.values[0]

@@ -13,7 +13,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from tokbench.calibrate import CALIBRATION_IMAGES, wants_images
+from tokbench.calibrate import CALIBRATION_IMAGES, COUNTED_IMAGES, wants_images
 from tokbench.config import Cell, ModelSpec, RunOptions
 from tokbench.data import ImageSource, ImageStream, load_batches
 from tokbench.errors import BaselineFailed, RunStopped, one_line
@@ -145,7 +145,7 @@ class Bench:
                 runnable = self._make(cell, base, identity)
                 self._require_unchanged(runnable)
                 if self.lacks(cell, "flops"):
-                    images = self.images(CALIBRATION_IMAGES) if counts_by_image(runnable.model) else None
+                    images = self.images(COUNTED_IMAGES) if counts_by_image(runnable.model) else None
                     count = count_flops(runnable.model, self.subject.input_size, images=images)
                     uncounted |= count.unsupported.keys()
                     limit = count_flops(runnable.limit, self.subject.input_size) if runnable.limit else count
@@ -194,7 +194,7 @@ class Bench:
             if images is not None:
                 identity["calibrated"] = {"images": len(images), **fusion.method.parameters()}
         image = torch.rand(1, *self.subject.input_size, generator=torch.Generator().manual_seed(0))
-        image = self.images(CALIBRATION_IMAGES) if counts_by_image(model) else image.to(self.device, self.dtype)
+        image = self.images(COUNTED_IMAGES) if counts_by_image(model) else image.to(self.device, self.dtype)
         with torch.inference_mode():
             rehearse(model, image)
         kernels = attention_kernels(model, image)
