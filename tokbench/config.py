@@ -376,17 +376,20 @@ def require_folder(folder: Path) -> None:
 
 
 def describe_methods() -> str:
-    """All methods, one a line: name, parameters with their defaults, paper."""
+    """All methods, one a line: name, parameters with their defaults, what they look at beside the tokens, paper."""
     from tokbench.catalogue import catalogue
 
-    rows = [("none", "", "the unreduced model, always measured first")]
+    rows = [("none", "", "", "the unreduced model, always measured first")]
     for entry in catalogue():
         params = ",".join(
             key if value is None else f"{key}={_write_value(value)}" for key, value in entry.parameters.items()
         )
-        rows.append((entry.name, params, entry.paper))
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    return "\n".join(f"{name:{widths[0]}}  {params:{widths[1]}}  {paper}" for name, params, paper in rows)
+        needs = f"needs {', '.join(entry.needs)}" if entry.needs else ""
+        rows.append((entry.name, params, needs, entry.paper))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1, 2)]
+    return "\n".join(
+        "  ".join([*(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
+    )
 
 
 def describe_schedules() -> str:
