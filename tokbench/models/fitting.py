@@ -1,0 +1,113 @@
+"""Weights from a file, put under a model's names and checked against its shapes."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from tokbench.errors import UserError
+
+Grid = tuple[int, int]
+Vit = VisionTransformer | Eva
+
+
+def with_timms_names(state: dict[str, Tensor], model: Vit) -> dict[str, Tensor]:
+    """Weights as the model's authors publish them (OpenAI's CLIP, Meta's DINOv2, …) under the names timm has for them.
+
+    The same weights where timm knows no such conversion, or where it does not lead to this model's names. timm would
+    also resample patches of another size: that is a model nobody trained. Positions stay as they are in the file.
+    """
+    own = model.state_dict().keys()
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if state.keys() == own or convert is None:
+        return state
+    positions, model.pos_embed = model.pos_embed, None  # type: ignore[assignment]  # what timm resamples them to
+    try:
+        converted: dict[str, Tensor] = convert(dict(state), model)
+    except (LookupError, RuntimeError, ValueError, TypeError, AttributeError):
+        return state  # none of the formats it knows: what does not fit is then named as it stands in the file
+    finally:
+        model.pos_embed = positions
+    if converted.keys() != own:
+        return state
+    patches = converted.get("patch_embed.proj.weight")
+    if patches is not None and not any(_same_memory(patches, tensor) for tensor in state.values()):
+        stored = next((t for t in state.values() if t.ndim == 4 and t.shape[:2] == patches.shape[:2]), patches[..., :0])
+        converted["patch_embed.proj.weight"] = stored  # so that what is told to differ is the patch
+    return converted
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def resample_positions(
+    state: dict[str, Tensor], model: Vit, native: Grid, *, interpolation: str = "bicubic", antialias: bool = True
+) -> None:
+    """Bring the positions in `state` to the model's grid, in place, if all its names are the model's.
+
+    `native`: the patches (rows, columns) of the model at its own size. They are the file's too if it has as many
+    positions; another number is taken for a square's if `native` is a square. Raises UserError if the grid of the
+    file cannot be told.
+    """
+    old = state.get("pos_embed")
+    is_fit = old is not None and old.ndim == 3 and len(old) == 1 and old.numel()
+    if old is None or not is_fit or state.keys() != model.state_dict().keys():
+        return
+    prefix = _embedded_prefix_tokens(model)
+    count = old.shape[1] - prefix
+    side = math.isqrt(max(0, count))
+    if count == math.prod(native):
+        source = native
+    elif count > 0 and side**2 == count and native[0] == native[1]:
+        source = side, side
+    else:
+        raise UserError(
+            f"the checkpoint has positions for {count} patches, which are no square and not the {native[0]}×{native[1]}"
+            " of this model: the grid they lie on cannot be told, so they cannot be brought to another input size."
+        )
+    target: Grid = tuple(model.patch_embed.grid_size)
+    if source != target:
+        state["pos_embed"] = resample_abs_pos_embed(
+            old, list(target), list(source), prefix, interpolation=interpolation, antialias=antialias
+        )
+
+
+def _embedded_prefix_tokens(model: Vit) -> int:
+    return 0 if model.no_embed_class else model.num_prefix_tokens
+
+
+def require_match(state: Mapping[str, Tensor], model: Vit, complaint: str, shown: int = 3) -> None:
+    """Raise UserError, beginning with `complaint`, unless names, shapes and kinds of number are the model's."""
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    file = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wrong = [
+        f"{name} is {file[name]} in the file, {own[name]} in the model"
+        for name in own
+        if name in file and file[name] != own[name]
+    ]
+    wrong += [
+        f"{name} holds {str(state[name].dtype).removeprefix('torch.')} numbers"
+        for name, tensor in model.state_dict().items()
+        if name in file and tensor.is_floating_point() and not state[name].is_floating_point()
+    ]
+    wrong += [f"{name} {own[name]} is not in the file" for name in own if name not in file]
+    wrong += [f"{name} {file[name]} is not in the model" for name in file if name not in own]
+    if wrong:
+        more = f"; and {len(wrong) - shown} more" if len(wrong) > shown else ""
+        hint = _size_hint(state["pos_embed"], model) if len(wrong) == 1 and "pos_embed is" in wrong[0] else ""
+        raise UserError(f"{complaint}: {'; '.join(wrong[:shown])}{more}.{hint}")
+
+
+def _size_hint(positions: Tensor, model: Vit) -> str:
+    count = positions.shape[1] - _embedded_prefix_tokens(model) if positions.ndim == 3 else 0
+    side = math.isqrt(max(0, count))
+    if not side or side**2 != count:
+        return ""
+    return f" Its positions look like those of input_size {side * model.patch_embed.feat_ratio()}."
