@@ -51,7 +51,7 @@ class Conversion:
     state: dict[str, Tensor] | None
     path: Path | None
     input_size: int | None = None
-    antialias: bool = False
+    antialias: bool = True
 
 
 class Repository:
