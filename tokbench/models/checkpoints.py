@@ -48,14 +48,14 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """
     _require_file(path)
     try:
-        content = _read(path)
+        state = _read(path)
     except UserError:
         raise
     except Exception as error:  # what a damaged or hostile file makes readers raise has no bounds
         # torch hides what stands in the way behind advice to let the file run programs.
         reason = error.__context__ if isinstance(error, UnpicklingError) and error.__context__ else error
         raise UserError(f"checkpoint {str(path)!r} cannot be read: {shortened(reason)}") from error
-    return _strip_prefix(_find_weights(content, path))
+    return _strip_prefix(state)
 
 
 def _require_file(path: Path) -> None:
@@ -71,10 +71,10 @@ def _require_file(path: Path) -> None:
     raise UserError(f"checkpoint {str(path)!r} does not exist.{nearest(path.name, siblings)}")
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> dict[str, Tensor]:
     if path.name.endswith(_INDEX):
         return _read_shards(path)
-    return load_file(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    return _find_weights(load_file(path) if path.suffix == ".safetensors" else _read_pickle(path), path)
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         if shard.parent != index.parent or shard.name.endswith(_INDEX):
             raise ValueError(f"it names {file!r}, which is no file of weights beside it")
         _require_file(shard)
-        state |= _find_weights(_read(shard), shard)
+        state |= _read(shard)
     missing = names.keys() - state.keys()
     if missing:
         raise ValueError(f"its files hold no {min(missing)}")
