@@ -7,7 +7,6 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,12 +14,12 @@ import pytest
 import timm.data
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import tokbench
 from tokbench.errors import UserError
-from tokbench.models import converted, load_model
-from tokbench.models.converted import CONVERTED, hugging_face
+from tokbench.models import converted, hub, load_model
+from tokbench.models.converted import CONVERTED, common, hugging_face
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40, image_size=32)
@@ -159,7 +158,9 @@ def test_shards_and_a_checkpoint_of_ones_own_are_read(hf, tmp_path):
     agree(load_model(f"hf:{tmp_path}"), output(original, "ViTForImageClassification"))
     finer = randomize(original)
     finer.classifier = randomize(torch.nn.Linear(32, 5))
-    torch.save({"state_dict": {f"model.{key}": value for key, value in finer.state_dict().items()}}, tmp_path / "f.ckpt")
+    torch.save(
+        {"state_dict": {f"model.{key}": value for key, value in finer.state_dict().items()}}, tmp_path / "f.ckpt"
+    )
     model: Any = load_model(f"hf:{tmp_path}", tmp_path / "f.ckpt")
     assert model.num_classes == 5 and "label_names" not in model.pretrained_cfg
     agree(model, output(finer, "ViTForImageClassification"))
@@ -177,7 +178,7 @@ PROCESSORS = {
     "squashed, of old": ("ViTImageProcessor", dict(size=32, resample=3, do_normalize=False)),
     "squashed and cropped": ("DeiTImageProcessor", dict(size=dict(height=37, width=37), crop_size=32)),
     "shortest edge": ("CLIPImageProcessor", dict(size=dict(shortest_edge=38), crop_size=dict(height=32, width=32))),
-    "shortest edge, of old": ("CLIPImageProcessor", dict(size=36, crop_size=32, image_std=[0.5, 0.4, 0.3])),
+    "shortest edge, of old": ("CLIPImageProcessor", dict(size=37, crop_size=32, image_std=[0.5, 0.4, 0.3])),
     "SigLIP's": ("SiglipImageProcessor", dict(size=dict(height=32, width=32), resample=3)),
 }
 
@@ -188,9 +189,267 @@ def test_images_are_prepared_as_transformers_does(kind, hf, tmp_path):
     name, settings = PROCESSORS[kind]
     processor(tmp_path, image_processor_type=name, **settings)
     theirs = getattr(hf, name + "Pil", None) or getattr(hf, name)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
-    expected = theirs(**settings)(image, return_tensors="pt")["pixel_values"][0]
-    transform = timm.data.create_transform(
-        **timm.data.resolve_model_data_config(load_model(f"hf:{tmp_path}")), is_training=False
+    same_preparation(
+        load_model(f"hf:{tmp_path}"), lambda image: theirs(**settings)(image, return_tensors="pt")["pixel_values"][0]
     )
-    torch.testing.assert_close(transform(image), expected, rtol=0, atol=1e-5)
+
+
+REFUSED = {
+    "another class": (
+        dict(architectures=["BeitModel"]),
+        VIT,
+        "a BeitModel of transformers; these can be converted: ViT",
+    ),
+    "no class": (dict(architectures=None), VIT, "names no architecture"),
+    "another activation": (dict(hidden_act="tanh"), VIT, "the activation 'tanh'; these can be converted: gelu"),
+    "another processor": ({}, VIT | dict(image_processor_type="Siglip2ImageProcessor"), "with Siglip2ImageProcessor"),
+    "no processor": ({}, {}, "prepares images with None"),
+    "sides that differ": ({}, VIT | dict(size=dict(height=32, width=64)), "makes no square of"),
+    "no common size": ({}, CLIP | dict(do_center_crop=False), "does not crop"),
+    "another range": ({}, VIT | dict(rescale_factor=1 / 127.5), "does not scale pixels to 0…1"),
+    "another size": ({}, VIT | dict(size=64), "made for images of 32×32 pixels (config.json), and its image processor"),
+    "another width": (dict(hidden_size=64), VIT, "cls_token is (1, 1, 32) in the file, (1, 1, 64) in the model"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(hf, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    make(hf, "ViTForImageClassification", folder)
+    return folder
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_converted_is_refused_in_a_line(what, saved, tmp_path):
+    config, prepare, words = REFUSED[what]
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((tmp_path / "config.json").read_text()) | config))
+    processor(tmp_path, **prepare)
+    refuse(f"hf:{tmp_path}", words)
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json", "model.safetensors"])
+def test_a_file_that_is_not_there_or_damaged_is_named(file, saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    (tmp_path / file).write_text("[")
+    refuse(f"hf:{tmp_path}", "is no JSON" if file.endswith("json") else "cannot be read")
+    (tmp_path / file).unlink()
+    refuse(f"hf:{tmp_path}", f"has no {file}")
+
+
+def test_a_place_that_is_none_is_refused():
+    refuse("hf:./nowhere", "there is no folder './nowhere', and it is no OWNER/NAME of the hub")
+    refuse("hf:", "there is no folder ''")
+    refuse("openclip:a/b/c", "there is no folder 'a/b/c'")
+
+
+def refuse(name: str, words: str, checkpoint: Path | None = None) -> None:
+    with pytest.raises(UserError) as caught:
+        load_model(name, checkpoint)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_files_come_from_the_hub(hf, saved, monkeypatch):
+    """The hub is a folder here; its client is not asked."""
+    asked = []
+
+    def fetch(repo: str, file: str) -> Path | None:
+        asked.append((repo, file))
+        return path if (path := saved / file).is_file() else None
+
+    monkeypatch.setattr(hub, "fetch", fetch)
+    assert load_model("hf:owner/name@v2").num_classes == 3
+    assert asked == [
+        ("owner/name@v2", file) for file in ("config.json", "model.safetensors", "preprocessor_config.json")
+    ]
+
+
+def test_without_network_the_way_out_is_told_and_what_is_there_is_used(saved, monkeypatch):
+    def unreachable(*args: Any, **options: Any) -> None:
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(hub, "get_hf_file_metadata", unreachable)
+    monkeypatch.setattr(hub, "hf_hub_download", unreachable)
+    refuse("hf:owner/name@v2", "from https://huggingface.co/owner/name elsewhere and give --model hf:FOLDER")
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda repo, file, revision: str(saved / file))
+    assert load_model("hf:owner/name").num_classes == 3
+
+
+def test_random_weights_need_only_the_configuration(hf, saved, tmp_path):
+    for file in ("config.json", "preprocessor_config.json"):
+        shutil.copy(saved / file, tmp_path)
+    assert load_model(f"hf:{tmp_path}", random_weights=True).num_classes == 3
+
+
+# --- OpenCLIP
+
+
+@pytest.fixture(scope="module")
+def clip() -> Any:
+    return pytest.importorskip("open_clip")
+
+
+TOWER = dict(image_size=32, patch_size=8, layers=2, width=32, head_width=16)
+TINY_TEXT = dict(context_length=8, vocab_size=20, width=16, heads=2, layers=1)
+TOWERS = {
+    "plain": dict(TOWER),
+    "quick": dict(TOWER, quick_gelu=True),
+    "scaled, of other width": dict(TOWER, ls_init_value=0.1, mlp_ratio=2.3, patch_dropout=0.5),
+    "CLIPA's": dict(
+        TOWER,
+        no_ln_pre=True,
+        pool_type="avg",
+        final_ln_after_pool=True,
+        pos_embed_type="sin_cos_2d",
+        norm_kwargs=dict(eps=1e-3),
+        act_kwargs=dict(approximate="tanh"),
+    ),
+    "mean": dict(TOWER, pool_type="avg"),
+    "timm's, projected": dict(timm_model_name="test_vit", image_size=160, timm_pool="avg"),
+    "timm's, projected with bias": dict(
+        timm_model_name="test_vit", image_size=160, timm_pool="token", timm_proj_bias=True
+    ),
+    "timm's, as it is": dict(timm_model_name="test_vit2", image_size=160, timm_pool="avg", timm_proj="none"),
+}
+
+
+def make_clip(clip: Any, tower: dict[str, Any], folder: Path, **preprocess: Any) -> Any:
+    tower = dict(tower)
+    quick = tower.pop("quick_gelu", False)
+    original = clip.CLIP(9, clip.CLIPVisionCfg(**tower), clip.CLIPTextCfg(**TINY_TEXT), quick_gelu=quick)
+    randomize(original)
+    torch.save(original.state_dict(), folder / "open_clip_pytorch_model.bin")
+    model_cfg = dict(embed_dim=9, vision_cfg=tower, text_cfg=TINY_TEXT, quick_gelu=quick)
+    config = dict(model_cfg=model_cfg, preprocess_cfg=preprocess)
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return original
+
+
+@pytest.mark.parametrize("what", TOWERS)
+def test_a_tower_of_openclip_says_what_it_says_there(what, clip, tmp_path):
+    original = make_clip(clip, TOWERS[what], tmp_path)
+    model = load_model(f"openclip:{tmp_path}")
+    agree(model, original.encode_image)
+    fuses(model)
+
+
+def test_a_tower_alone_or_wrapped_is_known(clip, tmp_path):
+    original = make_clip(clip, TOWERS["plain"], tmp_path)
+    (tmp_path / "open_clip_pytorch_model.bin").unlink()
+    state = original.state_dict()
+    for number, part in enumerate(
+        (
+            {key: value for key, value in state.items() if key.startswith("visual.")},
+            {f"module.{key}": value for key, value in state.items()},
+            original.visual.state_dict(),
+        )
+    ):
+        torch.save({"state_dict": part}, tmp_path / f"{number}.pt")
+        agree(load_model(f"openclip:{tmp_path}", tmp_path / f"{number}.pt"), original.encode_image)
+    refuse(f"openclip:{tmp_path}", "has no open_clip_model.safetensors or open_clip_pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    "preprocess", [{}, dict(resize_mode="squash", mean=[0.5] * 3, std=[0.4] * 3, interpolation="bilinear")]
+)
+def test_images_are_prepared_as_openclip_does(preprocess, clip, tmp_path):
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    make_clip(clip, TOWERS["plain"], tmp_path, **preprocess)
+    expected = image_transform_v2(PreprocessCfg(size=32, **preprocess), is_train=False)
+    same_preparation(load_model(f"openclip:{tmp_path}"), expected)
+
+
+def same_preparation(model: Any, expected: Any) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 71, 3), dtype=np.uint8))
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    torch.testing.assert_close(transform(image), expected(image), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tower", "words"),
+    [
+        (dict(layers=[1, 1, 1, 1]), "is a ResNet"),
+        (dict(attentional_pool=True), "has attentional_pool=True"),
+        (dict(qk_norm=True), "has qk_norm=True"),
+        (dict(timm_model_name="vit_tinny"), "is built of 'vit_tinny'."),
+        (dict(timm_model_name="test_vit", timm_proj="mlp"), "a projection (mlp)"),
+        (dict(timm_model_name="resnet18", timm_pool="avg"), "ResNet is not a plain ViT"),
+    ],
+)
+def test_a_tower_that_timm_cannot_be_is_refused(tower, words, tmp_path):
+    config = dict(model_cfg=dict(embed_dim=9, vision_cfg=TOWER | tower))
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    torch.save({"visual.proj": torch.zeros(32, 9)}, tmp_path / "open_clip_pytorch_model.bin")
+    refuse(f"openclip:{tmp_path}", words)
+
+
+# --- torchvision
+
+
+@pytest.fixture(scope="module")
+def tv() -> Any:
+    return pytest.importorskip("torchvision")
+
+
+@pytest.fixture
+def tiny_tv(monkeypatch) -> None:
+    monkeypatch.setitem(converted.torchvision.ARCHITECTURES, "vit_b_16", (16, 2, 2, 32))
+
+
+def make_tv(tv: Any, path: Path, **options: Any) -> Any:
+    shape: dict[str, Any] = dict(image_size=48, patch_size=16, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=128)
+    original = randomize(tv.models.VisionTransformer(**shape | options))
+    torch.save(original.state_dict(), path)
+    return original
+
+
+@pytest.mark.parametrize("options", [{}, dict(image_size=80, num_classes=7)])
+def test_a_model_of_torchvision_says_what_it_says_there(options, tv, tiny_tv, tmp_path):
+    original = make_tv(tv, tmp_path / "mine.pth", **options)
+    model = load_model("tv:vit_b_16", tmp_path / "mine.pth")
+    agree(model, original)
+    fuses(model)
+
+
+def test_files_from_before_torchvisions_mlp_had_its_names_are_known(tv, tiny_tv, tmp_path):
+    original = make_tv(tv, tmp_path / "mine.pth")
+    state = torch.load(tmp_path / "mine.pth")
+    torch.save(
+        {key.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): v for key, v in state.items()},
+        tmp_path / "old.pth",
+    )
+    agree(load_model("tv:vit_b_16", tmp_path / "old.pth"), original)
+
+
+def test_what_torchvision_publishes_is_known_by_its_hash(tv, tiny_tv, tmp_path, monkeypatch):
+    """Its files are not here; the table is compared with theirs, and one of our own takes the place of a file."""
+    table, sides, names = {}, {}, converted.torchvision.class_names()
+    for name in CONVERTED[2][2]:
+        for weights in tv.models.get_model_weights(name):
+            how = weights.transforms()
+            key = weights.url.rpartition("-")[2].removesuffix(".pth")
+            table[key] = (name, how.resize_size[0], how.interpolation.value)
+            sides[key] = how.crop_size[0]
+            assert weights.meta["categories"] == names
+    assert table == converted.torchvision.OFFICIAL
+    assert all(np.floor(sides[key] / common.crop(sides[key], table[key][1])) == table[key][1] for key in table)
+
+    make_tv(tv, tmp_path / "mine.pth", num_classes=1000)
+    digest = hashlib.sha256((tmp_path / "mine.pth").read_bytes()).hexdigest()
+    monkeypatch.setitem(converted.torchvision.OFFICIAL, digest[:8], ("vit_b_16", 54, "bicubic"))
+    model: Any = load_model("tv:vit_b_16", tmp_path / "mine.pth")
+    assert model.pretrained_cfg["label_names"] == names
+    preset = tv.transforms._presets.ImageClassification(
+        crop_size=48, resize_size=54, interpolation=tv.transforms.InterpolationMode.BICUBIC
+    )
+    same_preparation(model, preset)
+
+
+def test_a_model_of_torchvision_needs_its_file(tv, tiny_tv, tmp_path):
+    refuse("tv:vit_b_16", "give it as --checkpoint FILE")
+    refuse("tv:vit_b_61", "Did you mean 'vit_b_16'")
+    refuse("tv:resnet50", "These can be converted: vit_b_16")
+    torch.save({"conv_proj.weight": torch.zeros(3), "encoder.pos_embedding": torch.zeros(1, 0, 32)}, tmp_path / "a.pth")
+    refuse("tv:vit_b_16", "does not fit model 'tv:vit_b_16'", tmp_path / "a.pth")
+    assert load_model("tv:vit_b_16", random_weights=True).num_classes == 1000

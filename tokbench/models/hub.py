@@ -41,17 +41,25 @@ def fetch(repo: str, file: str) -> Path | None:
 
     Raises HubError or OSError if the hub does not answer.
     """
-    repo, _, revision = repo.partition("@")
+    name, _, tag = repo.partition("@")
+    revision = tag or None
+    cached = try_to_load_from_cache(name, file, revision=revision)
+    if cached is not None:
+        return Path(cached) if isinstance(cached, str) else None  # else it is known that there is none
+    require_hub(repo, [file])
     try:
-        return Path(hf_hub_download(repo, file, revision=revision or None))
+        return Path(hf_hub_download(name, file, revision=revision))
     except EntryNotFoundError:
         return None
 
 
-def cannot_download(name: str, repo: str, error: Exception) -> UserError:
+def cannot_download(name: str, repo: str, error: Exception, way_out: str = "") -> UserError:
+    """What to tell when the hub does not answer; `way_out`: what to do without network, by default --checkpoint."""
     page = f"https://huggingface.co/{repo.partition('@')[0]}" if repo else "its home page"
+    way_out = way_out or (
+        "fetch its weights file from PAGE elsewhere and give it as --checkpoint FILE (.safetensors, .pth, .pt or .bin)"
+    )
     return UserError(
-        f"cannot download the weights of model {name!r} ({shortened(error)}). Without network: fetch its weights file "
-        f"from {page} elsewhere and give it as --checkpoint FILE (.safetensors, .pth, .pt or .bin), or use "
-        f"--model {BUNDLED}."
+        f"cannot download the weights of model {name!r} ({shortened(error)}). Without network: "
+        f"{way_out.replace('PAGE', page)}, or use --model {BUNDLED}."
     )

@@ -61,8 +61,8 @@ class Repository:
         """`place`: a folder, or "OWNER/NAME" or "OWNER/NAME@REVISION"; `name`: what the user called it."""
         self.name, self.place = name, place
         self.folder = Path(place).expanduser()
-        self.is_local = self.folder.is_dir()
-        if not self.is_local and not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", place):
+        self.is_local = bool(place) and self.folder.is_dir()
+        if not self.is_local and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", place):
             raise UserError(f"model {name!r}: there is no folder {place!r}, and it is no OWNER/NAME of the hub.")
 
     def file(self, name: str) -> Path | None:
@@ -71,10 +71,11 @@ class Repository:
             path = self.folder / name
             return path if path.is_file() else None
         try:
-            hub.require_hub(self.place, [name])
             return hub.fetch(self.place, name)
         except (OSError, hub.HubError, ValueError) as error:
-            raise hub.cannot_download(self.name, self.place, error) from error
+            library = self.name.partition(":")[0]
+            way_out = f"fetch its configuration and weights from PAGE elsewhere and give --model {library}:FOLDER"
+            raise hub.cannot_download(self.name, self.place, error, way_out) from error
 
     def read_json(self, *names: str) -> dict[str, Any]:
         """The first of these files that there is. Raises UserError if there is none, or it is no JSON object."""
@@ -100,18 +101,20 @@ class Repository:
         return path
 
 
-def read_weights(path: Path, rules: Rules, unused: str) -> dict[str, Tensor]:
+def read_weights(path: Path, rules: Rules, unused: str, tower: str = "") -> dict[str, Tensor]:
     """The weights of a file under timm's names.
 
     Args:
         path: as for `read_checkpoint`.
         rules: regular expressions and what to put in their place, one after the other. Names that end up as
             `NAME[0].weight`, `NAME[1].weight`, … are joined to NAME.weight, row by row.
-        unused: names, after that, which do not belong to the image classifier.
+        unused: how names begin, after that, which do not belong to the image classifier.
+        tower: how all of the model's names begin, if any name in the file does.
     """
+    stored = read_checkpoint(path)
     state: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, tensor in read_checkpoint(path).items():
+    for name, tensor in ({n: t for n, t in stored.items() if n.startswith(tower)} or stored).items():
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
         if re.match(unused, name):

@@ -7,6 +7,7 @@ image embeddings of CLIPModel and CLIPVisionModelWithProjection, and elsewhere t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,14 +146,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }
 # What an image processor does where its configuration does not say.
-_IMAGENET: dict[str, Any] = dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
 _HALF: dict[str, Any] = dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
 _OPENAI: dict[str, Any] = dict(
     image_mean=(0.48145466, 0.4578275, 0.40821073), image_std=(0.26862954, 0.26130258, 0.27577711)
 )
 _PROCESSORS: dict[str, dict[str, Any]] = {
     "ViT": dict(size=dict(height=224, width=224), resample=2, **_HALF),
-    "DeiT": dict(size=dict(height=256, width=256), resample=3, do_center_crop=True, crop_size=224, **_IMAGENET),
+    "DeiT": dict(size=dict(height=256, width=256), resample=3, do_center_crop=True, crop_size=224, **_HALF),
     "Bit": dict(size=dict(shortest_edge=224), resample=3, do_center_crop=True, crop_size=224, **_OPENAI),
     "CLIP": dict(size=dict(shortest_edge=224), resample=3, do_center_crop=True, crop_size=224, **_OPENAI),
     "Siglip": dict(size=dict(height=224, width=224), resample=3, **_HALF),
@@ -272,8 +272,8 @@ def _preprocessing(repository: Repository, name: str) -> dict[str, Any]:
     """What the image processor does, in timm's terms, and the side of its crop as "crop"."""
     config = repository.read_json("preprocessor_config.json", "processor_config.json")
     config = config.get("image_processor") or config
-    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "ViT")
-    family = next((family for family in _PROCESSORS if kind.startswith(family)), None)
+    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
+    family = next((family for family in _PROCESSORS if re.match(f"{family}(ImageProc|FeatureExtr)", kind)), None)
     if family is None:
         raise UserError(
             f"model {name!r} prepares images with {kind}; these are understood: {', '.join(_PROCESSORS)}ImageProcessor."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ _NAMES: Rules = (
 )
 _NORM_AFTER_POOLING: Rules = ((r"^norm\.", "fc_norm."),)
 _TIMM_NAMES: Rules = ((r"^visual\.trunk\.", ""), (r"^visual\.head\.proj\.", "head."))
-_TEXT = r"transformer\.|token_embedding|text|ln_final|logit_scale|logit_bias|attn_mask"
+_NOTHING = r"(?!)"
 # What a tower may have that timm's class has not: the setting, and the values of it that make no difference.
 _PLAIN: dict[str, tuple[Any, ...]] = dict(
     attentional_pool=(False, None),
@@ -66,7 +65,7 @@ def convert(name: str, place: str, checkpoint: Path | None, with_weights: bool) 
     is_timm = bool(tower.get("timm_model_name"))
     kind, arguments, names = _timm_tower(tower, model, name) if is_timm else _own_tower(tower, model, name)
     path = checkpoint or (repository.weights(*_WEIGHTS) if with_weights else None)
-    state = None if path is None else common.read_weights(path, names, _TEXT)
+    state = None if path is None else common.read_weights(path, names, _NOTHING, "visual.")
     if state is not None and not is_timm:
         if "head.weight" in state:
             state["head.weight"] = state["head.weight"].T
@@ -123,8 +122,13 @@ def _timm_tower(
     if pool in ("abs_attn", "rot_attn") or projection == "mlp":
         raise UserError(f"model {name!r} ends in a pool or a projection (mlp) that timm's classes have not.")
     outputs = 0 if projection == "none" else model["embed_dim"]
-    arguments = dict(num_classes=outputs, img_size=tower["image_size"]) | ({"global_pool": pool} if pool else {})
-    return partial(timm.create_model, architecture), arguments, _TIMM_NAMES
+
+    def build(**options: Any) -> Any:
+        trunk: Any = timm.create_model(architecture, **options)
+        trunk.reset_classifier(outputs, **({"global_pool": pool} if pool else {}))
+        return trunk
+
+    return build, dict(num_classes=outputs), _TIMM_NAMES
 
 
 def _preprocessing(config: Mapping[str, Any], tower: Mapping[str, Any], name: str) -> dict[str, Any]:
