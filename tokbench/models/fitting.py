@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
+from typing import Any
 
+import timm.models
+import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -17,34 +20,45 @@ Grid = tuple[int, int]
 Vit = VisionTransformer | Eva
 
 
-def with_timms_names(state: dict[str, Tensor], model: Vit) -> dict[str, Tensor]:
+def with_timms_names(state: dict[str, Tensor], model: Any, any_size: bool) -> dict[str, Tensor]:
     """Weights as the model's authors publish them (OpenAI's CLIP, Meta's DINOv2, …) under the names timm has for them.
 
     The same weights where timm knows no such conversion, or where it does not lead to this model's names. timm would
-    also resample patches of another size: that is a model nobody trained. Positions stay as they are in the file.
+    also resample patches of another size: that is a model nobody trained. Positions stay as they are in the file, but
+    for biases by relative position, if the caller asked for a size of image (`any_size`).
     """
     own = model.state_dict().keys()
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if state.keys() == own or convert is None:
+    architecture = model.pretrained_cfg.get("architecture") or ""
+    if state.keys() == own or not timm.models.is_model(architecture):
         return state
-    positions, model.pos_embed = model.pos_embed, None  # type: ignore[assignment]  # what timm resamples them to
+    convert = sys.modules[timm.models.model_entrypoint(architecture).__module__].checkpoint_filter_fn
+    positions = getattr(model, "pos_embed", None)
+    if positions is not None:
+        model.pos_embed = None  # what timm would resample the file's to
     try:
         converted: dict[str, Tensor] = convert(dict(state), model)
     except (LookupError, RuntimeError, ValueError, TypeError, AttributeError):
         return state  # none of the formats it knows: what does not fit is then named as it stands in the file
     finally:
-        model.pos_embed = positions
+        if positions is not None:
+            model.pos_embed = positions
     if converted.keys() != own:
         return state
-    patches = converted.get("patch_embed.proj.weight")
-    if patches is not None and not any(_same_memory(patches, tensor) for tensor in state.values()):
-        stored = next((t for t in state.values() if t.ndim == 4 and t.shape[:2] == patches.shape[:2]), patches[..., :0])
-        converted["patch_embed.proj.weight"] = stored  # so that what is told to differ is the patch
+    kept = [name for name in own if name.endswith(("embed.proj.weight", "embeds.proj.weight"))]
+    kept += [name for name in own if name.endswith("relative_position_bias_table") and not any_size]
+    for name in kept:
+        if not any(_same_numbers(converted[name], tensor) for tensor in state.values()):
+            # What is told to differ is then the shape it has in the file.
+            stored = (tensor for key, tensor in state.items() if key.endswith((name, "conv1.weight")))
+            converted[name] = next(stored, torch.empty(0))
     return converted
 
 
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+def _same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Whether one is the other, perhaps in another order."""
+    if a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr():
+        return True
+    return a.numel() == b.numel() and torch.equal(a.flatten().sort().values, b.flatten().sort().values)
 
 
 def resample_positions(
@@ -80,7 +94,7 @@ def resample_positions(
 
 
 def _embedded_prefix_tokens(model: Vit) -> int:
-    return 0 if model.no_embed_class else model.num_prefix_tokens
+    return 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
 
 
 def require_match(state: Mapping[str, Tensor], model: Vit, complaint: str, shown: int = 3) -> None:
@@ -101,7 +115,7 @@ def require_match(state: Mapping[str, Tensor], model: Vit, complaint: str, shown
     wrong += [f"{name} {file[name]} is not in the model" for name in file if name not in own]
     if wrong:
         more = f"; and {len(wrong) - shown} more" if len(wrong) > shown else ""
-        hint = _size_hint(state["pos_embed"], model) if len(wrong) == 1 and "pos_embed is" in wrong[0] else ""
+        hint = _size_hint(state["pos_embed"], model) if len(wrong) == 1 and wrong[0].startswith("pos_embed is") else ""
         raise UserError(f"{complaint}: {'; '.join(wrong[:shown])}{more}.{hint}")
 
 

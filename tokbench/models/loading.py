@@ -79,7 +79,7 @@ def load_model(
             skeleton = build()
     _require_memory(skeleton, name)
     if state is not None:
-        state = fitting.with_timms_names(state, skeleton)
+        state = fitting.with_timms_names(state, skeleton, any_size=input_size is not None)
         if size is not None:
             fitting.resample_positions(state, skeleton, native, antialias=source.antialias)
         fitting.require_match(state, skeleton, f"checkpoint {str(source.path)!r} does not fit model {name!r}")
