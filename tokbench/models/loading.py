@@ -123,7 +123,8 @@ def _known_name(name: str, needs_weights: bool) -> str:
         if source == "hf-hub":
             hf_hub_url(identity.partition("@")[0], "config.json")  # raises where it can be no repository's name
     except ValueError as error:
-        raise UserError(f"unknown model {name!r}: {shortened(error)}") from error
+        others = " Models of transformers are hf:OWNER/NAME, of OpenCLIP openclip:OWNER/NAME." if "/" in name else ""
+        raise UserError(f"unknown model {name!r}: {shortened(error)}{others}") from error
     if source is not None:
         return name
     name = timm.models.get_deprecated_models().get(name) or name
