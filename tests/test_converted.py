@@ -75,6 +75,18 @@ CLASSES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "DeiTForImageClassification": ("DeiTConfig", dict(patch_size=8, id2label=LABELS), VIT, "logits"),
     "DeiTForImageClassificationWithTeacher": ("DeiTConfig", dict(patch_size=8, id2label=LABELS), VIT, "logits"),
     "Dinov2Model": ("Dinov2Config", dict(patch_size=7, image_size=42, mlp_ratio=2), BIT, "pooler_output"),
+    "Dinov2ForImageClassification": (
+        "Dinov2Config",
+        dict(patch_size=7, image_size=42, use_swiglu_ffn=True, id2label=LABELS),
+        BIT,
+        "logits",
+    ),
+    "Dinov2WithRegistersForImageClassification": (
+        "Dinov2WithRegistersConfig",
+        dict(patch_size=7, image_size=42, mlp_ratio=2, id2label=LABELS),
+        BIT,
+        "logits",
+    ),
     "Dinov2WithRegistersModel": (
         "Dinov2WithRegistersConfig",
         dict(patch_size=7, image_size=42, use_swiglu_ffn=True, num_register_tokens=3),
@@ -128,6 +140,27 @@ def test_a_model_of_transformers_says_what_it_says_there(name, hf, tmp_path):
     named = "ForImageClassification" in name
     assert model.pretrained_cfg.get("label_names") == (list(LABELS.values()) if named else None)
     fuses(model)
+
+
+def test_the_mean_of_merged_patches_is_that_of_all_they_stand_for():
+    x, sizes = torch.rand(2, 5, 8), torch.tensor([[1, 1, 3, 1, 2], [1, 1, 1, 4, 1]])
+    pooled = hugging_face.ClassAndMean(prefix=2)(x, sizes.log()[:, None, None, :].float())
+    for one, out, size in zip(x, pooled, sizes, strict=True):
+        whole = one[2:].repeat_interleave(size[2:], dim=0).mean(0)
+        torch.testing.assert_close(out, torch.cat([one[0], whole]))
+
+
+@pytest.mark.parametrize("method", tokbench.list_methods())
+def test_every_method_works_in_a_converted_model(method, hf, tmp_path):
+    make(hf, "Dinov2WithRegistersForImageClassification", tmp_path)
+    model: Any = load_model(f"hf:{tmp_path}")
+    before, images = model.state_dict(), torch.rand(2, 3, 28, 28)
+    unreduced = model(images)
+    tokbench.apply(model, method, 3)
+    assert model(images).isfinite().all()
+    assert (tokbench.tokens_per_block(model)[-1] < 16 + 5) == (method != "none")
+    tokbench.remove(model)
+    assert torch.equal(model(images), unreduced) and model.state_dict().keys() == before.keys()
 
 
 @pytest.mark.parametrize("name", ["ViTForImageClassification", "Dinov2WithRegistersModel"])
@@ -208,6 +241,10 @@ REFUSED = {
     "no common size": ({}, CLIP | dict(do_center_crop=False), "does not crop"),
     "another range": ({}, VIT | dict(rescale_factor=1 / 127.5), "does not scale pixels to 0…1"),
     "another size": ({}, VIT | dict(size=64), "made for images of 32×32 pixels (config.json), and its image processor"),
+    "words for numbers": (dict(hidden_size="wide"), VIT, "its configuration cannot be understood ("),
+    "heads that do not fit": (dict(num_attention_heads=3), VIT, "its configuration cannot be understood ("),
+    "a list for labels": (dict(id2label=["a", "b"]), VIT, "its configuration cannot be understood ("),
+    "a word for a mean": ({}, VIT | dict(image_mean=0.5), "its configuration cannot be understood ("),
     "another width": (dict(hidden_size=64), VIT, "cls_token is (1, 1, 32) in the file, (1, 1, 64) in the model"),
 }
 
@@ -370,6 +407,7 @@ def same_preparation(model: Any, expected: Any) -> None:
     ("tower", "words"),
     [
         (dict(layers=[1, 1, 1, 1]), "is a ResNet"),
+        (dict(head_width=0), "its configuration cannot be understood ("),
         (dict(attentional_pool=True), "has attentional_pool=True"),
         (dict(qk_norm=True), "has qk_norm=True"),
         (dict(timm_model_name="vit_tinny"), "is built of 'vit_tinny'."),

@@ -73,7 +73,7 @@ def load_model(
     with torch.device("meta"):
         skeleton = build()
         _require_vit(skeleton, name, input_size)
-        native = tuple(skeleton.patch_embed.grid_size)
+        native = fitting.grid_of(skeleton)
         if size is not None:
             build = partial(build, img_size=size)
             skeleton = build()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tokbench.models.converted import hugging_face, open_clip, torchvision
-from tokbench.models.converted.common import Conversion
+from tokbench.models.converted.common import MISUNDERSTOOD, Conversion, cannot_understand
 
 _LIBRARIES = {"hf:": hugging_face.convert, "openclip:": open_clip.convert, "tv:": torchvision.convert}
 PREFIXES = tuple(_LIBRARIES)
@@ -28,4 +28,7 @@ def convert(name: str, checkpoint: Path | None, *, with_weights: bool) -> Conver
     UserError for what cannot be had, or cannot be converted.
     """
     prefix = name[: name.index(":") + 1]
-    return _LIBRARIES[prefix](name, name.removeprefix(prefix), checkpoint, with_weights)
+    try:
+        return _LIBRARIES[prefix](name, name.removeprefix(prefix), checkpoint, with_weights)
+    except MISUNDERSTOOD as error:
+        raise cannot_understand(name, error) from error

@@ -20,6 +20,9 @@ from tokbench.errors import UserError, shortened
 from tokbench.models import hub
 from tokbench.models.checkpoints import read_checkpoint
 
+# What values that no library writes lead to, in reading a configuration and in building what it says.
+MISUNDERSTOOD = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
+
 Rules = Sequence[tuple[str, str]]
 
 # What other libraries call the activations, and timm's names for them.
@@ -140,11 +143,23 @@ def add_zero_bias(state: dict[str, Tensor], layer: str) -> None:
         state.setdefault(f"{layer}.bias", torch.zeros(len(weight)))
 
 
-def builder(kind: Callable[..., Any], arguments: Mapping[str, Any], cfg: Mapping[str, Any]) -> Callable[..., Any]:
-    """Something that builds a `kind` with these arguments, or others in their place, and this `pretrained_cfg`."""
+def cannot_understand(name: str, error: Exception) -> UserError:
+    return UserError(f"model {name!r}: its configuration cannot be understood ({shortened(error)}).")
+
+
+def builder(
+    name: str, kind: Callable[..., Any], arguments: Mapping[str, Any], cfg: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """Something that builds a `kind` with these arguments, or others in their place, and this `pretrained_cfg`.
+
+    `name`: what the user called the model.
+    """
 
     def build(**options: Any) -> Any:
-        model = kind(**{**arguments, **options})
+        try:
+            model = kind(**{**arguments, **options})
+        except MISUNDERSTOOD as error:
+            raise cannot_understand(name, error) from error
         model.pretrained_cfg = {"fixed_input_size": True, "first_conv": "patch_embed.proj", **cfg}
         return model
 

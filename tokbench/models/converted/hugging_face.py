@@ -8,14 +8,16 @@ image embeddings of CLIPModel and CLIPVisionModelWithProjection, and elsewhere t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from timm.layers.attention_pool import AttentionPoolLatent
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import SwiGLUPacked, VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokbench.errors import UserError
 from tokbench.models.converted import common
@@ -78,6 +80,33 @@ _OTHER_TOWER = r"text_model\.|text_projection\.|logit_scale|logit_bias|embedding
 _NO_HEAD = r"|head\."
 
 
+class ClassAndMean(AttentionPoolLatent):
+    """The class token beside the mean of the patches, as DINOv2's classifiers read them: (B, N, C) → (B, 2C).
+
+    It stands where timm has pooling by attention, and takes the same mask: logarithms of how many patches each token
+    stands for, (B, 1, 1, N), of which a softmax makes the share of each in the mean.
+    """
+
+    def __init__(self, prefix: int) -> None:
+        nn.Module.__init__(self)
+        self.prefix = prefix
+        self.register_parameter("pos_embed", None)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        patches = x[:, self.prefix :]
+        if attn_mask is None:
+            return torch.cat([x[:, 0], patches.mean(1)], dim=1)
+        shares = attn_mask[:, 0, :, self.prefix :].softmax(-1)
+        return torch.cat([x[:, 0], (shares @ patches).squeeze(1)], dim=1)
+
+
+def _with_class_and_mean(**arguments: Any) -> VisionTransformer:
+    model = VisionTransformer(**arguments)
+    model.attn_pool, model.pool_include_prefix = ClassAndMean(model.num_prefix_tokens), True
+    model.head = nn.Linear(2 * model.embed_dim, model.num_classes)
+    return model
+
+
 @dataclass(frozen=True)
 class Architecture:
     """How one class of transformers is built of timm's parts.
@@ -87,7 +116,7 @@ class Architecture:
         names, unused: see `read_weights`.
         arguments: of timm's class, beside those that config.json tells.
         head: the key in config.json that tells the number of outputs, or "" for none.
-        kind: timm's class.
+        kind: timm's class, or what builds it.
     """
 
     defaults: Mapping[str, Any]
@@ -95,7 +124,7 @@ class Architecture:
     unused: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     head: str = ""
-    kind: type[VisionTransformer] = VisionTransformer
+    kind: Callable[..., VisionTransformer] = VisionTransformer
 
 
 _COMMON = dict(
@@ -134,7 +163,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         _COMMON, _NAMES, _PRETRAINING, head="labels", kind=VisionTransformerDistilled
     ),
     "Dinov2Model": Architecture(_DINO, _NAMES, _PLAIN),
+    "Dinov2ForImageClassification": Architecture(_DINO, _NAMES, _PRETRAINING, head="labels", kind=_with_class_and_mean),
     "Dinov2WithRegistersModel": Architecture(_DINO_REG, _NAMES, _PLAIN),
+    "Dinov2WithRegistersForImageClassification": Architecture(
+        _DINO_REG, _NAMES, _PRETRAINING, head="labels", kind=_with_class_and_mean
+    ),
     "CLIPModel": Architecture(_CLIP, _TOWER_NAMES, _OTHER_TOWER, _PRE_NORM, head="projection_dim"),
     "CLIPVisionModel": Architecture(_CLIP, _TOWER_NAMES, _OTHER_TOWER + _NO_HEAD, _PRE_NORM),
     "CLIPVisionModelWithProjection": Architecture(_CLIP, _TOWER_NAMES, _OTHER_TOWER, _PRE_NORM, head="projection_dim"),
@@ -174,7 +207,7 @@ def convert(name: str, place: str, checkpoint: Path | None, with_weights: bool) 
     cfg = _preprocessing(repository, name) | _description(known, config, outputs)
     crop = cfg.pop("crop")
     cfg["input_size"] = (settings["num_channels"], *sides)
-    build = common.builder(known.kind, arguments, cfg)
+    build = common.builder(name, known.kind, arguments, cfg)
     size = crop if sides != (crop, crop) else None
     if size is not None and "mlp_ratio" not in known.defaults:  # only DINOv2 brings its positions to any size itself
         raise UserError(

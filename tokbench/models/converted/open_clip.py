@@ -78,7 +78,7 @@ def convert(name: str, place: str, checkpoint: Path | None, with_weights: bool) 
         num_classes=arguments["num_classes"],
         classifier="head",
     )
-    return Conversion(common.builder(kind, arguments, cfg), state, path)
+    return Conversion(common.builder(name, kind, arguments, cfg), state, path)
 
 
 def _own_tower(

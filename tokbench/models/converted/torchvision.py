@@ -96,7 +96,7 @@ def convert(name: str, architecture: str, checkpoint: Path | None, with_weights:
         num_classes=outputs,
         classifier="head",
     )
-    return Conversion(common.builder(VisionTransformer, arguments, cfg), state, checkpoint)
+    return Conversion(common.builder(name, VisionTransformer, arguments, cfg), state, checkpoint)
 
 
 def _image_size(state: dict[str, Tensor], patch: int) -> int | None:
