@@ -115,7 +115,8 @@ def run(
         typer.Argument(metavar="GRID.toml", help="What to measure; flags replace what it says.", show_default=False),
     ] = None,
     model: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="A timm model, or 'bundled'. Repeatable.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A timm model, 'bundled', hf:…, openclip:… or tv:…. Repeatable."),
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Weights for the one --model: .safetensors, .pth, .pt or .bin.")
@@ -330,7 +331,9 @@ def show(
         list[str],
         typer.Argument(metavar="IMAGE...", help="Files, or bundled:17 for the 17th bundled image.", show_default=False),
     ],
-    model: Annotated[str, typer.Option(metavar="NAME", help="A timm model, or 'bundled'.")] = "bundled",
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="A timm model, 'bundled', hf:…, openclip:… or tv:….")
+    ] = "bundled",
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Weights for the model: .safetensors, .pth, .pt or .bin.")
     ] = None,
