@@ -259,6 +259,10 @@ def test_two_models_get_a_decision_each(made):
     first, second = pick_cells(made, min_speedup=1.5)
     assert first.best is not None and second.model == "large" and second.best is None
     assert "No answer: --min-speedup: the run" in second.text() and second.to_dict()["why"] == second.why
+    for kind in ("accuracy", "flops"):
+        changed(made, kind, "large/", dtype="fp8")
+    second = pick_cells(made, max_drop=3.0)[1]
+    assert second.best is None and "made in 'fp8', which" in second.why
 
 
 def test_the_command_exits_with_1_when_nothing_meets_it(tokbench_command, made):
