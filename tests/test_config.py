@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tokbench import list_methods
-from tokbench.catalogue import built_in
+from tokbench.catalogue import CONTROLS, built_in
 from tokbench.config import (
     DEFAULT_LIMIT,
     DEFAULT_METHODS,
@@ -276,6 +276,10 @@ def test_the_catalogue_read_from_source_is_the_registry():
     for name, method in own.items():
         assert (found[name].paper, found[name].parameters) == (method.paper, method().parameters())
         assert found[name].summary == (method.__doc__ or "").strip().splitlines()[0]
+
+
+def test_the_controls_are_the_methods_that_say_so():
+    assert {entry.name for entry in built_in() if entry.paper.startswith("control")} == CONTROLS
 
 
 def test_the_default_grid_has_one_method_of_each_kind_and_the_controls():

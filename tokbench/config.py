@@ -23,7 +23,7 @@ from tokbench.results.cell import CellKey, RecordIndex
 from tokbench.schedules import GRAMMAR, parse_schedule
 from tokbench.validation import FORBID, told, validated
 
-MEASURES = ("flops", "accuracy", "speed")
+MEASURES: tuple[Literal["flops", "accuracy", "speed"], ...] = ("flops", "accuracy", "speed")
 DEFAULT_LIMIT = 1000
 # What a grid has when it names no methods; the names are here as well so that --help need not import torch.
 DEFAULT_METHODS = ("tome", "tofu", "mctf", "mstm", "evit", "pitome", "topk", "random")

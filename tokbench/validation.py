@@ -26,7 +26,7 @@ def told(kind: type[T]) -> type[T]:
         except ValidationError as error:
             raise UserError(first_fault(error, kind)) from error
 
-    kind.__init__ = __init__  # type: ignore[method-assign]
+    kind.__init__ = __init__  # type: ignore[assignment,method-assign]
     return kind
 
 

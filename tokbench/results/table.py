@@ -141,7 +141,7 @@ def _cell(key: CellKey, kinds: Mapping[str, Record], run: str, machine: Machine 
         "compiled": ("yes" if fields["compiled"] else "no") if "compiled" in fields else None,
         "error": getattr(failure, "message", None),
     }
-    texts = {name: printable(value) if isinstance(value, str) else value for name, value in values.items()}
+    texts: dict[str, Any] = {name: printable(value) if isinstance(value, str) else value for name, value in values.items()}
     return Cell(
         key=replace(key, model=printable(key.model), method=printable(key.method)),
         params=first.params,
