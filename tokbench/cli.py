@@ -123,6 +123,12 @@ def run(
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="FLOPs and speed of --model without a download.")
     ] = False,
+    input_size: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="Side of the models' input (default: their own).")
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What the one --model is called in tables and plots.")
+    ] = None,
     method: Annotated[
         list[str] | None, typer.Option(metavar="METHOD", help="As in tome or tome:prop_attn=false. Repeatable.")
     ] = None,
@@ -178,6 +184,8 @@ def run(
         models=model or (),
         checkpoint=checkpoint,
         random_weights=random_weights,
+        input_size=input_size,
+        label=label,
         methods=method or (),
         schedules=schedule or (),
         data=data,

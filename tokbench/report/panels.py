@@ -22,12 +22,12 @@ from tokbench.report.labels import Spot, place, sampled, spots_along, spots_arou
 from tokbench.report.published import Published
 from tokbench.report.scene import Point, Scene
 from tokbench.report.styles import Theme, blend, method_style
-from tokbench.report.text import broken, figure_text, short_schedule, variant_name
+from tokbench.report.text import broken, number, short_schedule, variant_name
 from tokbench.results.cell import Cell, Figure
 from tokbench.results.metrics import METRICS
 from tokbench.results.table import group_by
 
-MOST_LABELS = 40  # of cells, in a panel: more take minutes to place, and nobody reads them
+MOST_LABELS = 30  # of cells, in a panel: more take minutes to place, and nobody reads them
 _LABEL_CHARACTERS = 36  # in a line
 _FILLS = ("full", "none", "left", "right", "bottom", "top")  # of markers: the method as it is, then with parameters
 DASHES: tuple[Any, ...] = ("-", (0, (3, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
@@ -115,6 +115,10 @@ class Art:
         return {"font.size": self.size.font, "grid.linewidth": 0.7, "axes.spines.top": False,
                 "axes.spines.right": False}  # fmt: skip
 
+    def marks(self, cell: Cell) -> dict[str, Any]:
+        """Line and marker of a cell's series."""
+        return self.series(cell.variant, cell.method, self.place(cell.run))
+
     def series(self, variant: str, method: str, place: int) -> dict[str, Any]:
         """Line and marker. Parameters change how a marker is filled; a further run is paler, smaller and dashed."""
         style, theme, rank = method_style(method), self.theme, self.ranks.get(variant, 0)
@@ -161,11 +165,12 @@ def draw_panel(panel: Axes, shown: Scene, art: Art, *, first: bool) -> None:
         panel.invert_yaxis()
     for front in shown.fronts():
         panel.plot(*_at(front), solid_joinstyle="round", zorder=1, **art.front)
-    for axis, figure, _ in shown.references():
+    for axis, figure in shown.references():
         dashes: dict[str, Any] = {"color": art.theme.muted, "linewidth": 0.9, "linestyle": (0, (4, 3)), "zorder": 1.5}
         (panel.axvline if axis else panel.axhline)(figure.value, **dashes)
     for points in group_by(shown.points, lambda point: (point.cell.variant, point.cell.run)):
-        _draw_series(panel, points, shown, art)
+        _draw_series(panel, points, art)
+    _draw_bars(panel, shown, art)
     crossed = [point for point in shown.points if point.cell.is_broken]
     if crossed:
         panel.plot(*_at(crossed), **art.broken, zorder=5.5)
@@ -198,36 +203,38 @@ def _axis_name(name: str, art: Art, direction: str) -> str:
     return f"{label}\n{direction}" if art.size.text else label
 
 
-def _draw_series(panel: Axes, points: Sequence[Point], shown: Scene, art: Art) -> None:
+def _draw_series(panel: Axes, points: Sequence[Point], art: Art) -> None:
     """The cells of one method with one set of parameters in one run."""
     cell, points = points[0].cell, sorted(points, key=lambda point: point.x.value)
-    place = art.place(cell.run)
-    marks = art.series(cell.variant, cell.method, place)
-    zorder = (3 if cell.is_baseline else 4) - 0.1 * place  # the first run on top; the star is too large to vanish
+    marks = art.marks(cell)
+    # The first run on top; the star is too large to vanish.
+    zorder = (3 if cell.is_baseline else 4) - 0.1 * art.place(cell.run)
     panel.plot(*_at(points), **marks, zorder=zorder)
-    if cell.is_baseline:
-        return
-    _draw_bars(panel, points, shown, marks)
-    ring = {"markersize": marks["markersize"] * 1.25, "linestyle": "none", "markeredgecolor": art.theme.ink}
-    front = [point for point in points if point.on_front]
+    front = [point for point in points if point.on_front and not cell.is_baseline]
     if front:
-        panel.plot(*_at(front), **{**marks, **ring, "markeredgewidth": 0.2 * art.size.marker}, zorder=zorder + 0.05)
+        ring = {"markersize": marks["markersize"] * 1.25, "markeredgewidth": 0.2 * art.size.marker}
+        marks |= {**ring, "linestyle": "none", "markeredgecolor": art.theme.ink}
+        panel.plot(*_at(front), **marks, zorder=zorder + 0.05)
 
 
-def _draw_bars(panel: Axes, points: Sequence[Point], shown: Scene, marks: Mapping[str, Any]) -> None:
+def _draw_bars(panel: Axes, shown: Scene, art: Art) -> None:
     """Error bars; what reaches too far is cut and ends in an arrow head."""
-    look = {"alpha": 0.6, "zorder": 2}
-    width, xs, ys = 0.8 * marks["linewidth"], *_at(points)
-    across = _bars([point.x for point in points], shown.reach[0])
-    up = _bars([point.y for point in points], shown.reach[1])
-    panel.errorbar(xs, ys, xerr=across, yerr=up, fmt="none", ecolor=marks["color"], elinewidth=width, **look)
-    upside_down = METRICS[shown.y].better == "lower"
+    points = [point for point in shown.points if not point.cell.is_baseline]
+    colors = {point.cell: art.marks(point.cell)["color"] for point in points}
+    width, look = 0.136 * art.size.marker, {"alpha": 0.6, "zorder": 2}
+    if points:
+        across, up = _bars([point.x for point in points], shown.reach[0]), _bars([p.y for p in points], shown.reach[1])
+        panel.errorbar(
+            *_at(points), xerr=across, yerr=up, fmt="none", ecolor=list(colors.values()), elinewidth=width, **look
+        )
     for axis, heads in enumerate(("<>", "^v" if METRICS[shown.y].better == "lower" else "v^")):
         for side, head in enumerate(heads):
-            ends = list(_at(cut := shown.cut(points, axis, side)))
+            cut = shown.cut(axis, side)
+            ends = list(_at(cut))
             ends[axis] = [shown.reach[axis][side]] * len(cut)
-            if cut:
-                panel.plot(*ends, **_marker(head, 6 * width, 0, marks["color"]), **look)
+            panel.scatter(
+                *ends, s=(6 * width) ** 2, c=[colors[point.cell] for point in cut], marker=head, linewidths=0, **look
+            )
 
 
 def _bars(figures: Sequence[Figure], reach: tuple[float, float]) -> np.ndarray:
@@ -271,7 +278,7 @@ def scale_y(panel: Axes, cells: Sequence[Cell], y: str, linear: bool) -> None:
         ticks = _spread_ticks(float(min(limits)), float(max(limits)), base, to_axis)
         panel.yaxis.set_major_locator(FixedLocator(ticks))
         panel.yaxis.set_minor_locator(NullLocator())
-        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
         panel.set_ylabel(panel.get_ylabel() + "\n(stretched scale)")
     else:
         panel.yaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
@@ -329,10 +336,7 @@ def label_panel(panel: Axes, shown: Scene, art: Art, printed: Sequence[Published
         if row.method != "none":
             text = f"{variant_name(row.method, row.method)} {short_schedule(row.schedule)}, published"
             _add_label(labels, panel, text, (row.values[x], row.values[y]), row.method, "normal", x, art)
-    lines = [
-        _line_label(panel, axis, cell, figure.value, x if axis else y, art)
-        for axis, figure, cell in shown.references()
-    ]
+    lines = [_line_label(panel, axis, figure.value, x if axis else y, art) for axis, figure in shown.references()]
     labels += {label.text: label for label in reversed(lines)}.values()
     places = [*zip(*_at(shown.points), strict=True), *((row.values[x], row.values[y]) for row in printed)]
     points = panel.transData.transform(np.array(places))
@@ -358,9 +362,9 @@ def _add_label(
     labels.append(_Label(text, at, art.theme.shade(art.theme.method(method_style(method)), 0.4), spots, slant=slant))
 
 
-def _line_label(panel: Axes, axis: int, cell: Cell, value: float, name: str, art: Art) -> _Label:
+def _line_label(panel: Axes, axis: int, value: float, name: str, art: Art) -> _Label:
     """The unreduced model's value of metric `name`, for the line along `axis` (0 horizontal, 1 vertical)."""
-    text = f"unreduced: {figure_text(cell, name, unit=METRICS[name].unit)}"
+    text = f"unreduced: {number(value, METRICS[name].digits_for(None))}{METRICS[name].unit}"
     at = (value, panel.get_ylim()[0]) if axis else (panel.get_xlim()[0], value)
     line = panel.transData.transform(at)[1 - axis]
     size = _text_size(panel, text, art)

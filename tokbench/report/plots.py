@@ -255,41 +255,57 @@ def _conditions(group: Sequence[Cell], groups: Sequence[Sequence[Cell]]) -> list
 
 
 def _legend(figure: Figure, shown: Sequence[tuple[Scene, list[Published]]], art: Art) -> None:
-    handles, labels = zip(*_entries(shown, art), strict=True)
+    marks = _other_entries(shown, art)
+    names = [variant_name(cell.method, cell.variant) for cell in art.cells]
+    lines, font, height = (1 + any(":" in name for name in names)), art.size.font, 72 * figure.get_figheight()
     if art.size.text:
         place = {"loc": "outside right center", "handlelength": 2.2, "labelspacing": 0.75}
+        room = int(height / (font * (1.2 * lines + 0.75)))
         notes = "\n".join(_footnotes([scene for scene, _ in shown], art))
         figure.supxlabel(notes, x=0.01, ha="left", fontsize=8, color=art.theme.muted)
     else:
-        longest = max(len(label) for label in labels)
-        per_row = int(art.size.width * 72 / (0.55 * art.size.font * (longest + 5)))
-        place = {"loc": "outside lower center", "ncols": max(1, min(per_row, len(labels))), "handlelength": 1.8,
-                 "labelspacing": 0.35, "columnspacing": 1.2, "handletextpad": 0.5}  # fmt: skip
-    legend = figure.legend(handles, labels, frameon=False, **place)
+        longest = max(map(len, [*names, *(text for _, text in marks)]))
+        per_row = max(1, int(art.size.width * 72 / (0.55 * font * (longest + 5))))
+        room = per_row * int(0.4 * height / (1.55 * font))
+        place = {"loc": "outside lower center", "handlelength": 1.8, "labelspacing": 0.35, "columnspacing": 1.2,
+                 "handletextpad": 0.5}  # fmt: skip
+    entries = _method_entries(art, max(room - len(marks), 1)) + marks
+    if not art.size.text:
+        place["ncols"] = min(per_row, len(entries))
+    legend = figure.legend(*zip(*entries, strict=True), frameon=False, **place)
     further = list(art.runs.values())[1:]
     for text in legend.get_texts():
         if text.get_text() in further:
             text.set_fontstyle("italic")
 
 
-def _entries(shown: Sequence[tuple[Scene, list[Published]]], art: Art) -> list[tuple[Any, str]]:
-    """What the legend explains: (lines, text)."""
-    theme, plain = art.theme, Art(art.size, art.theme, art.cells)
-    variants = {cell.variant: cell.method for cell in sorted(art.cells, key=lambda cell: cell.variant)}
-    order = method_order(variants.values())
-    entries: list[tuple[Any, str]] = []
-    for variant, method in sorted(variants.items(), key=lambda item: order.index(item[1])):
-        name = variant_name(method, variant)
+def _method_entries(art: Art, room: int) -> list[tuple[Any, str]]:
+    """(line, text) of each method and set of parameters; where there are more than `room`, how many are left out."""
+    methods = {cell.variant: cell.method for cell in art.cells}
+    order = method_order(methods.values())
+    most = room if len(methods) <= room else room - 1
+    named = sorted(sorted(methods, key=lambda variant: art.ranks[variant])[:most])
+    plain, entries = Art(art.size, art.theme, art.cells), []
+    for variant in sorted(named, key=lambda variant: order.index(methods[variant])):
+        name = variant_name(methods[variant], variant)
         text = name.replace(":", "\n", 1) if art.size.text else name
-        entries.append((Line2D([], [], **plain.series(variant, method, 0)), text))
+        entries.append((Line2D([], [], **plain.series(variant, methods[variant], 0)), text))
+    rest = [(Line2D([], [], linestyle="none"), f"and {len(methods) - most} more")] if len(methods) > most else []
+    return entries + rest
+
+
+def _other_entries(shown: Sequence[tuple[Scene, list[Published]]], art: Art) -> list[tuple[Any, str]]:
+    """(lines, text) of what is no method: runs, published points, the front, NaN logits."""
+    theme, size = art.theme, art.size.marker
+    entries: list[tuple[Any, str]] = []
     for place, name in enumerate(art.runs.values()):
-        marks = {"marker": "o", "markersize": art.size.marker, "linestyle": DASHES[place % len(DASHES)]}
+        marks = {"marker": "o", "markersize": size, "linestyle": DASHES[place % len(DASHES)]}
         entries.append((Line2D([], [], **{**art.series("none", "none", place), **marks}), name))
     for where in dict.fromkeys(row.where for _, printed in shown for row in printed):
         marks = {"marker": "o", "markeredgecolor": theme.muted, "linestyle": ":", "color": theme.muted}
         text = "published" + (f":\n{where}" if art.size.text else f" ({where})")
         entries.append((Line2D([], [], **{**art.published("tome"), **marks}), text))
-    ring = Line2D([], [], marker="o", linestyle="none", color=theme.ink, markersize=art.size.marker)
+    ring = Line2D([], [], marker="o", linestyle="none", color=theme.ink, markersize=size)
     ring.set_markerfacecolor(theme.background)
     entries.append(((Line2D([], [], **art.front), ring), "Pareto front"))
     if any(cell.is_broken for cell in art.cells):

@@ -64,22 +64,22 @@ class Scene:
         groups = [[of[cell] for cell in group if cell in of] for group in comparable(self.cells, self.x, self.y)]
         return [sorted(points, key=lambda point: point.x.value) for points in groups if points]
 
-    def references(self) -> list[tuple[int, Figure, Cell]]:
+    def references(self) -> list[tuple[int, Figure]]:
         """The unreduced model of each run: (0, its y) for a horizontal line, (1, its x) for a vertical one."""
         runs = group_by((cell for cell in self.cells if cell.is_baseline), lambda cell: cell.run)
         return [
-            (axis, figure, cell)
+            (axis, figure)
             for cell, *_ in runs
             for axis, name in enumerate((self.y, self.x))
             if (figure := cell[name])
         ]
 
-    def cut(self, points: Iterable[Point], axis: int, side: int) -> list[Point]:
-        """Those of the points whose error bars end too far along x (0) or y (1), at the low (0) or high (1) end."""
+    def cut(self, axis: int, side: int) -> list[Point]:
+        """The points whose error bars end too far along x (0) or y (1), at the low (0) or high (1) end."""
         limit, sign = self.reach[axis][side], (-1, 1)[side]
         return [
             point
-            for point in points
+            for point in self.points
             if not point.cell.is_baseline
             and (ends := (point.x, point.y)[axis].interval)
             and sign * ends[side] > sign * limit
@@ -88,7 +88,7 @@ class Scene:
     @property
     def has_cut(self) -> bool:
         """Whether any error bar is longer than drawn."""
-        return any(self.cut(self.points, axis, side) for axis in (0, 1) for side in (0, 1))
+        return any(self.cut(axis, side) for axis in (0, 1) for side in (0, 1))
 
 
 def scene(cells: Sequence[Cell], x: str, y: str) -> Scene | None:
@@ -128,11 +128,16 @@ def side_by_side(shown: Scene, marker: float) -> Scene:
     tie = METRICS[shown.x].tie
     moving = [point for point in shown.points if not point.cell.is_baseline]
     costs = sorted(point.x.value for point in moving)
-    crowded = [cost for cost in costs if bisect_right(costs, cost * (1 + tie)) - bisect_left(costs, cost * (1 - tie)) > 2]
+    crowded = [
+        cost for cost in costs if bisect_right(costs, cost * (1 + tie)) - bisect_left(costs, cost * (1 - tie)) > 2
+    ]
     every = [figure.value for cell in shown.cells if (figure := cell[shown.x])]
-    if not tie or 2 * len(crowded) <= len(costs) or max(every) == min(every):
-        return shown
     levels = _levels(costs, tie)
+    # Costs all along the axis are no columns.
+    if not tie or 2 * len(crowded) <= len(costs) or any(level[-1] > level[0] * (1 + 5 * tie) for level in levels):
+        return shown
+    if max(every) == min(every):
+        return shown
     order = method_order(point.cell.method for point in moving)
     series = sorted({_series(point.cell) for point in moving}, key=lambda key: (order.index(key[0]), key))
     middles = [sum(level) / len(level) for level in levels]

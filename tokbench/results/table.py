@@ -11,7 +11,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -204,7 +204,9 @@ def filter_cells(cells: Sequence[Cell], conditions: Iterable[str]) -> list[Cell]
         name, sign, value = _split_condition(condition)
         column = METRICS[name].columns[0] if name in METRICS else name
         if column not in COLUMNS:
-            hint = nearest(name, dict.fromkeys([*METRICS, *COLUMNS])) or " Try model, method, schedule, run or a metric."
+            hint = (
+                nearest(name, dict.fromkeys([*METRICS, *COLUMNS])) or " Try model, method, schedule, run or a metric."
+            )
             raise UserError(f"filter {condition!r}: no column {name!r}.{hint}")
         metric = metric_of_column(column)
         if metric and cells and not any(cell[metric] for cell in cells):
@@ -303,16 +305,26 @@ def pareto_front(cells: Sequence[Cell], x: str, y: str) -> set[Cell]:
     speed-up where all cells have it: it is paired within timing rounds, so drift cannot decide, and a run's fronts
     over both agree. Cells that lack either, or with NaN or infinite logits, are on no front.
     """
-    front: set[Cell] = set()
-    for group in comparable(cells, x, y):
-        known = [cell for cell in group if cell[x] and cell[y] and not cell.is_broken]
-        (x_best, x_tied), (y_best, y_tied) = (_costs(known, name) for name in (x, y))
-        for i, cell in enumerate(known):
-            no_worse = (x_best <= x_tied[i]) & (y_best <= y_tied[i])
-            better = (x_tied < x_best[i]) | (y_tied < y_best[i])
-            if not (no_worse & better).any():
-                front.add(cell)
-    return front
+    return {cell for group in comparable(cells, x, y) for cell in unbeaten(group, x, y)}
+
+
+def unbeaten(cells: Sequence[Cell], x: str, y: str) -> list[Cell]:
+    """The front of cells that may all be compared in these metrics, see `pareto_front`."""
+    known = [cell for cell in cells if cell[x] and cell[y] and not cell.is_broken]
+    (x_best, x_tied), (y_best, y_tied) = (_costs(known, name) for name in (x, y))
+    # Beaten: the best y among those clearly better in x is no worse, or among those no worse in x clearly better.
+    beaten = _lowest(x_tied, y_best, x_best, "left") <= y_tied
+    beaten |= _lowest(x_best, y_tied, x_tied, "right") < y_best
+    return [cell for cell, is_beaten in zip(known, beaten, strict=True) if not is_beaten]
+
+
+def _lowest(
+    costs: NDArray[np.float64], others: NDArray[np.float64], limits: NDArray[np.float64], side: Literal["left", "right"]
+) -> NDArray[np.float64]:
+    """For each limit the lowest of `others` where the cost is below it ("left") or not above it ("right")."""
+    order = np.argsort(costs)
+    lowest = np.concatenate([[np.inf], np.minimum.accumulate(others[order])])
+    return lowest[np.searchsorted(costs[order], limits, side)]
 
 
 def _costs(cells: Sequence[Cell], name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

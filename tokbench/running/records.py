@@ -70,6 +70,7 @@ def flops_fields(count: FlopCount, limit: FlopCount, unreduced: int) -> dict[str
         "flops_method": count.total - limit.total,
         "flops_rest": limit.total - sum(parts.values()),
         "unsupported": count.unsupported,
+        **({"flops_spread": count.spread} if count.spread else {}),
     }
 
 

@@ -74,7 +74,7 @@ def draw_tokens(
     """
     require_format(out := Path(out))
     colors = find_theme(theme)
-    with drawing(colors, {"font.size": 8, "hatch.linewidth": 0.6}):
+    with drawing(colors, {"xtick.color": colors.ink, "font.size": 8, "hatch.linewidth": 0.6}):
         save(_draw(rows, heading, sizes, colors), out, dpi=150)
     return out
 
