@@ -25,6 +25,7 @@ from tokbench.results.records import Machine, Record
 if TYPE_CHECKING:
     import pandas as pd
 
+T = TypeVar("T")
 # Cells that agree in all of these may be compared with each other, whichever run they come from.
 COMPARABLE = (
     "model", "weights_sha256", "input_size", "data", "data_fingerprint", "device", "machine", "dtype", "compiled",
@@ -244,11 +245,11 @@ def _test(column: str, sign: str, value: str, condition: str) -> Callable[[Any],
     return lambda found: found is not None and _OPERATORS[sign](float(found), number)
 
 
-def group_by(cells: Iterable[Cell], key: Callable[[Cell], Any]) -> list[list[Cell]]:
-    """Cells with the same key together, in the order in which the keys first come."""
-    groups: dict[Any, list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault(key(cell), []).append(cell)
+def group_by(items: Iterable[T], key: Callable[[T], Any]) -> list[list[T]]:
+    """Items with the same key together, in the order in which the keys first come."""
+    groups: dict[Any, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return list(groups.values())
 
 
