@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from tokbench import data
 from tokbench.bundled.clutter import CLASSES, compose, draw_layout, read_idx
-from tokbench.data import ImageSource, ImageStream, load_batches, open_dataset
+from tokbench.data import ImageSource, ImageStream, batches, load_batches, open_dataset, timm_readers
+from tokbench.data.decoding import ImageError, decode
 from tokbench.errors import UserError
-from tokbench.images import ImageError, decode
 
 BUNDLED = Path(data.__file__).parents[1] / "bundled"
 WNIDS = ImageNetInfo().label_names()
@@ -259,7 +259,7 @@ def test_data_that_timm_cannot_open_is_refused(spec, message):
 
 @pytest.mark.parametrize("spec", ["hfds/a/b", "hfids/a/b", "wds/shards", "tfds/mnist"])
 def test_a_package_that_is_not_installed_is_named(spec, monkeypatch):
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(timm_readers.importlib.util, "find_spec", lambda name: None)
     assert "needs a package: pip install " in complaint(spec, vit())
 
 
@@ -281,8 +281,8 @@ def stream(monkeypatch):
     """Opens a FakeStream by timm's name for one."""
 
     def open_stream(images: int, known: int, limit: int | None) -> ImageSource | ImageStream:
-        monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: True)
-        monkeypatch.setattr(data, "create_dataset", lambda *args, **kwargs: FakeStream(images, known))
+        monkeypatch.setattr(timm_readers.importlib.util, "find_spec", lambda name: True)
+        monkeypatch.setattr(timm_readers, "create_dataset", lambda *args, **kwargs: FakeStream(images, known))
         return open_dataset("wds/shards", vit(), limit=limit)
 
     return open_stream
@@ -387,7 +387,7 @@ def test_rows_that_hold_no_image_are_named_and_counted(tmp_path):
 def test_a_reader_whose_process_is_gone_says_nothing(monkeypatch, capsys):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    data._end_without_a_word(0)
+    batches._end_without_a_word(0)
     for error in (BrokenPipeError(), ConnectionResetError(), EOFError(), ValueError("mine")):
         sys.excepthook(type(error), error, None)
     assert capsys.readouterr().err == "ValueError: mine\n"

@@ -20,9 +20,9 @@ from test_runner import Listener, small_grid, tiny_model
 
 from tokbench import data
 from tokbench.config import MethodSpec, RunOptions
-from tokbench.data import load_batches, open_dataset
+from tokbench.data import folders, load_batches, open_dataset, timm_readers
+from tokbench.data.decoding import ImageError, decode
 from tokbench.errors import RunStopped
-from tokbench.images import ImageError, decode
 from tokbench.measure.accuracy import Predictions
 from tokbench.running import runner
 from tokbench.running.resume import HalfPass, Reader
@@ -198,7 +198,7 @@ def test_more_cells_decode_no_more_images(tmp_path, monkeypatch):
         for number in range(3):
             Image.new("RGB", (40, 30), (number * 80, 0, 0)).save(folder / name / f"{number}.jpg")
     decoded: list[str] = []
-    monkeypatch.setattr(data, "decode", lambda file, name: decoded.append(name) or decode(file, name))
+    monkeypatch.setattr(folders, "decode", lambda file, name: decoded.append(name) or decode(file, name))
     options = RunOptions(device="cpu", batch_size=4, only=("accuracy",))
     for names in (("tome",), ("tome", "topk", "evit")):
         decoded.clear()
@@ -241,9 +241,9 @@ def test_timm_does_not_answer_with_the_next_image(tmp_path):
 
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").touch()
-    opened = data.create_dataset("", root=str(make_folder(tmp_path / "any", {"a": 1})))
+    opened = timm_readers.create_dataset("", root=str(make_folder(tmp_path / "any", {"a": 1})))
     opened.reader = Reader()
-    images = data._decoding(opened, "hfds/x")
+    images = timm_readers._decoding(opened, "hfds/x")
     assert images[2][1] == 2
     with pytest.raises(ImageError, match="'hfds/x, number 1' cannot be decoded"):
         images[1]

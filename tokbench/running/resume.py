@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tokbench.config import Cell
 from tokbench.data import ImageSource, ImageStream, load_batches
+from tokbench.data.decoding import Skipped
 from tokbench.errors import RunStopped, UserError, one_line
-from tokbench.images import Skipped
 from tokbench.measure.accuracy import ARRAYS, Predictions, join, load_arrays
 from tokbench.schedules import parse_schedule
 from tokbench.store import RunFolder, stopping_at_write_errors
