@@ -147,15 +147,21 @@ def test_more_folders_than_classes_are_refused(tmp_path):
     assert "has 3 classes (a, b, c), the model only 2" in complaint(folder, vit(2))
 
 
-def test_fewer_folders_than_classes_and_unnatural_order_are_told(tmp_path, caplog):
-    open_dataset(str(make_folder(tmp_path, {"2": 1, "10": 1})), vit(3))
-    assert "has 2 classes, the model 3" in caplog.text
-    assert "10 before 2" in caplog.text
+@pytest.mark.parametrize(
+    ("folders", "classes", "words"),
+    [("ab", 3, "has 2 classes, the model 3"), (["A", "a", "B"], 3, "alphabetical order, 10 before 2 and B before a")],
+)
+def test_what_only_order_tells_is_said(folders, classes, words, tmp_path, caplog):
+    source = open_dataset(str(make_folder(tmp_path, dict.fromkeys(folders, 1))), vit(classes))
+    assert labels(source) == list(range(len(folders)))
+    assert [warning.code for warning in source.warnings] == ["labels_guessed"]
+    assert words in source.warnings[0].text and words in caplog.text
 
 
 def test_a_model_without_classifier_gets_images_without_labels(tmp_path, caplog):
-    assert labels(open_dataset(str(make_folder(tmp_path, {"a": 2})), vit(0))) == [-1, -1]
-    assert "no classifier" in caplog.text
+    source = open_dataset(str(make_folder(tmp_path, {"a": 1, "b": 1})), vit(0))
+    assert labels(source) == [-1, -1]
+    assert [warning.code for warning in source.warnings] == ["no_classes"] and "no classifier" in caplog.text
 
 
 # --- folders
@@ -397,16 +403,16 @@ def test_a_reader_whose_process_is_gone_says_nothing(monkeypatch, capsys):
 
 
 def test_a_pipe_neither_hangs_nor_counts_and_hidden_folders_are_left_out(tmp_path, caplog):
-    folder = make_folder(tmp_path, {"a": 2, "a/.ipynb_checkpoints": 1})
+    folder = make_folder(tmp_path, {"a": 2, "a/.ipynb_checkpoints": 1, "b": 1})
     os.mkfifo(folder / "a" / "pipe.png")
-    assert len(open_dataset(str(folder), vit(1))) == 2
+    assert len(open_dataset(str(folder), vit(2))) == 3
     assert "1 are no regular files, and are left out ('a/pipe.png')" in caplog.text
     with pytest.raises(ImageError, match="no regular file"):
         decode(folder / "a" / "pipe.png", "pipe.png")
 
 
 def test_a_sub_folder_that_cannot_be_read_is_told(tmp_path, caplog, monkeypatch):
-    folder = make_folder(tmp_path, {"a": 1, "a/closed": 1})
+    folder = make_folder(tmp_path, {"a": 1, "a/closed": 1, "b": 1})
     scandir = os.scandir
 
     def refuse(path):
@@ -415,7 +421,7 @@ def test_a_sub_folder_that_cannot_be_read_is_told(tmp_path, caplog, monkeypatch)
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert len(open_dataset(str(folder), vit(1))) == 1
+    assert len(open_dataset(str(folder), vit(2))) == 2
     assert "1 sub-folders cannot be read, and what is in them is left out ('a/closed')" in caplog.text
 
 

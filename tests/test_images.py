@@ -222,9 +222,9 @@ def test_images_that_came_or_went_between_two_sessions_stop_the_run(tmp_path, mo
 
 
 def test_files_that_are_no_images_and_classes_without_any_are_told(tmp_path, caplog):
-    folder = make_folder(tmp_path, {"a": 1, "b": 0})
+    folder = make_folder(tmp_path, {"a": 1, "b": 0, "c": 1})
     (folder / "a" / "Thumbs.db").touch()
-    open_dataset(str(folder), vit(2))
+    open_dataset(str(folder), vit(3))
     assert "1 files are no images by their names ('a/Thumbs.db')" in caplog.text
     assert "1 class folders have no images ('b')" in caplog.text
 
@@ -260,7 +260,7 @@ def test_a_reader_that_raises_anything_costs_one_image(tmp_path):
             return Image.new("RGB", (40, 40)), 0
 
     prepare = open_dataset(str(make_folder(tmp_path, {"a": 1})), vit(1))._prepare
-    source = data.ImageSource("x", Failing(), np.arange(2), prepare, "f", None, 1)
+    source = data.ImageSource("x", Failing(), np.arange(2), prepare, "f")
     (batch,) = load_batches(source, 2)
     assert len(batch.labels) == 1
     assert (batch.skipped[0].index, batch.skipped[0].name) == (1, "x, number 1")
@@ -290,7 +290,7 @@ def test_an_image_that_a_stream_cannot_decode_itself_stops_the_run(tmp_path):
         raise RuntimeError("Expected image (JPEG, PNG, or GIF), got unknown format\n[Op:IteratorGetNext]")
 
     prepare = open_dataset(str(make_folder(tmp_path, {"a": 1})), vit(1))._prepare
-    stream = data.ImageStream("tfds/x", decoded_elsewhere(), 3, prepare, "f", None, 1)
+    stream = data.ImageStream("tfds/x", decoded_elsewhere(), 3, prepare, "f")
     with pytest.raises(RunStopped, match="images of tfds/x cannot be read: RuntimeError: Expected image .* format$"):
         list(Reader(stream, 2, 0, HalfPass(), None).batches())
 

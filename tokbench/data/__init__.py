@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from tokbench.data.bundled import open_bundled
 from tokbench.data.bundled import read_composites as _read_composites
 from tokbench.data.decoding import ImageError, Skipped, decode
 from tokbench.data.folders import open_folder
+from tokbench.data.labels import DataWarning, without_labels
 from tokbench.data.preparing import preparation, to_pictures
 from tokbench.data.sources import ImageSource, ImageStream
 from tokbench.data.timm_readers import open_timm
@@ -23,6 +25,7 @@ from tokbench.errors import UserError, nearest
 
 __all__ = [
     "Batch",
+    "DataWarning",
     "ImageError",
     "ImageSource",
     "ImageStream",
@@ -32,9 +35,12 @@ __all__ = [
     "open_dataset",
     "to_pictures",
 ]
+_logger = logging.getLogger(__name__)
 
 
-def open_dataset(spec: str, model: nn.Module, *, limit: int | None = None) -> ImageSource | ImageStream:
+def open_dataset(
+    spec: str, model: nn.Module, *, limit: int | None = None, labels: str | Path | None = None
+) -> ImageSource | ImageStream:
     """Open images and labels with the preprocessing of the model's timm configuration.
 
     Args:
@@ -42,20 +48,15 @@ def open_dataset(spec: str, model: nn.Module, *, limit: int | None = None) -> Im
         model: a timm model.
         limit: so many images at most; a fixed random subset in the data's order (a smaller limit takes a part of a
             larger one's), or a stream's first.
+        labels: a list of labels for a folder of images: lines of file name and class name or number.
 
     Raises:
         UserError: one line, for anything that cannot be opened or labelled.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"limit must be at least 1 image, not {limit}.")
-    if spec == "bundled":
-        return open_bundled(model, limit)
-    if not spec:
-        raise UserError("data is empty; give bundled, a folder of class folders, or what 'tokbench list data' shows.")
-    kind, slash, rest = spec.partition("/")
-    if slash and kind.lower() in DATA_PACKAGES:
-        return open_timm(kind.lower(), rest, model, limit)
-    return open_folder(Path(os.path.expanduser(spec)), model, limit)
+    source = _open(spec, model, limit, labels)
+    for warning in source.warnings:
+        _logger.warning(warning.text)
+    return source
 
 
 def load_images(names: Sequence[str], model: nn.Module) -> Tensor:
@@ -63,8 +64,22 @@ def load_images(names: Sequence[str], model: nn.Module) -> Tensor:
 
     names: files, or `bundled:17` for the 17th bundled image. Raises UserError naming the one that cannot be read.
     """
-    prepare = preparation(model, None)
+    prepare = preparation(model, without_labels(model))
     return torch.stack([prepare(_single_image(name), None)[0] for name in names])
+
+
+def _open(spec: str, model: nn.Module, limit: int | None, labels: str | Path | None) -> ImageSource | ImageStream:
+    if limit is not None and limit < 1:
+        raise UserError(f"limit must be at least 1 image, not {limit}.")
+    if not spec:
+        raise UserError("data is empty; give bundled, a folder of class folders, or what 'tokbench list data' shows.")
+    kind, slash, rest = spec.partition("/")
+    is_folder = spec != "bundled" and not (slash and kind.lower() in DATA_PACKAGES)
+    if is_folder:
+        return open_folder(Path(spec).expanduser(), model, limit, None if labels is None else Path(labels).expanduser())
+    if labels is not None:
+        raise UserError(f"labels go with a folder of images; data {spec!r} has its own.")
+    return open_bundled(model, limit) if spec == "bundled" else open_timm(kind.lower(), rest, model, limit)
 
 
 def _single_image(name: str) -> Image.Image:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from tokbench.bundled.clutter import CLASSES, Layout, compose, draw_layout, read_idx
-from tokbench.data.labels import model_labels
+from tokbench.data.labels import label_classes
 from tokbench.data.preparing import preparation
 from tokbench.data.sources import ImageSource, choose, fingerprint
 
@@ -45,8 +45,6 @@ def open_bundled(model: nn.Module, limit: int | None) -> ImageSource:
         "bundled",
         composites,
         chosen,
-        preparation(model, model_labels(list(CLASSES), model, "'bundled'")),
+        preparation(model, label_classes(list(CLASSES), model, "'bundled'")),
         fingerprint("bundled", items.tobytes(), labels.tobytes(), *(part.tobytes() for part in parts), chosen),
-        list(CLASSES),
-        len(CLASSES),
     )

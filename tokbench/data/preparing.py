@@ -11,14 +11,16 @@ from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
+from tokbench.data.labels import Labelling
 from tokbench.data.sources import Preparation
 from tokbench.errors import UserError
 from tokbench.measure._model import resolve_input_size
 
 
-def preparation(model: nn.Module, labels: list[int] | None) -> Preparation:
+def preparation(model: nn.Module, labelling: Labelling) -> Preparation:
+    """How images and labels become what the model takes."""
     config = data_config(model)
-    return Preparation(image_mode(config), create_transform(**config, is_training=False), labels)
+    return Preparation(image_mode(config), create_transform(**config, is_training=False), labelling)
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
@@ -32,6 +34,7 @@ def data_config(model: nn.Module) -> dict[str, Any]:
 
 
 def image_mode(config: dict[str, Any]) -> str:
+    """Pillow's mode for the model's channels. Raises UserError for other than 1 and 3."""
     channels = config["input_size"][0]
     if channels not in (1, 3):
         raise UserError(f"the model takes {channels} channels; images have 1 (grey) or 3 (color).")

@@ -15,8 +15,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from tokbench.data.decoding import ImageError, Skipped
+from tokbench.data.labels import Labelling
 from tokbench.errors import shortened
 
+# An image with the label that the data gives it, or why it cannot be had.
+StreamItem = tuple[Image.Image, int | str | None] | ImageError
 _logger = logging.getLogger(__name__)
 
 
@@ -25,7 +28,7 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+    def __getitem__(self, index: int) -> tuple[Image.Image, int | None]: ...
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,10 @@ class Preparation:
 
     mode: str
     transform: Any
-    labels: list[int] | None
+    labelling: Labelling
 
-    def __call__(self, image: Image.Image, label: int | None) -> tuple[Tensor, int]:
-        tensor: Tensor = self.transform(image.convert(self.mode))
-        if label is None or label < 0:
-            return tensor, -1
-        return tensor, int(label) if self.labels is None else self.labels[label]
+    def __call__(self, image: Image.Image, label: int | str | None) -> tuple[Tensor, int]:
+        return self.transform(image.convert(self.mode)), self.labelling(label)
 
 
 class ImageSource(Dataset[tuple[Tensor, int]]):
@@ -48,8 +48,8 @@ class ImageSource(Dataset[tuple[Tensor, int]]):
 
     name: short, for titles. fingerprint: sha256 (hex) of which images these are, in which order; it does not depend on
     the model. classes: their names in the data's own order, None where they have none. num_classes: how many classes
-    the data has (the model's, where the data does not tell). indices: (n,), their places in the whole data set,
-    ascending. streaming: False.
+    the data has (the model's, where the data does not tell). warnings: why figures read off these images may not mean
+    what they seem to. indices: (n,), their places in the whole data set, ascending. streaming: False.
     """
 
     streaming = False
@@ -61,11 +61,10 @@ class ImageSource(Dataset[tuple[Tensor, int]]):
         chosen: np.ndarray,
         prepare: Preparation,
         fingerprint: str,
-        classes: list[str] | None,
-        num_classes: int,
     ):
         self.name, self.fingerprint = name, fingerprint
-        self.classes, self.num_classes = classes, num_classes
+        self.classes, self.num_classes = prepare.labelling.classes, prepare.labelling.num_classes
+        self.warnings = prepare.labelling.warnings
         self.indices = chosen
         self._images, self._prepare = images, prepare
 
@@ -97,16 +96,15 @@ class ImageStream(IterableDataset[tuple[Tensor, int]]):
     def __init__(
         self,
         name: str,
-        images: Iterable[tuple[Image.Image, int] | ImageError],
+        images: Iterable[StreamItem],
         length: int,
         prepare: Preparation,
         fingerprint: str,
-        classes: list[str] | None,
-        num_classes: int,
         promised: bool = False,
     ):
         self.name, self.fingerprint = name, fingerprint
-        self.classes, self.num_classes = classes, num_classes
+        self.classes, self.num_classes = prepare.labelling.classes, prepare.labelling.num_classes
+        self.warnings = prepare.labelling.warnings
         self.indices = np.arange(length)
         self._images, self._length, self._prepare, self._promised = images, length, prepare, promised
 
@@ -135,7 +133,7 @@ class ImageStream(IterableDataset[tuple[Tensor, int]]):
         for place in range(count, self._length if self._promised else count):
             yield Skipped(place, f"{self.name}, number {place}", "the stream ended before it")
 
-    def _prepared(self, place: int, item: tuple[Image.Image, int] | ImageError) -> tuple[Tensor, int] | Skipped:
+    def _prepared(self, place: int, item: StreamItem) -> tuple[Tensor, int] | Skipped:
         if isinstance(item, ImageError):
             return Skipped(place, item.name, item.reason)
         try:
@@ -145,20 +143,16 @@ class ImageStream(IterableDataset[tuple[Tensor, int]]):
 
 
 def choose(count: int, limit: int | None) -> np.ndarray:
+    """Places of a fixed random subset, ascending; a smaller limit takes a part of a larger one's."""
     if limit is None or limit >= count:
         return np.arange(count)
     return np.sort(np.random.RandomState(0).permutation(count)[:limit])
 
 
 def fingerprint(*parts: str | bytes | np.ndarray) -> str:
+    """sha256 (hex) of all parts and their lengths."""
     digest = hashlib.sha256()
     for part in parts:
-        data = (
-            part.encode(errors="surrogateescape")
-            if isinstance(part, str)
-            else part
-            if isinstance(part, bytes)
-            else part.tobytes()
-        )
+        data = part.encode(errors="surrogateescape") if isinstance(part, str) else bytes(part)
         digest.update(f"{len(data)}:".encode() + data)
     return digest.hexdigest()

@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset
 
 from tokbench.config import DATA_PACKAGES
 from tokbench.data.decoding import ImageError, decode
-from tokbench.data.labels import class_count, model_labels
+from tokbench.data.labels import label_classes, label_numbers
 from tokbench.data.preparing import data_config, image_mode, preparation
 from tokbench.data.sources import Images, ImageSource, ImageStream, choose, fingerprint
 from tokbench.errors import UserError, nearest, shortened
@@ -56,8 +56,8 @@ def open_timm(kind: str, rest: str, model: nn.Module, limit: int | None) -> Imag
     mode = image_mode(data_config(model))
     opened = _create(spec, mode, limit)
     classes = _timm_classes(opened)
-    prepare = preparation(model, None if classes is None else model_labels(classes, model, f"data {str(spec)!r}"))
-    num_classes = class_count(model) if classes is None else len(classes)
+    what = f"data {str(spec)!r}"
+    prepare = preparation(model, label_classes(classes, model, what) if classes else label_numbers(model, what))
     split = spec.options.get("split", "validation")
     identity = (str(spec), split, *(classes or ()))
     if not isinstance(opened, IterableDataset):
@@ -65,7 +65,7 @@ def open_timm(kind: str, rest: str, model: nn.Module, limit: int | None) -> Imag
         _try_first(images, spec)
         chosen = choose(len(opened), limit)
         print_ = fingerprint(*identity, str(len(opened)), chosen)
-        return ImageSource(str(spec), images, chosen, prepare, print_, classes, num_classes)
+        return ImageSource(str(spec), images, chosen, prepare, print_)
     length = _stream_length(opened, limit)
     if not length:
         raise UserError(f"data {str(spec)!r} does not tell how many images it has: say how many with --limit N.")
@@ -73,7 +73,7 @@ def open_timm(kind: str, rest: str, model: nn.Module, limit: int | None) -> Imag
     images_in_order = _streaming(spec, opened)
     # For hfids/ timm repeats the limit it was given as the length.
     promised = spec.kind != "hfids" and _stream_length(opened, None) > 0
-    return ImageStream(str(spec), images_in_order, length, prepare, print_, classes, num_classes, promised)
+    return ImageStream(str(spec), images_in_order, length, prepare, print_, promised)
 
 
 def _parse_timm(kind: str, rest: str) -> _TimmSpec:
