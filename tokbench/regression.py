@@ -454,7 +454,7 @@ def _judge_predictions(
         if not then.labeled:
             check.skipped.setdefault("top-1", "the images have no labels")
     right = [
-        (old, then, now)
+        (old, then.with_label(), now.with_label())
         for (old, _), (then, now) in zip(compared, answers, strict=True)
         if then.labeled and then.classifies and now.classifies
     ]

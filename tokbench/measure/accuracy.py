@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from math import nan
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from tokbench.errors import one_line
 from tokbench.measure._model import evaluation_mode, is_out_of_memory, release_memory
+from tokbench.measure.stats import correlation_interval, mean_interval
 
 LARGEST_ARCHIVE = 2**31  # sixty million answers
 
@@ -32,7 +34,9 @@ class Predictions:
     Σ p log(p / q) over the classes, p the unreduced model's probabilities; NaN where either is not finite.
     `similarity` (n,) float32 is the cosine of the pooled features to the unreduced model's, for models without a
     classifier, of which nothing else is known; NaN for all others, and where either is not finite.
-    `classifies` tells whether there are classes at all: not for a model without a classifier.
+    `output` (n,) float32 is the one output of a model that has no more (a score, a logit), which chooses no class;
+    NaN for all others, and where it is not finite.
+    `classifies` tells whether there are classes at all: not for a model without a classifier or of one output.
     """
 
     label: NDArray[np.int64]
@@ -41,6 +45,7 @@ class Predictions:
     top5: NDArray[np.bool_]
     divergence: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
     similarity: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    output: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
     classifies: bool = True
 
     def __post_init__(self) -> None:
@@ -60,16 +65,22 @@ class Predictions:
         return correct
 
     def top1(self) -> float:
-        """Share of all images whose predicted class is the true one, in [0, 1]."""
-        return float(self.correct.mean())
+        """Share of the images with a label whose predicted class is the true one, in [0, 1]; NaN without any."""
+        return float(self.correct[self.label >= 0].mean()) if self.labeled else nan
 
     def top5_accuracy(self) -> float:
-        """Share of all images whose true class is among the five most probable, in [0, 1]."""
-        return float(self.top5.mean())
+        """Share of the images with a label whose true class is among the five most probable, in [0, 1]; likewise."""
+        return float(self.top5[self.label >= 0].mean()) if self.labeled else nan
 
     def nonfinite(self) -> int:
-        """How many images got logits, or features, that are not all finite."""
-        return int((self.predicted < 0).sum() if self.classifies else np.isnan(self.similarity).sum())
+        """How many images got logits, features or an output that are not all finite."""
+        if self.classifies:
+            return int((self.predicted < 0).sum())
+        return int((np.isnan(self.similarity) & np.isnan(self.output)).sum())
+
+    def with_label(self) -> Predictions:
+        """The answers to the images that have a label: accuracy is of these only."""
+        return self.take(np.flatnonzero(self.label >= 0))
 
     def take(self, places: NDArray[np.int64]) -> Predictions:
         """The answers to the images at these places, in this order."""
@@ -125,8 +136,25 @@ ARRAYS = tuple(own.name for own in fields(Predictions) if own.name != "classifie
 """The fields of Predictions with one entry per image."""
 _KINDS = {
     "label": "i", "predicted": "i", "label_probability": "f", "top5": "b", "divergence": "f", "similarity": "f",
+    "output": "f",
 }  # fmt: skip
-_LATER = ("divergence", "similarity")  # which archives of the first version lack
+_LATER = ("divergence", "similarity", "output")  # which archives of earlier versions lack
+
+
+def output_shift(outputs: Predictions, unreduced: Predictions) -> dict[str, tuple[float, float, float]]:
+    """How far a model of one output moved from the unreduced one on the same images: {name: (value, low, high)}.
+
+    "output_shift": mean absolute difference over the standard deviation of the unreduced model's outputs.
+    "output_correlation": Pearson's. 95 % intervals. Empty where fewer than two images have both outputs, or the
+    unreduced model answers all alike; no correlation where only the other does.
+    """
+    both = np.isfinite(outputs.output) & np.isfinite(unreduced.output)
+    now, before = outputs.output[both].astype(float), unreduced.output[both].astype(float)
+    if now.size < 2 or not (spread := float(before.std(ddof=1))):
+        return {}
+    mean, low, high = mean_interval(np.abs(now - before) / spread)
+    found = {"output_shift": (mean, max(low, 0.0), high)}
+    return found | {"output_correlation": correlation_interval(now, before)} if np.ptp(now) else found
 
 
 def join(parts: Iterable[Predictions]) -> Predictions:
@@ -203,8 +231,12 @@ def _answers(
             output = _output(name, model, images, batch_sizes)
             if name == reference:
                 compared = output
-            answers[name] = _read_off(output, labels) if classifier else _without_classes(output, labels)
-            answers[name] |= _distance(output, compared, classifier)
+            if not classifier:
+                answers[name] = _without_classes(output, labels) | _distance(output, compared, classifier)
+            elif output.shape[1] == 1:
+                answers[name] = _without_classes(output, labels) | _one_output(output)
+            else:
+                answers[name] = _read_off(output, labels) | _distance(output, compared, classifier)
         except Exception as error:
             if on_failure is None:
                 raise
@@ -213,7 +245,9 @@ def _answers(
     # Fetched only now, so that an accelerator is waited for once a batch and not once a model.
     return {
         name: Predictions(
-            labels.numpy(), **{field: values.cpu().numpy() for field, values in answer.items()}, classifies=classifier
+            labels.numpy(),
+            **{field: values.cpu().numpy() for field, values in answer.items()},
+            classifies="output" not in answer and classifier,
         )
         for name, answer in answers.items()
     }
@@ -263,6 +297,12 @@ def _without_classes(features: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """`_read_off` for features (B, D): nothing is predicted."""
     nothing = torch.full((len(labels),), -1, device=features.device)
     return {"predicted": nothing, "label_probability": nothing * float("nan"), "top5": nothing > 0}
+
+
+def _one_output(output: Tensor) -> dict[str, Tensor]:
+    """The output (B, 1) itself: softmax and argmax of one number are 1 and 0 whatever it is."""
+    value = output[:, 0].float()
+    return {"output": value.where(value.isfinite(), float("nan"))}
 
 
 def _distance(output: Tensor, compared: Tensor | None, classifier: bool) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tokbench.measure.accuracy import Predictions
+from tokbench.measure.accuracy import Predictions, output_shift
 from tokbench.measure.flops import FlopCount
 from tokbench.measure.speed import SpeedResult
 from tokbench.measure.stats import mcnemar_p, mean_interval, median_interval, median_ratio_interval, paired_drop, wilson
@@ -19,12 +19,16 @@ _LATENCY = ("latency_ms", "latency_low_ms", "latency_high_ms")
 def accuracy_fields(predictions: Predictions, baseline: Predictions) -> dict[str, Any]:
     """The accuracy part of a record: counts, fractions and their intervals, against the unreduced model's.
 
-    Without labels only what compares the two models; without a classifier only their features.
+    Accuracy is of the images with a label; without any, only what compares the two models; without classes, only their
+    features or their one output.
     """
     fields: dict[str, Any] = {"images": len(predictions.label), "nonfinite": predictions.nonfinite()}
     if predictions.labeled and predictions.classifies:
-        right, right_before = predictions.correct, baseline.correct
-        correct5 = int(predictions.top5.sum())
+        known = predictions.with_label()
+        right, right_before = known.correct, baseline.with_label().correct
+        correct5 = int(known.top5.sum())
+        if unlabelled := len(predictions.label) - len(known.label):
+            fields["unlabelled"] = unlabelled
         fields |= {"correct": int(right.sum()), "correct5": correct5}
         fields |= dict(zip(("top1_low", "top1_high"), wilson(int(right.sum()), len(right)), strict=True))
         fields |= dict(zip(("top5_low", "top5_high"), wilson(correct5, len(right)), strict=True))
@@ -35,6 +39,8 @@ def accuracy_fields(predictions: Predictions, baseline: Predictions) -> dict[str
         agree = (predictions.predicted == baseline.predicted) & (baseline.predicted >= 0)
         fields["agreement"] = float(np.mean(agree))
         fields |= dict(zip(("agreement_low", "agreement_high"), wilson(int(agree.sum()), len(agree)), strict=True))
+    for name, interval in output_shift(predictions, baseline).items():
+        fields |= dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
     distances = (("kl", predictions.divergence, 0, inf), ("similarity", predictions.similarity, -1, 1))
     for name, values, least, most in distances:
         if np.isfinite(values).any():
@@ -52,9 +58,10 @@ def at_chance_level(baseline: Predictions, num_classes: int) -> bool:
     """Whether a model knows the labels no better than guessing among the classes that are there would."""
     if not (baseline.labeled and baseline.classifies):
         return False
-    present = len(np.unique(baseline.label[baseline.label >= 0]))
+    known = baseline.with_label()
+    present = len(np.unique(known.label))
     chance = 1 / (present if present > 1 else max(num_classes, 2))
-    low, _ = wilson(int(baseline.correct.sum()), len(baseline.label))
+    low, _ = wilson(int(known.correct.sum()), len(known.label))
     # Few images make a wide interval: a model that is far above chance on them is not accused.
     return low <= chance and baseline.top1() <= 2 * chance
 
