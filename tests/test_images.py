@@ -20,7 +20,7 @@ from test_runner import Listener, small_grid, tiny_model
 
 from tokbench import data
 from tokbench.config import MethodSpec, RunOptions
-from tokbench.data import folders, load_batches, open_dataset, timm_readers
+from tokbench.data import decoding, folders, load_batches, open_dataset, timm_readers
 from tokbench.data.decoding import ImageError, decode
 from tokbench.errors import RunStopped
 from tokbench.measure.accuracy import Predictions
@@ -219,6 +219,61 @@ def test_images_that_came_or_went_between_two_sessions_stop_the_run(tmp_path, mo
     image.write_bytes(b"x" * image.stat().st_size)  # the same size: the fingerprint cannot tell
     with pytest.raises(RunStopped, match="0 were skipped before image 8, now 1"):
         runner.run(replace(grid, methods=(MethodSpec("random", ("8",)),)), tmp_path / "run", options=options)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "pixels_each", "options"),
+    [
+        ("a.png", "RGB", 12, {}),
+        ("p.png", "P", 20, {"transparency": 0}),
+        ("w.webp", "RGB", 20, {}),
+        ("g.png", "L", 3, {}),
+    ],
+)
+def test_an_image_that_takes_too_much_memory_is_refused(name, mode, pixels_each, options, tmp_path, monkeypatch):
+    Image.new(mode, (100, 80)).save(tmp_path / name, **options)
+    monkeypatch.setattr(decoding, "LARGEST_BYTES", 100 * 80 * pixels_each)
+    assert pixels(tmp_path / name).shape == (80, 100, 3)
+    monkeypatch.setattr(decoding, "LARGEST_BYTES", 100 * 80 * pixels_each - 1)
+    with pytest.raises(ImageError, match="100 × 80 pixels would take .* to decode"):
+        decode(tmp_path / name, name)
+
+
+@pytest.mark.parametrize(("progressive", "share", "shape"), [(False, 0.3, (40, 50)), (True, 0.6, (20, 25))])
+def test_a_jpeg_that_takes_too_much_memory_is_decoded_smaller_and_others_are_not(
+    progressive, share, shape, tmp_path, monkeypatch
+):
+    ramp = Image.fromarray(np.tile(np.linspace(0, 255, 100, dtype=np.uint8), (80, 1))).convert("RGB")
+    ramp.save(tmp_path / "a.jpg", quality=95, progressive=progressive)
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert np.array_equal(pixels(tmp_path / "a.jpg"), np.asarray(image))
+    monkeypatch.setattr(decoding, "LARGEST_BYTES", int(100 * 80 * 12 * share))
+    small = decode(tmp_path / "a.jpg", "a.jpg")
+    assert (small.height, small.width) == shape
+    assert np.abs(np.asarray(small.resize(ramp.size)).astype(int) - np.asarray(ramp)).mean() < 4
+    monkeypatch.setattr(decoding, "LARGEST_BYTES", 1000)
+    with pytest.raises(ImageError, match="pixels would take"):
+        decode(tmp_path / "a.jpg", "a.jpg")
+
+
+def test_a_small_file_does_not_fill_a_readers_memory(tmp_path):
+    """13,000 × 13,000 transparent pixels, within Pillow's bound: 3.4 GB to decode."""
+    image = Image.new("1", (13000, 13000))
+    image.save(tmp_path / "a.png", transparency=0)
+    assert (tmp_path / "a.png").stat().st_size < 2**20
+    with pytest.raises(ImageError, match="would take 3.1 GiB to decode, more than 1"):
+        decode(tmp_path / "a.png", "a.png")
+
+
+@pytest.mark.parametrize("name", ["a.jpe", "a.jp2", "a.avif", "a.tga"])
+def test_images_by_less_usual_names_are_found_and_decoded(name, tmp_path):
+    (tmp_path / "c").mkdir()
+    form = {"jpe": "JPEG", "jp2": "JPEG2000", "avif": "AVIF", "tga": "TGA"}[name[2:]]
+    if form not in decoding._formats():
+        pytest.skip(f"this Pillow knows no {form}")
+    Image.new("RGB", (40, 40), (200, 0, 0)).save(tmp_path / "c" / name, form)
+    (batch,) = load_batches(open_dataset(str(tmp_path), vit(2)), 2)
+    assert len(batch.images) == 1 and not batch.skipped
 
 
 def test_files_that_are_no_images_and_classes_without_any_are_told(tmp_path, caplog):
