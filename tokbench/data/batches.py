@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from types import TracebackType
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, defau
 
 from tokbench.data.decoding import ImageError, Skipped
 from tokbench.data.sources import ImageSource, ImageStream
-from tokbench.errors import RunStopped, shortened
+from tokbench.errors import RunStopped
 
 
 class Batch(NamedTuple):
@@ -86,10 +87,15 @@ def _watched(loader: DataLoader[Any], name: str) -> Iterator[_Packed]:
     except Exception as error:
         if isinstance(error, ImageError):
             raise
+        wait([worker.sentinel for worker in workers], timeout=1)  # a lost connection shows before its worker's end
         ends = [end for worker in workers if (end := _how_it_ended(worker))]
-        reason = ends[0] if ends else shortened(RuntimeError(str(error).strip().splitlines()[-1]))
-        if not ends and (number := _errno(error)) in _SCARCE:
+        number = _errno(error)
+        if ends:
+            reason = ends[0]
+        elif number in _SCARCE:
             reason = f"{os.strerror(number)}{_SCARCE[number]}"
+        else:  # what a worker raised ends with its message, after its traceback
+            reason = [type(error).__name__, *str(error).split("\n")][-1][:200]
         raise RunStopped(f"the images of {name} cannot be read: {reason}") from error
 
 
