@@ -378,14 +378,11 @@ def _notes(sheet: _Sheet) -> list[str]:
             f"Front: the best {_GAINS[gain]} for its FLOPs (or speed-up): no other cell is as good in both and better "
             "in one; costs within 1 % are equal."
         )
-    notes += [
-        metric.note for name, metric in METRICS.items() if name in shown and metric.note and (metric.place or 0) < _TOKENS
-    ]
+    told = [(metric.place or 0, metric.note) for name, metric in METRICS.items() if name in shown and metric.note]
+    notes += [note for place, note in told if place < _TOKENS]
     if "Tokens" in {column.head for column in sheet.columns}:
         notes.append("Tokens: left after the last block, class token and the like included.")
-    notes += [
-        metric.note for name, metric in METRICS.items() if name in shown and metric.note and (metric.place or 0) > _TOKENS
-    ]
+    notes += [note for place, note in told if place > _TOKENS]
     if any(cell.fused_attention == "off" for cell in cells):
         notes.append("Fused attention was off: speed-ups are over a model that is slower than timm's own.")
     if any(cell.weights == "random" for cell in cells):

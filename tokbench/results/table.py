@@ -11,7 +11,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, TypeVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -142,7 +142,7 @@ def _cell(key: CellKey, kinds: Mapping[str, Record], run: str, machine: Machine 
         "compiled": ("yes" if fields["compiled"] else "no") if "compiled" in fields else None,
         "error": getattr(failure, "message", None),
     }
-    texts: dict[str, Any] = {name: printable(value) if isinstance(value, str) else value for name, value in values.items()}
+    told: dict[str, Any] = {name: printable(own) if isinstance(own, str) else own for name, own in values.items()}
     return Cell(
         key=replace(key, model=printable(key.model), method=printable(key.method)),
         params=first.params,
@@ -150,7 +150,7 @@ def _cell(key: CellKey, kinds: Mapping[str, Record], run: str, machine: Machine 
         also=also,
         calibrated=fields.get("calibrated"),
         tokens=tuple(fields.get("tokens") or ()),
-        **texts,
+        **told,
     )
 
 
