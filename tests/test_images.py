@@ -17,8 +17,6 @@ import torch
 from PIL import Image
 from stand_ins import Listener, plain_records, small_grid, tiny_model
 from test_data import make_folder, vit
-from tokbench.running.half_pass import HalfPass
-from tokbench.running.reader import Reader
 
 from tokbench import data
 from tokbench.config import MethodSpec, RunOptions
@@ -27,6 +25,8 @@ from tokbench.data.decoding import ImageError, decode
 from tokbench.errors import RunStopped
 from tokbench.results.predictions import Predictions
 from tokbench.running import runner
+from tokbench.running.half_pass import HalfPass
+from tokbench.running.reader import Reader
 
 RAMP = np.tile(np.linspace(0, 255, 32, dtype=np.uint8), (24, 1))  # 24 × 32, dark on the left
 
