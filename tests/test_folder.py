@@ -20,6 +20,7 @@ from tokbench.results import records as results_records
 from tokbench.results.folder import RunFolder, is_run, new_run_path
 from tokbench.results.records import AccuracyRecord, FlopsRecord
 
+REFERENCE = Path(__file__).resolve().parents[1] / "results" / "reference"
 RECORD = {
     "kind": "flops",
     "cell": "m/tome/8",
@@ -266,10 +267,30 @@ def test_new_run_paths_do_not_exist(tmp_path: Path) -> None:
     assert first.name.endswith("-hf-hub-a-b-c") and not second.exists() and second != first
 
 
-def test_results_and_report_do_not_import_torch() -> None:
-    modules = "tokbench.results.table, tokbench.report.tables, tokbench.report.plots"
-    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("table", REFERENCE),
+        ("pick", REFERENCE, "--max-drop=1"),
+        ("plot", REFERENCE, "--out=a.png"),
+        ("check", REFERENCE, "--baseline", REFERENCE),
+        ("compare", REFERENCE, "--baseline=reference:none"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_commands_on_finished_runs_do_not_import_torch(tmp_path: Path, words: tuple[str, ...]) -> None:
+    code = """
+import sys
+from tokbench import cli
+try:
+    cli.main()
+except SystemExit as end:
+    print(end.code or 0, "torch" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.endswith("\n0 False\n"), done.stdout + done.stderr
 
 
 def test_repair_leaves_the_temporary_files_of_others_alone(run: RunFolder) -> None:

@@ -16,7 +16,10 @@ from stand_ins import plain_records
 
 from tokbench.errors import UserError
 from tokbench.report import html
+from tokbench.report.findings import findings
 from tokbench.report.html import plot_data, write_report
+from tokbench.report.tables import render_table
+from tokbench.report.text import variant_name
 from tokbench.results.cell import Cell, Figure
 from tokbench.results.folder import RunFolder
 from tokbench.results.table import load_cells
@@ -73,6 +76,21 @@ def test_each_run_has_its_front_where_the_machine_sets_the_pace(run: Path, tmp_p
     assert "a front of its own" not in write_report([run], tmp_path / "one.html").read_text()
     names = [cell["name"] for cell in data["cells"]]
     assert len(set(names)) == len(names) and {cell["dash"] for cell in data["cells"][:3]} == {"solid"}
+
+
+def test_page_table_and_findings_name_the_same_front_of_speed() -> None:
+    cells = load_cells([Path(__file__).parents[1] / "results" / "reference"])
+    fronts = plot_data(cells)["fronts"]
+    table = json.loads(render_table(cells, "json"))
+    ((*members,),) = fronts["speedup|top1"]
+    assert [members] == fronts["throughput|top1"]
+    assert [number for number, row in enumerate(table) if row["front_throughput"]] == members
+    told = next(text for text in findings(cells)[0].sentences if "front of top-1 against speed" in text)
+    on, _, never = told.partition(";")
+    names = {cell.variant for cell in cells} - {"none"}
+    best = {cells[number].variant for number in members} - {"none"}
+    assert best and all(variant_name(name, name) in on for name in best)
+    assert names - best and all(variant_name(name, name) in never for name in names - best)
 
 
 def test_cells_say_their_figures_with_their_own_intervals(cells: list[Cell]) -> None:
@@ -211,8 +229,11 @@ def test_a_bar_that_says_nothing_is_cut_and_ends_in_an_arrow(
     ends = browser.execute_script("return document.getElementById('plot').layout.xaxis.range")
     low, high = plot_data(cells)["groups"][0]["reach"]["speedup"]
     assert ends[0] < low and high < ends[1] < 5
-    arrows = "return document.getElementById('plot').data.filter(trace => /triangle-(left|right)/.test(trace.marker?.symbol)).map(trace => trace.x)"
-    assert browser.execute_script(arrows) == [[pytest.approx(low)], [pytest.approx(high)]]
+    arrows = browser.execute_script(
+        "return document.getElementById('plot').data.filter(trace => /triangle-(left|right)/.test(trace.marker?.symbol))"
+        ".map(trace => trace.x)"
+    )
+    assert arrows == [[pytest.approx(low)], [pytest.approx(high)]]
     assert [entry["message"] for entry in browser.get_log("browser")] == []
 
 

@@ -20,6 +20,7 @@ from tokbench.errors import UserError
 from tokbench.fusion.core import METHODS
 from tokbench.plugins import LOADED
 from tokbench.report.pick import Pick, pick_cells
+from tokbench.results.cell import Cell
 from tokbench.results.folder import RunFolder
 from tokbench.running.runner import run as run_grid
 
@@ -71,8 +72,8 @@ def only(path: Path, **limits: float) -> Pick:
     return found
 
 
-def name(row: Any) -> str:
-    return "" if row is None else row["cell"].partition("/")[2].rstrip("/")
+def name(cell: Cell | None) -> str:
+    return "" if cell is None else cell.id.partition("/")[2].rstrip("/")
 
 
 @pytest.mark.parametrize(
@@ -258,6 +259,10 @@ def test_two_models_get_a_decision_each(made):
     first, second = pick_cells(made, min_speedup=1.5)
     assert first.best is not None and second.model == "large" and second.best is None
     assert "No answer: --min-speedup: the run" in second.text() and second.to_dict()["why"] == second.why
+    for kind in ("accuracy", "flops"):
+        changed(made, kind, "large/", dtype="fp8")
+    second = pick_cells(made, max_drop=3.0)[1]
+    assert second.best is None and "made in 'fp8', which" in second.why
 
 
 def test_the_command_exits_with_1_when_nothing_meets_it(tokbench_command, made):
@@ -363,7 +368,7 @@ def test_nothing_in_a_run_gets_into_the_python_as_code(tmp_path):
     assert given == {"a": 1e-9, None: {bad: bad, "class": [True, None]}}
     in_one_line = bad.replace("\n", "\\n")  # as names are read from records
     assert in_one_line in {node.value for node in ast.walk(lines[1]) if isinstance(node, ast.Constant)}
-    (path / "manifest.json").write_text(json.dumps({"schema": 1, "grid": {"models": [3, {"label": bad}]}}))
+    (path / "manifest.json").write_text(json.dumps({"schema": 1, "command": "'", "plugins": {bad: bad}}))
     assert only(path, max_drop=3.0).best is not None
     with pytest.raises(UserError, match="made in 'fp8', which"):
         pick_cells(make_run(tmp_path / "other", dtype="fp8"), max_drop=3.0)

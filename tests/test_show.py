@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 from PIL import Image
 from stand_ins import tiny_model
 
@@ -103,6 +105,20 @@ def test_long_titles_are_broken_before_they_run_into_each_other(tmp_path: Path, 
     assert figure.get_suptitle().count("\n") == 1
     (above,) = [text for text in figure.texts if text.get_text().startswith("vit_small")]
     assert above.get_window_extent().x1 < figure.bbox.x1
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_word_stands_out_from_the_background(tmp_path: Path, monkeypatch: Any, theme: str) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(tokens, "save", lambda figure, *_, **__: figures.append(figure))
+    draw_tokens([TokenRow("made up", np.zeros((4, 6, 3)), [GRID])], tmp_path / "a.png", heading="head", theme=theme)
+    (figure,) = figures
+    figure.draw_without_rendering()
+    words = [text for text in figure.findobj(Text) if text.get_text()]
+    told = {text.get_text() for text in words}
+    assert {"head", "made up", "1", "patches in the token (hatched: dropped)"} <= told
+    background = sum(to_rgb(figure.get_facecolor()))
+    assert all(abs(sum(to_rgb(text.get_color())) - background) > 1.2 for text in words)
 
 
 def test_everything_dropped_can_be_drawn(tmp_path: Path) -> None:

@@ -18,16 +18,22 @@ from tokbench.fusion.tofu import AUTO, ToFu
 from tokbench.schedules import Schedule
 
 CALIBRATION_IMAGES = 32
+# Of these, how many FLOPs are counted on where they depend on the image: each takes about a second.
+COUNTED_IMAGES = 8
 
 
 def wants_images(method: Method) -> bool:
-    """Whether a parameter of the method has to be measured on images first."""
+    """Whether images have to be looked at: for a parameter measured on them, or as FLOPs depend on them."""
+    return _measures(method) or method.counts_by_image
+
+
+def _measures(method: Method) -> bool:
     return isinstance(method, ToFu) and method.prune_blocks == AUTO
 
 
 def countable(method: Method) -> Method:
     """A method with the FLOPs of `method`, whatever images will say: neither merging nor pruning counts any."""
-    return dataclasses.replace(cast(ToFu, method), prune_blocks=None) if wants_images(method) else method
+    return dataclasses.replace(cast(ToFu, method), prune_blocks=None) if _measures(method) else method
 
 
 def calibrate(model: VisionTransformer, method: Method, schedule: Schedule, images: Tensor | None) -> Method:
@@ -36,8 +42,8 @@ def calibrate(model: VisionTransformer, method: Method, schedule: Schedule, imag
     images: (B, C, H, W), preprocessed, on the model's device and in its dtype. Raises UserError when they are needed
     and not there, or there and not needed.
     """
-    if not wants_images(method):
-        if images is not None:
+    if not _measures(method):
+        if images is not None and not method.counts_by_image:
             raise UserError(f"method '{method.name}' measures nothing with these parameters: it takes no images")
         return method
     if images is None:

@@ -115,7 +115,8 @@ def run(
         typer.Argument(metavar="GRID.toml", help="What to measure; flags replace what it says.", show_default=False),
     ] = None,
     model: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="A timm model, or 'bundled'. Repeatable.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A timm model, 'bundled', hf:…, openclip:… or tv:…. Repeatable."),
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Weights for the one --model: .safetensors, .pth, .pt or .bin.")
@@ -123,6 +124,12 @@ def run(
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="FLOPs and speed of --model without a download.")
     ] = False,
+    input_size: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="Side of the models' input (default: their own).")
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What the one --model is called in tables and plots.")
+    ] = None,
     method: Annotated[
         list[str] | None, typer.Option(metavar="METHOD", help="As in tome or tome:prop_attn=false. Repeatable.")
     ] = None,
@@ -178,6 +185,8 @@ def run(
         models=model or (),
         checkpoint=checkpoint,
         random_weights=random_weights,
+        input_size=input_size,
+        label=label,
         methods=method or (),
         schedules=schedule or (),
         data=data,
@@ -322,7 +331,9 @@ def show(
         list[str],
         typer.Argument(metavar="IMAGE...", help="Files, or bundled:17 for the 17th bundled image.", show_default=False),
     ],
-    model: Annotated[str, typer.Option(metavar="NAME", help="A timm model, or 'bundled'.")] = "bundled",
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="A timm model, 'bundled', hf:…, openclip:… or tv:….")
+    ] = "bundled",
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Weights for the model: .safetensors, .pth, .pt or .bin.")
     ] = None,
@@ -408,6 +419,31 @@ def check(
             write_junit(found, junit)
     tell_github(found)
     raise typer.Exit(0 if found.passed else 1)
+
+
+@app.command()
+def compare(
+    runs: Runs,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="RUN:CELL", help="Compare all cells with this one, such as a:none (default: see above)."),
+    ] = None,
+    format: Annotated[str, typer.Option(metavar="FORMAT", help="rich, md, csv or json.")] = "rich",
+) -> None:
+    """Tell how each cell differs from the same cell of the first RUN, also between checkpoints, dtypes and machines.
+
+    Of models with the same label, or of the only one in each run. With intervals, paired where the images are the same.
+    """
+    from rich.console import Console
+
+    from tokbench.check.differences import as_table, render
+    from tokbench.check.differences import compare as compare_runs
+
+    found = compare_runs(runs, baseline)
+    if format == "rich":
+        Console().print(as_table(found))
+    else:
+        print(render(found, format), end="")
 
 
 @app.command()

@@ -13,12 +13,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import tokbench.fusion  # noqa: F401  (registers the methods)
-from tokbench.calibrate import calibrate, countable
+from tokbench.calibrate import COUNTED_IMAGES, calibrate, countable
 from tokbench.errors import UserError
 from tokbench.fusion.blocks import Fusion
 from tokbench.fusion.core import METHODS, Method, make_method
 from tokbench.fusion.patch import fork, insert, remove, require_supported
 from tokbench.measure.flops import count_flops
+from tokbench.rates import look_up
 from tokbench.schedules import Schedule, parse_schedule
 
 __all__ = ["FlopsWarning", "apply", "check_schedule", "list_methods", "resolve_schedule"]
@@ -50,7 +51,8 @@ def apply(
         method: a name from `list_methods()`; "none" is `remove`.
         schedule: how many tokens go where, as `tokbench list schedules` shows: 13, "keep:0.7@3,6,9", "flops:0.5".
         trace: keep the token map.
-        images: (B, C, H, W) calibration images, for methods that measure the model.
+        images: (B, C, H, W) calibration images, for methods that measure the model, and for "flops:…" where FLOPs
+            depend on the images.
         unreduced_flops: what `count_flops` gives without a method, where it is known; "flops:…" counts it if not.
         params: the method's own parameters, as `tokbench list methods` shows.
 
@@ -67,7 +69,9 @@ def apply(
         return remove(model)
     made = make_method(method, **params)
     made.require_depth(len(model.blocks))
-    resolved = resolve_schedule(model, countable(made), parsed, unreduced_flops)
+    if parsed.kind == "diffrate":
+        made, parsed = look_up(model, made, parsed)
+    resolved = resolve_schedule(model, countable(made), parsed, unreduced_flops, images)
     return insert(model, calibrate(model, made, resolved, images), resolved, trace=trace)
 
 
@@ -80,25 +84,35 @@ def check_schedule(schedule: Schedule, depth: int) -> None:
 
 
 def resolve_schedule(
-    model: VisionTransformer, method: Method, schedule: Schedule, unreduced_flops: int | None = None
+    model: VisionTransformer,
+    method: Method,
+    schedule: Schedule,
+    unreduced_flops: int | None = None,
+    images: Tensor | None = None,
 ) -> Schedule:
     """A schedule that names tokens, found by counting if it names FLOPs; what is known already is not counted again.
 
     `flops:F` becomes the method's own shape, scaled until its counted FLOPs are nearest F × the unreduced model's:
     a list of removals that differ by at most one, or one keep rate at blocks L//4, L//2 and 3L//4. Warns
-    (FlopsWarning) when whole tokens at those blocks come no nearer than 1 %.
+    (FlopsWarning) when whole tokens at those blocks come no nearer than 1 %. Where FLOPs depend on the image, they are
+    the mean over `images`; raises UserError if there are none.
     """
     depth, patches = len(model.blocks), model.patch_embed.num_patches
     check_schedule(schedule, depth)
     if schedule.kind != "flops":
         return schedule
+    counted_on = images[:COUNTED_IMAGES] if method.counts_by_image and images is not None else None
+    if method.counts_by_image and counted_on is None:
+        raise UserError(f"method '{method.name}': its FLOPs depend on the image; '{schedule}' needs some: images=…")
     probe = remove(fork(model))
     unreduced, wanted = unreduced_flops or count_flops(probe).total, schedule.values[0]
     scaled, last = _keep_rates(depth, patches) if method.flops_shape == "keep" else _even(method, depth, patches)
 
     @cache
     def excess(step: int) -> float:
-        return count_flops(insert(probe, method, scaled(step))).total / unreduced - wanted if step else 1 - wanted
+        if step == 0:
+            return 1 - wanted
+        return count_flops(insert(probe, method, scaled(step)), images=counted_on).total / unreduced - wanted
 
     @cache
     def estimate(step: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tokbench.errors import UserError, nearest
 
@@ -13,8 +13,12 @@ GRAMMAR = {
     "list": ("list:8,8,0,4", "remove that many at block 0, 1, 2, …; none after the end of the list"),
     "keep": ("keep:0.7@3,6,9", "keep 70 % of the patch tokens at blocks 3, 6 and 9 (blocks count from 0)"),
     "ratio": ("ratio:0.9", "keep 90 % of the patch tokens at every block"),
+    "diffrate": ("diffrate:2.9", "DiffRate's own list at 2.9 GFLOPs, for the DeiT or MAE that it was searched for"),
     "flops": ("flops:0.5", "scale the method's own schedule until its FLOPs are nearest half the unreduced model's"),
 }
+
+# What a schedule that was looked up says of itself.
+SEARCHED = ", rates searched on ImageNet-1k"
 
 
 class ScheduleError(UserError):
@@ -23,15 +27,19 @@ class ScheduleError(UserError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """A parsed schedule. `str()` gives its canonical text, which parses to the same schedule."""
+    """A parsed schedule. `str()` gives its canonical text, which parses to the same schedule.
+
+    found: how many tokens go from each block, of a named schedule that was looked up for a model.
+    """
 
     kind: str
     values: tuple[float, ...]
     blocks: tuple[int, ...] = ()
+    found: tuple[int, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         values = (int(value) if value == int(value) else value for value in self.values)
-        text = f"{self.kind}:{','.join(map(repr, values))}"
+        text = f"{self.kind}:{','.join(map(repr, values))}{SEARCHED if self.found else ''}"
         return f"{text}@{','.join(map(str, self.blocks))}" if self.blocks else text
 
     def removals(self, block: int, depth: int, patches: int) -> int:
@@ -54,6 +62,8 @@ class Schedule:
                 return patches - math.ceil(first * patches) if block in self.blocks else 0
             case "ratio":
                 return math.floor(patches - patches * first)
+            case "diffrate" if self.found:
+                return self.found[block]
         raise ScheduleError(f"schedule '{self}' must be resolved for a model first; use tokbench.apply")
 
 
@@ -142,6 +152,13 @@ def _parse_ratio(text: str, rest: str) -> Schedule:
     return Schedule("ratio", (_fraction(text, rest, "the share of tokens to keep"),))
 
 
+def _parse_diffrate(text: str, rest: str) -> Schedule:
+    budget = rest.removesuffix(SEARCHED)
+    if not _is_number(budget) or not float(budget) > 0:
+        raise _wrong(text, rest, "expected the GFLOPs that the rates were searched for")
+    return Schedule("diffrate", (float(budget),))
+
+
 def _parse_flops(text: str, rest: str) -> Schedule:
     return Schedule("flops", (_fraction(text, rest, "a share of the unreduced model's FLOPs"),))
 
@@ -152,5 +169,6 @@ _PARSERS = {
     "list": _parse_list,
     "keep": _parse_keep,
     "ratio": _parse_ratio,
+    "diffrate": _parse_diffrate,
     "flops": _parse_flops,
 }

@@ -160,7 +160,7 @@ def _require_comparable(before: Run, after: Run, old: Measured, new: Measured) -
     if then.weights_sha256 != now.weights_sha256:
         raise UserError(
             f"the runs have other weights: {now.model} in {after.path} has sha256 {short(now.weights_sha256)}, "
-            f"{then.model} in {before.path} has {short(then.weights_sha256)}"
+            f"{then.model} in {before.path} has {short(then.weights_sha256)}; tokbench compare tells how they differ"
         )
     prints = before.fingerprint(then), after.fingerprint(now)
     if old.accuracy and new.accuracy and prints[0] != prints[1]:

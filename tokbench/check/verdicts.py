@@ -158,7 +158,7 @@ def github_errors(check: Check) -> list[str]:
 
 def summary(check: Check) -> str:
     """The check as Markdown, for a job's summary: the gates, then the cells that failed."""
-    told = _for_markdown
+    told = for_markdown
     lines = [f"### tokbench check {'passed' if check.passed else 'failed'}", ""]
     lines += [told(f"{check.run} against {check.baseline}: {check.scope}."), ""]
     if check.differ.told:
@@ -199,7 +199,7 @@ def _for_command(lines: list[str]) -> str:
     return "%0A".join(printable(line).replace("%", "%25") for line in lines)
 
 
-def _for_markdown(text: str) -> str:
+def for_markdown(text: str) -> str:
     """Without tables, markup and HTML. An underscore between letters is none."""
     return re.sub(r"[\\`*|<>&\[\]~#$!]|(?<!\w)_|_(?!\w)", r"\\\g<0>", printable(text))
 

@@ -73,4 +73,4 @@ def _released(score: Tensor, real: Tensor, points: int) -> Tensor:
 def _nearest(total: Tensor, real: Tensor, points: Tensor) -> Tensor:
     """Which of the real tokens are nearest to some of the points (B, K), by their cumulated scores (B, T): (B, T)."""
     apart = (total.masked_fill(~real, torch.inf).unsqueeze(1) - points.unsqueeze(2)).abs()
-    return torch.zeros_like(real).scatter(1, apart.argmin(-1), True)
+    return torch.zeros_like(real).scatter(1, apart.argmin(-1), 1)

@@ -109,9 +109,11 @@ class Assignment:
 
     def total(self, values: Tensor) -> Tensor:
         """Sum of `values` (B, N) over the members of each output token: (B, M)."""
-        if self.mix is not None:
-            return _mix(values.unsqueeze(-1), self).squeeze(-1)
         kept = values.gather(1, self.kept)
+        if self.mix is not None and self.source is not None:
+            own = kept if self.weight is None else kept * self.weight.gather(1, self.kept)
+            taken = (self.mix * values.gather(1, self.source).unsqueeze(1)).sum(-1)
+            return own + F.pad(taken, (own.shape[1] - taken.shape[1], 0))
         if self.source is None or self.slot is None:
             return kept
         return kept.scatter_add(1, self.slot, values.gather(1, self.source))

@@ -82,7 +82,7 @@ class GTP(Method):
             unit = F.normalize(patches.to(score_dtype(x)), dim=-1)
             alone = torch.eye(patches.shape[1], dtype=torch.bool, device=x.device)
             ranked = (unit @ unit.mT).masked_fill(alone, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-            near = near.scatter(2, ranked[..., : min(self.neighbors, patches.shape[1] - 1)], True)
+            near = near.scatter(2, ranked[..., : min(self.neighbors, patches.shape[1] - 1)], 1)
         degree = near.sum(-1).clamp_min(1).to(score_dtype(x))
         return near / (degree.unsqueeze(2) * degree.unsqueeze(1)).sqrt()
 

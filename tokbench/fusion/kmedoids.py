@@ -49,7 +49,7 @@ class KMedoids(Method):
         for _ in range(self.iterations):
             first = torch.full_like(centres, view.patches).scatter_reduce(1, nearest(apart, centres), rank, "amin")
             centres = by_cost.gather(1, first)
-        chosen = torch.zeros_like(received, dtype=torch.bool).scatter(1, centres, True)
+        chosen = torch.zeros_like(received, dtype=torch.bool).scatter(1, centres, 1)
         rest = chosen_first(chosen)[:, -r:]
         slot = nearest(apart, centres).gather(1, rest)
         weight = torch.ones_like(view.x[..., 0], dtype=apart.dtype).scatter(1, rest + prefix, 0)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -65,6 +66,7 @@ def measure_speed(
     *,
     batch_size: int,
     input_size: int | Sequence[int] | None = None,
+    images: Tensor | None = None,
     rounds: int | None = None,
     seconds: float = 30.0,
     latency_of: Collection[str] = (),
@@ -75,7 +77,7 @@ def measure_speed(
 ) -> list[SpeedResult]:
     """Time the models' forward passes in interleaved rounds; speed-ups are over the first model.
 
-    All models run on the same random images. Their parameters must be on one device and of one dtype. In each round
+    All models run on the same images, random unless some are given. Their parameters must be on one device and of one dtype. In each round
     every model has one turn. If the models are too slow for `seconds`, there are fewer rounds, at least 5 (or
     `rounds`); if a busy machine slows them down later, the measurement stops after twice the time.
 
@@ -83,6 +85,7 @@ def measure_speed(
         models: the models by name; the first is the reference of the speed-ups.
         batch_size: images in a pass.
         input_size: the side, (C, H, W), or None for the size the first model was built for.
+        images: (B, C, H, W), for models whose work depends on them, taken again from the first if a batch has more.
         rounds: the number of rounds, if they fit in `seconds`. None: an uncounted pilot estimates how many give every
             speed-up an interval of ±1 %, and as many as fit in `seconds` run. The number is fixed before the first
             counted round: stopping once the interval looks narrow would bias it.
@@ -105,8 +108,7 @@ def measure_speed(
         raise ValueError("measure_speed needs at least one model, one image in a batch and one round")
     device, dtype = _common_placement(models)
     reference = next(iter(models))
-    size = resolve_input_size(models[reference], input_size)
-    images = torch.rand(batch_size, *size, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    images = _batch(models[reference], batch_size, input_size, images, seed)
     image = images[:1].clone()
     running = dict(models)
     if device.type == "cpu":
@@ -148,8 +150,9 @@ def measure_speed(
         for done, order in enumerate(_orders(running, planned, seed), start=1):
             for name, mean in each(order, turn).items():
                 timings[name].append(mean)
-            for single_order in _orders(single, answers, seed + done):
-                for name, took in each(single_order, lambda name: _host_seconds(models[name], image, 1)).items():
+            for number, single_order in enumerate(_orders(single, answers, seed + done), start=done * answers):
+                image = images[number % batch_size].unsqueeze(0)  # the same for every model
+                for name, took in each(single_order, partial(_answer_seconds, models, image)).items():
                     latencies[name].append(took)
             if on_round is not None:
                 on_round(done, planned)
@@ -199,17 +202,32 @@ def keep_freed_memory() -> bool:
     return bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
+def _batch(
+    model: nn.Module, batch_size: int, input_size: int | Sequence[int] | None, images: Tensor | None, seed: int = 0
+) -> Tensor:
+    """(batch_size, C, H, W) on the model's device: of these images, or random ones."""
+    if images is None:
+        size = resolve_input_size(model, input_size)
+        images = torch.rand(batch_size, *size, generator=torch.Generator().manual_seed(seed))
+    device, dtype = placement(model)
+    return images[torch.arange(batch_size) % len(images)].to(device, dtype)
+
+
 def measure_memory(
-    model: nn.Module, *, batch_size: int, input_size: int | Sequence[int] | None = None
+    model: nn.Module,
+    *,
+    batch_size: int,
+    input_size: int | Sequence[int] | None = None,
+    images: Tensor | None = None,
 ) -> tuple[int, int] | None:
     """(bytes allocated, bytes reserved) at the peak of a forward pass on CUDA, weights included; None elsewhere.
 
     Everything else on the device counts too, such as the weights of other models; models made by `fork` share theirs.
     """
-    device, dtype = placement(model)
+    device, _ = placement(model)
     if device.type != "cuda":
         return None
-    images = torch.rand(batch_size, *resolve_input_size(model, input_size)).to(device, dtype)
+    images = _batch(model, batch_size, input_size, images)
     with torch.inference_mode(), evaluation_mode([model]):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -287,6 +305,10 @@ def _seconds(model: nn.Module, images: Tensor, iterations: int) -> float:
     if images.device.type == "cuda":
         return _cuda_seconds(model, images, iterations)
     return _host_seconds(model, images, iterations)
+
+
+def _answer_seconds(models: Mapping[str, nn.Module], image: Tensor, name: str) -> float:
+    return _host_seconds(models[name], image, 1)
 
 
 def _host_seconds(model: nn.Module, images: Tensor, iterations: int) -> float:

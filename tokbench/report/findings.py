@@ -40,7 +40,7 @@ class Findings:
 
     Attributes:
         title: names them.
-        answer: what one may take without losing accuracy, for who reads one sentence; "" where that is not known.
+        answer: what one may take without losing accuracy, in one sentence; "" where that is not known.
         sentences: all of it.
     """
 

@@ -121,19 +121,11 @@ class Pick:
     def to_dict(self) -> dict[str, Any]:
         """For programs: plain JSON values. `nearest` is a cell that does not meet the limits."""
         return {
-            "model": self.model,
-            "title": self.title,
-            "limits": self.limits,
-            "met": self.best is not None,
-            "rule": self.rule,
-            "pick": _plain(self.best),
-            "runner_up": _plain(self.other) if self.other_meets else None,
-            "nearest": None if self.other_meets else _plain(self.other),
-            "why": self.why,
-            "misses": self.misses,
-            "notes": self.notes,
-            "code": self.code,
-        }
+            "model": self.model, "title": self.title, "limits": self.limits, "met": self.best is not None,
+            "rule": self.rule, "pick": _plain(self.best), "runner_up": _plain(self.other) if self.other_meets else None,
+            "nearest": None if self.other_meets else _plain(self.other), "why": self.why, "misses": self.misses,
+            "notes": self.notes, "code": self.code,
+        }  # fmt: skip
 
 
 def pick_cells(run: str | Path, **limits: float | None) -> list[Pick]:
@@ -229,10 +221,10 @@ def _decide(found: Pick, group: Sequence[Cell], folder: RunFolder) -> None:
         met = []
     found.notes = _notes(group, known, needed, asked, rank)
     if met:
-        found.best, found.rule = met[0], "the only one that meets the limits with the unfavorable end of its interval"
-        found.notes += [f"{met[0].method} is a control, there to be beaten"] if met[0].method in CONTROLS else []
         found.code, notes = python_of(met[0], folder)
-        found.notes += notes
+        found.best, found.rule = met[0], "the only one that meets the limits with the unfavorable end of its interval"
+        control = [f"{met[0].method} is a control, there to be beaten"] if met[0].method in CONTROLS else []
+        found.notes += control + notes
     if len(met) > 1:
         found.rule = (
             f"{_WORDS[rank].best} of {len(met)} that meet the limits with the unfavorable end of their intervals"

@@ -128,7 +128,9 @@ def side_by_side(shown: Scene, marker: float) -> Scene:
     tie = METRICS[shown.x].tie
     moving = [point for point in shown.points if not point.cell.is_baseline]
     costs = sorted(point.x.value for point in moving)
-    crowded = [cost for cost in costs if bisect_right(costs, cost * (1 + tie)) - bisect_left(costs, cost * (1 - tie)) > 2]
+    crowded = [
+        cost for cost in costs if bisect_right(costs, cost * (1 + tie)) - bisect_left(costs, cost * (1 - tie)) > 2
+    ]
     every = [figure.value for cell in shown.cells if (figure := cell[shown.x])]
     levels = _levels(costs, tie)
     # Costs all along the axis are no columns.

@@ -379,12 +379,12 @@ def _notes(sheet: _Sheet) -> list[str]:
             "in one; costs within 1 % are equal."
         )
     notes += [
-        metric.note for name, metric in METRICS.items() if name in shown and metric.note and metric.place < _TOKENS
+        metric.note for name, metric in METRICS.items() if name in shown and metric.note and (metric.place or 0) < _TOKENS
     ]
     if "Tokens" in {column.head for column in sheet.columns}:
         notes.append("Tokens: left after the last block, class token and the like included.")
     notes += [
-        metric.note for name, metric in METRICS.items() if name in shown and metric.note and metric.place > _TOKENS
+        metric.note for name, metric in METRICS.items() if name in shown and metric.note and (metric.place or 0) > _TOKENS
     ]
     if any(cell.fused_attention == "off" for cell in cells):
         notes.append("Fused attention was off: speed-ups are over a model that is slower than timm's own.")

@@ -30,7 +30,8 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 from tokbench.errors import RunStopped, UserError, nearest
-from tokbench.results.records import KINDS, SCHEMA, Manifest, Record, read_manifest, read_record, shown
+from tokbench.results.records import KINDS, SCHEMA, Manifest, Record, read_manifest, read_record
+from tokbench.validation import shown
 
 MANIFEST = "manifest.json"
 RECORDS = "records.jsonl"

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-import textwrap
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from tokbench.errors import UserError
+from tokbench.validation import first_fault
 
 SCHEMA = 1
 
@@ -237,30 +237,7 @@ def _read(model: type[S], values: dict[str, Any], where: str | Path) -> S:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{where}: {_first_fault(error)}.") from error
-
-
-_KINDS_OF_VALUES = {
-    "string_type": "text", "float_type": "a number", "int_type": "a whole number", "int_from_float": "a whole number",
-    "finite_number": "a number", "list_type": "a list", "dict_type": "an object", "model_type": "an object",
-    "bool_type": "true or false",
-}  # fmt: skip
-_BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
-
-
-def _first_fault(error: ValidationError) -> str:
-    fault = error.errors(include_url=False)[0]
-    name = ".".join(map(str, fault["loc"]))
-    if fault["type"] == "missing":
-        return f"{name!r} is missing"
-    bounds = [f"{word} {fault['ctx'][key]:g}" for key, word in _BOUNDS.items() if key in fault.get("ctx", {})]
-    wanted = _KINDS_OF_VALUES.get(fault["type"]) or " ".join(bounds) or fault["msg"]
-    return f"{name!r} must be {wanted}, not {shown(fault['input'])}"
-
-
-def shown(value: Any) -> str:
-    """A value in an error message."""
-    return textwrap.shorten(ascii(value), 60)
+        raise UserError(f"{where}: {first_fault(error)}.") from error
 
 
 def _require_schema(holder: dict[str, Any], where: str | Path) -> None:

@@ -141,7 +141,7 @@ def _cell(key: CellKey, kinds: Mapping[str, Record], run: str, machine: Machine 
         "compiled": ("yes" if fields["compiled"] else "no") if "compiled" in fields else None,
         "error": getattr(failure, "message", None),
     }
-    texts = {name: printable(value) if isinstance(value, str) else value for name, value in values.items()}
+    texts: dict[str, Any] = {name: printable(value) if isinstance(value, str) else value for name, value in values.items()}
     return Cell(
         key=replace(key, model=printable(key.model), method=printable(key.method)),
         params=first.params,
@@ -204,7 +204,9 @@ def filter_cells(cells: Sequence[Cell], conditions: Iterable[str]) -> list[Cell]
         name, sign, value = _split_condition(condition)
         column = METRICS[name].columns[0] if name in METRICS else name
         if column not in COLUMNS:
-            hint = nearest(name, dict.fromkeys([*METRICS, *COLUMNS])) or " Try model, method, schedule, run or a metric."
+            hint = (
+                nearest(name, dict.fromkeys([*METRICS, *COLUMNS])) or " Try model, method, schedule, run or a metric."
+            )
             raise UserError(f"filter {condition!r}: no column {name!r}.{hint}")
         metric = metric_of_column(column)
         if metric and cells and not any(cell[metric] for cell in cells):

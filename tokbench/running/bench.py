@@ -13,7 +13,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from tokbench.calibrate import CALIBRATION_IMAGES, wants_images
+from tokbench.calibrate import CALIBRATION_IMAGES, COUNTED_IMAGES, wants_images
 from tokbench.config import ModelSpec, PlannedCell, RunOptions
 from tokbench.data import ImageSource, ImageStream, load_batches
 from tokbench.errors import BaselineFailed, RunStopped, one_line
@@ -56,6 +56,11 @@ class Subject:
         }
 
 
+def counts_by_image(model: Any) -> bool:
+    """Whether a model's tokens, and so its FLOPs and its speed, depend on the image."""
+    return hasattr(model, "fusion") and model.fusion.method.counts_by_image
+
+
 def calibrates(cell: PlannedCell) -> bool:
     return not cell.is_baseline and wants_images(make_method(cell.method.name, **cell.method.params))
 
@@ -80,7 +85,9 @@ class Runnable:
         return f"free/{cast(Any, self.model).fusion.method.place}/{self.identity['tokens']}"
 
     def require_same_tokens(self) -> None:
-        """Raise ValueError unless the last forward pass had the tokens that the cell's records tell."""
+        """Raise ValueError unless the last forward pass had the tokens that the cell's records tell, or their mean."""
+        if counts_by_image(self.model):
+            return
         tokens = tokens_per_block(self.model)
         if tokens != self.identity["tokens"]:
             raise ValueError(
@@ -139,7 +146,8 @@ class Bench:
                 runnable = self._make(cell, base, identity)
                 self._require_unchanged(runnable)
                 if self.lacks(cell, "flops"):
-                    count = count_flops(runnable.model, self.subject.input_size)
+                    images = self.images(COUNTED_IMAGES) if counts_by_image(runnable.model) else None
+                    count = count_flops(runnable.model, self.subject.input_size, images=images)
                     uncounted |= count.unsupported.keys()
                     limit = count_flops(runnable.limit, self.subject.input_size) if runnable.limit else count
                     whole = count.total if cell.is_baseline else self._unreduced_flops
@@ -168,7 +176,7 @@ class Bench:
     def _make(self, cell: PlannedCell, base: VisionTransformer, identity: dict[str, Any]) -> Runnable:
         model = fork(base)
         if not cell.is_baseline:
-            images = self._calibration_images() if calibrates(cell) else None
+            images = self.images(CALIBRATION_IMAGES) if calibrates(cell) else None
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", FlopsWarning)
                 whole = self._unreduced_flops if parse_schedule(cell.schedule).kind == "flops" else None
@@ -187,7 +195,7 @@ class Bench:
             if images is not None:
                 identity["calibrated"] = {"images": len(images), **fusion.method.parameters()}
         image = torch.rand(1, *self.subject.input_size, generator=torch.Generator().manual_seed(0))
-        image = image.to(self.device, self.dtype)
+        image = self.images(COUNTED_IMAGES) if counts_by_image(model) else image.to(self.device, self.dtype)
         with torch.inference_mode():
             rehearse(model, image)
         kernels = attention_kernels(model, image)
@@ -199,12 +207,12 @@ class Bench:
         record = self.index.find(self.subject.cells[0].key, "flops")
         return record.flops if record else count_flops(self.subject.model, self.subject.input_size).total
 
-    def _calibration_images(self) -> torch.Tensor:
-        """The first images of the data that can be decoded, without their labels."""
+    def images(self, count: int) -> torch.Tensor:
+        """The first `count` images of the data that can be decoded, without their labels."""
         source = self.subject.source
         assert source is not None
-        batches = load_batches(source, CALIBRATION_IMAGES, workers=0)
-        images = list(itertools.islice((image for batch in batches for image in batch.images), CALIBRATION_IMAGES))
+        batches = load_batches(source, count, workers=0)
+        images = list(itertools.islice((image for batch in batches for image in batch.images), count))
         if not images:
             raise RunStopped(f"none of the {len(source):,} images of {source.name} can be decoded: nothing to measure.")
         return torch.stack(images).to(self.device, self.dtype)
@@ -270,7 +278,7 @@ class Bench:
 def _speed_limit(model: VisionTransformer, base: VisionTransformer) -> VisionTransformer | None:
     """The control `free` with the tokens per block of a model that has made a forward pass."""
     fusion = getattr(model, "fusion", None)
-    tokens = [tokens_per_block(base)[0], *tokens_per_block(model)]
+    tokens = [round(after) for after in (tokens_per_block(base)[0], *tokens_per_block(model))]
     if fusion is None or fusion.method.speed_only or tokens[-1] == tokens[0]:
         return None
     removals = ",".join(str(before - after) for before, after in itertools.pairwise(tokens))

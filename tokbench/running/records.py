@@ -40,7 +40,7 @@ def accuracy_fields(predictions: Predictions, baseline: Predictions) -> dict[str
     return fields
 
 
-def _with_ends(name: str, value: float, low: float, high: float, unit: str = "") -> dict[str, float]:
+def _with_ends(name: str, value: float, low: float, high: float, *, unit: str = "") -> dict[str, float]:
     """A figure and the ends of its interval under the names that records have."""
     return {f"{name}{unit}": value, f"{name}_low{unit}": low, f"{name}_high{unit}": high}
 
@@ -70,6 +70,7 @@ def flops_fields(count: FlopCount, limit: FlopCount, unreduced: int) -> dict[str
         "flops_method": count.total - limit.total,
         "flops_rest": limit.total - sum(parts.values()),
         "unsupported": count.unsupported,
+        **({"flops_spread": count.spread} if count.spread else {}),
     }
 
 
@@ -95,7 +96,7 @@ def speed_fields(
         **_with_ends("throughput", result.throughput, result.batch_size / slow, result.batch_size / quick),
         **_with_ends("speedup", result.speedup, result.speedup_low, result.speedup_high),
         "latency_seconds": result.latency,
-        **_with_ends("latency", *(1000 * value for value in median_interval(result.latency)), unit="_ms"),
+        **_with_ends("latency", *median_interval([1000 * value for value in result.latency]), unit="_ms"),
         "latency_p95_ms": 1000 * float(np.quantile(result.latency, 0.95)),
     }
     # Pass by pass; none of them are missing, as a model that raises once is out.

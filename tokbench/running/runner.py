@@ -83,7 +83,8 @@ def run(
     with RunFolder.held(path):
         folder = RunFolder.open(path) if is_run(path) else None
         subjects = [_load(spec, grid, options) for spec in grid.models]
-        manifest = _manifest(grid, options, device, subjects, folder)
+        batch_size = _batch_size(options, device, folder)
+        manifest = _manifest(grid, options, device, subjects, batch_size)
         folder = _continued(folder, manifest) if folder else RunFolder.create(path, manifest.plain())
         records = folder.records()
         index = RecordIndex(records)
@@ -97,7 +98,7 @@ def run(
                 [record for record in records if key_of(record) in asked and record.kind in options.only]
             )
         for subject in subjects:
-            _measure(Bench(subject, folder, options, device, progress, index, manifest.conditions.batch_size))
+            _measure(Bench(subject, folder, options, device, progress, index, batch_size))
         try:
             cells = load_cells([folder.path])
             plots = _draw(cells, folder.path)
@@ -170,21 +171,25 @@ def _load(spec: ModelSpec, grid: Grid, options: RunOptions) -> Subject:
     return Subject(spec, model, weights_sha256(model), resolve_input_size(model, None), source, cells)
 
 
-def _manifest(
-    grid: Grid, options: RunOptions, device: torch.device, subjects: list[Subject], folder: RunFolder | None
-) -> Manifest:
-    """What a new run would write now; `folder` is the run that is to be continued, if there is one."""
+def _batch_size(options: RunOptions, device: torch.device, folder: RunFolder | None) -> int:
+    """What was asked for, or what the run that is continued had."""
+    if isinstance(options.batch_size, int):
+        return options.batch_size
     before = folder.manifest.conditions if folder else None
-    size = options.batch_size
-    if not isinstance(size, int):
-        size = (before and before.batch_size) or (128 if device.type == "cuda" else 16)
+    return (before.batch_size if before else None) or (128 if device.type == "cuda" else 16)
+
+
+def _manifest(
+    grid: Grid, options: RunOptions, device: torch.device, subjects: list[Subject], batch_size: int
+) -> Manifest:
+    """What a new run would write now."""
     described = {
         "grid": replace(grid, options=options).to_dict(),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "conditions": {
             "dtype": options.dtype,
             "device": device.type,
-            "batch_size": size,
+            "batch_size": batch_size,
             "compile": options.compile,
             "models": {subject.spec.label: subject.conditions() for subject in subjects},
         },

@@ -11,7 +11,7 @@ from tokbench.measure._model import is_out_of_memory, release_memory
 from tokbench.measure.compiled import compile_model
 from tokbench.measure.environment import Watch
 from tokbench.measure.speed import SpeedResult, largest_batch, measure_memory, measure_speed
-from tokbench.running.bench import Bench, Runnable
+from tokbench.running.bench import Bench, Runnable, counts_by_image
 from tokbench.running.records import doubtful_speedups, speed_fields
 
 # A budget for all rounds together; slow cells exceed it, because each makes five rounds at least.
@@ -126,10 +126,12 @@ def _time(bench: Bench, members: list[Runnable], size: int, watch: Watch) -> _Ti
             bench.phase("speed", planned)
         bench.progress.advance(done)
 
+    images = bench.images(size) if any(counts_by_image(member.model) for member in members) else None
     results = measure_speed(
         {**{member.cell.id: member.model for member in members}, **limits},
         batch_size=size,
         input_size=bench.subject.input_size,
+        images=images,
         seconds=SPEED_SECONDS_PER_CELL * (len(members) + len(limits)),
         latency_of=[member.cell.id for member in members],
         on_round=advance,
@@ -141,7 +143,9 @@ def _time(bench: Bench, members: list[Runnable], size: int, watch: Watch) -> _Ti
         try:
             if not bench.options.compile:  # a compiled model need not say
                 member.require_same_tokens()
-            memory[member.cell.id] = measure_memory(member.model, batch_size=size, input_size=bench.subject.input_size)
+            memory[member.cell.id] = measure_memory(
+                member.model, batch_size=size, input_size=bench.subject.input_size, images=images
+            )
         except Exception as error:
             fail(member.cell.id, error)
     return _Timed(speed, memory)

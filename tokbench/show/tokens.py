@@ -22,7 +22,6 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from tokbench.report.styles import Theme, find_theme
 from tokbench.report.text import broken
@@ -73,13 +72,10 @@ def draw_tokens(
     Dropped patches are hatched. sizes: under each row, how many patches each token stands for, as a heat map.
     Raises UserError for an unknown suffix or theme and where the file cannot be written.
     """
-    out = Path(out)
-    require_format(out)
+    require_format(out := Path(out))
     colors = find_theme(theme)
-    settings = {"xtick.color": colors.ink, "font.size": 8, "hatch.linewidth": 0.6}
-    with drawing(colors, settings):
-        figure = _draw(rows, heading, sizes, colors)
-        save(figure, out, dpi=150)
+    with drawing(colors, {"xtick.color": colors.ink, "font.size": 8, "hatch.linewidth": 0.6}):
+        save(_draw(rows, heading, sizes, colors), out, dpi=150)
     return out
 
 
@@ -117,11 +113,10 @@ def _draw(rows: Sequence[TokenRow], heading: str, sizes: bool, theme: Theme) -> 
         figure.suptitle(heading, x=0.01, ha="left", fontsize=9, color=theme.muted)
     if shown is not None:
         bar = figure.colorbar(shown, ax=axes[-1, :].tolist(), location="bottom", shrink=0.4, aspect=40, pad=0.03)
-        ticks = [size for size in 2.0 ** np.arange(12) if size <= scale.vmax]
+        ticks = [2**power for power in range(12) if 2**power <= scale.vmax]
         bar.set_label("patches in the token (hatched: dropped)")
-        bar.ax.xaxis.set_major_locator(FixedLocator(ticks))
-        bar.ax.xaxis.set_minor_locator(NullLocator())
-        bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g}"))
+        bar.set_ticks(ticks, labels=list(map(str, ticks)))
+        bar.minorticks_off()
     return figure
 
 
@@ -150,50 +145,39 @@ def mean_colors(image: np.ndarray, token: np.ndarray) -> np.ndarray:
     height, width = image.shape[:2]
     down, across = np.arange(height) * rows // height, np.arange(width) * columns // width
     members = token[down[:, None], across[None, :]].ravel() + 1
-    pixels = np.bincount(members, minlength=token.max() + 2)
-    means = np.stack(
-        [
-            np.bincount(members, image[..., channel].ravel(), len(pixels)) / np.maximum(pixels, 1)
-            for channel in range(3)
-        ],
-        axis=-1,
-    )
-    colors: np.ndarray = means[token + 1]
-    return colors
+    sums = [np.bincount(members, image[..., channel].ravel()) for channel in range(3)]
+    means: np.ndarray = np.stack(sums, axis=-1) / np.maximum(np.bincount(members), 1)[:, None]
+    return means[token + 1]
 
 
 def _draw_regions(panel: Axes, image: np.ndarray, grid: TokenGrid, theme: Theme) -> None:
-    height, width = image.shape[:2]
-    extent = (0, width, height, 0)
-    colors = mean_colors(image, grid.token)
-    panel.imshow(np.clip(colors, 0, 1), extent=extent, interpolation="nearest", alpha=(grid.token >= 0).astype(float))
-    _hatch_dropped(panel, image, grid, theme)
-    edges = _borders(grid.token) * (width / grid.token.shape[1], height / grid.token.shape[0])
+    colors = np.clip(mean_colors(image, grid.token), 0, 1)
+    _fill(panel, image, grid, theme, colors, alpha=(grid.token >= 0).astype(float))
+    edges = _borders(grid.token) * _patch_size(image, grid)
     rim = [withStroke(linewidth=1.1, foreground="black", alpha=0.55)]
     panel.add_collection(LineCollection(list(edges), colors="white", linewidths=0.5, path_effects=rim))
-    panel.set_xlim(0, width)
-    panel.set_ylim(height, 0)
 
 
 def _draw_sizes(panel: Axes, image: np.ndarray, grid: TokenGrid, scale: LogNorm, theme: Theme) -> Any:
+    return _fill(panel, image, grid, theme, np.ma.masked_invalid(grid.sizes()), norm=scale, cmap="viridis")
+
+
+def _fill(panel: Axes, image: np.ndarray, grid: TokenGrid, theme: Theme, values: np.ndarray, **how: Any) -> Any:
+    """Draw a value for each patch over the image's extent, and hatch the dropped ones."""
     height, width = image.shape[:2]
-    drawn = panel.imshow(
-        np.ma.masked_invalid(grid.sizes()), norm=scale, cmap="viridis", extent=(0, width, height, 0),
-        interpolation="nearest",
-    )  # fmt: skip
-    _hatch_dropped(panel, image, grid, theme)
-    panel.set_xlim(0, width)
-    panel.set_ylim(height, 0)
+    drawn = panel.imshow(values, extent=(0, width, height, 0), interpolation="nearest", **how)
+    wide, high = _patch_size(image, grid)
+    dropped = [Rectangle((column * wide, row * high), wide, high) for row, column in np.argwhere(grid.token < 0)]
+    panel.add_collection(
+        PatchCollection(dropped, facecolor=theme.grid, edgecolor=theme.muted, linewidth=0, hatch="/////", zorder=0.5)
+    )
+    panel.set(xlim=(0, width), ylim=(height, 0))
     return drawn
 
 
-def _hatch_dropped(panel: Axes, image: np.ndarray, grid: TokenGrid, theme: Theme) -> None:
-    rows, columns = grid.token.shape
-    high, wide = image.shape[0] / rows, image.shape[1] / columns
-    cells = [Rectangle((column * wide, row * high), wide, high) for row, column in np.argwhere(grid.token < 0)]
-    panel.add_collection(
-        PatchCollection(cells, facecolor=theme.grid, edgecolor=theme.muted, linewidth=0, hatch="/////", zorder=0.5)
-    )
+def _patch_size(image: np.ndarray, grid: TokenGrid) -> tuple[float, float]:
+    """Width and height of a patch in pixels."""
+    return image.shape[1] / grid.token.shape[1], image.shape[0] / grid.token.shape[0]
 
 
 def _borders(token: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,10 @@ class Trace:
 
     method: MethodSpec
     maps: np.ndarray
+
+    @property
+    def name(self) -> str:
+        return variant_name(self.method.name, str(self.method))
 
 
 def trace_tokens(model: nn.Module, images: Tensor, method: MethodSpec, schedule: str) -> Trace:
@@ -87,9 +92,7 @@ def show(
     require_supported(vit)
     batch = load_images(images, vit)
     traces = [trace_tokens(vit, batch, spec, schedule) for spec in specs]
-    pictures = to_pictures(batch, vit)
-    names = [Path(name).name for name in images]
-    rows = _block_rows(names, pictures, traces) if blocks else _final_rows(names, pictures, traces)
+    rows = _rows([Path(name).name for name in images], to_pictures(batch, vit), traces, blocks)
     heading = f"{model}, {short_schedule(schedule)}; numbers: patch tokens left of {traces[0].maps[0, 0].size}"
     return draw_tokens(rows, out, heading=heading, sizes=not blocks, theme=theme)
 
@@ -100,30 +103,21 @@ def _require_method(method: MethodSpec) -> None:
     method.check()
 
 
-def _final_rows(names: Sequence[str], pictures: np.ndarray, traces: Sequence[Trace]) -> list[TokenRow]:
-    return [
-        TokenRow(name, picture, [_grid(_name(trace), trace.maps[-1, index]) for trace in traces])
-        for index, (name, picture) in enumerate(zip(names, pictures, strict=True))
-    ]
-
-
-def _block_rows(names: Sequence[str], pictures: np.ndarray, traces: Sequence[Trace]) -> list[TokenRow]:
-    """A row for each image and method, with a picture of each block that removed something."""
+def _rows(names: Sequence[str], pictures: np.ndarray, traces: Sequence[Trace], blocks: bool) -> list[TokenRow]:
+    """A row for each image. blocks: one for each image and method, with a picture of each block that removed some."""
     rows = []
     for index, (name, picture) in enumerate(zip(names, pictures, strict=True)):
+        if not blocks:
+            rows.append(TokenRow(name, picture, [_grid(trace.name, trace.maps[-1, index]) for trace in traces]))
+            continue
         for trace in traces:
-            counts = [TokenGrid("", grid).count() for grid in trace.maps[:, index]]
-            before = [trace.maps[0, index].size, *counts[:-1]]
-            acting = [block for block, count in enumerate(counts) if count != before[block]]
+            left = [trace.maps[0, index].size, *(TokenGrid("", grid).count() for grid in trace.maps[:, index])]
+            acting = [block for block, (before, after) in enumerate(pairwise(left)) if before != after]
             grids = [_grid(f"block {block}", trace.maps[block, index]) for block in acting]
             grids = grids or [_grid("nothing removed", trace.maps[-1, index])]
-            rows.append(TokenRow(f"{name}: {_name(trace)}" if len(names) > 1 else _name(trace), picture, grids))
+            rows.append(TokenRow(f"{name}: {trace.name}" if len(names) > 1 else trace.name, picture, grids))
     return rows
 
 
 def _grid(title: str, token: np.ndarray) -> TokenGrid:
     return TokenGrid(f"{title}: {TokenGrid('', token).count()}", token)
-
-
-def _name(trace: Trace) -> str:
-    return variant_name(trace.method.name, str(trace.method))
