@@ -6,21 +6,23 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from made_run import make_run
+from made_run import changed, make_run
 from stand_ins import plain_records
-from tokbench.report.metrics import load_table
 
 from tokbench.errors import UserError
 from tokbench.report import html
 from tokbench.report.findings import findings
 from tokbench.report.html import plot_data, write_report
-from tokbench.report.styles import variant_name
 from tokbench.report.tables import render_table
+from tokbench.report.text import variant_name
+from tokbench.results.cell import Cell, Figure
 from tokbench.results.folder import RunFolder
+from tokbench.results.table import load_cells
 
 HOSTILE = "<script>window.hacked = true</script><b>&amp;"
 
@@ -28,6 +30,11 @@ HOSTILE = "<script>window.hacked = true</script><b>&amp;"
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     return make_run(tmp_path / "run")
+
+
+@pytest.fixture
+def cells(run: Path) -> list[Cell]:
+    return load_cells([run])
 
 
 # --- the page -----------------------------------------------------------------------------------------------
@@ -52,34 +59,48 @@ def test_every_name_is_escaped(tmp_path: Path) -> None:
     assert "window.hacked" in page and HOSTILE not in page and "<script>window" not in page
 
 
-def test_fronts_of_the_plot_are_those_of_the_tables(run: Path) -> None:
-    data = plot_data(load_table([run]))
-    assert data["fronts"]["gflops|top1"] == [[0, 1, 2]] and data["fronts"]["throughput|top1"] == [[0, 1, 2, 3]]
+def test_fronts_of_the_plot_are_those_of_the_tables(cells: list[Cell]) -> None:
+    data = plot_data(cells)
+    assert sorted(data["fronts"]["gflops|top1"][0]) == [0, 1, 2] and len(data["fronts"]["gflops|top1"]) == 1
+    assert data["fronts"]["throughput|top1"] == [[0, 1, 2, 3]]
     assert json.loads(json.dumps(data, allow_nan=False)) == data
 
 
 def test_each_run_has_its_front_where_the_machine_sets_the_pace(run: Path, tmp_path: Path) -> None:
     again = make_run(tmp_path / "again")
-    data = plot_data(load_table([run, again]))
+    data = plot_data(load_cells([run, again]))
     first = [0, 1, 2, 3]
     assert data["fronts"]["throughput|top1"] == [first, [number + len(data["cells"]) // 2 for number in first]]
     assert len(data["fronts"]["gflops|top1"]) == 1
     assert "a front of its own" in write_report([run, again], tmp_path / "two.html").read_text()
     assert "a front of its own" not in write_report([run], tmp_path / "one.html").read_text()
+    names = [cell["name"] for cell in data["cells"]]
+    assert len(set(names)) == len(names) and {cell["dash"] for cell in data["cells"][:3]} == {"solid"}
 
 
 def test_page_table_and_findings_name_the_same_front_of_speed() -> None:
-    df = load_table([Path(__file__).parents[1] / "results" / "reference"])
-    fronts = plot_data(df)["fronts"]
-    table = json.loads(render_table(df, "json"))
-    assert fronts["speedup|top1"] == fronts["throughput|top1"]
-    assert [[number for number, row in enumerate(table) if row["front_throughput"]]] == fronts["speedup|top1"]
-    told = next(text for text in findings(df)[0].sentences if "front of top-1 against speed" in text)
+    cells = load_cells([Path(__file__).parents[1] / "results" / "reference"])
+    fronts = plot_data(cells)["fronts"]
+    table = json.loads(render_table(cells, "json"))
+    ((*members,),) = fronts["speedup|top1"]
+    assert [members] == fronts["throughput|top1"]
+    assert [number for number, row in enumerate(table) if row["front_throughput"]] == members
+    told = next(text for text in findings(cells)[0].sentences if "front of top-1 against speed" in text)
     on, _, never = told.partition(";")
-    members = set(df.loc[fronts["speedup|top1"][0], "variant"]) - {"none"}
-    assert members and all(variant_name(name, name) in on for name in members)
-    others = set(df["variant"]) - members - {"none"}
-    assert others and all(variant_name(name, name) in never for name in others)
+    names = {cell.variant for cell in cells} - {"none"}
+    best = {cells[number].variant for number in members} - {"none"}
+    assert best and all(variant_name(name, name) in on for name in best)
+    assert names - best and all(variant_name(name, name) in never for name in names - best)
+
+
+def test_cells_say_their_figures_with_their_own_intervals(cells: list[Cell]) -> None:
+    cells = [changed([cells[0]], also={"top1_low": 79.0, "top1_high": 81.0})[0], *cells[1:]]
+    unreduced, tome = (cell["words"] for cell in plot_data(cells)["cells"][:2])
+    assert unreduced["top1"] == "80.0 [79.0, 81.0]" and unreduced["throughput"] == "100"
+    assert tome["drop"] == "0.2 [−0.3, 0.7]" and tome["throughput"] == "130 [108, 144]"
+    assert tome["top1"] == "79.8 [77.8, 81.8]"  # Wilson's of top-1; bars show that of the difference
+    assert plot_data(cells)["cells"][1]["figures"]["top1"] == pytest.approx([79.8, 79.3, 80.3])
+    assert plot_data(changed(cells, nonfinite=3))["cells"][1]["broken"] == ["NaN or infinite logits: 3 images"]
 
 
 def test_what_cannot_be_written_is_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +109,7 @@ def test_what_cannot_be_written_is_one_line(run: Path, tmp_path: Path, monkeypat
     with pytest.raises(UserError, match="no run folder"):
         write_report([tmp_path / "nowhere"], tmp_path / "page.html")
     empty = RunFolder.create(tmp_path / "empty", {}).path
-    with pytest.raises(UserError, match="holds no records"):
+    with pytest.raises(UserError, match="no records"):
         write_report([empty], tmp_path / "page.html")
     monkeypatch.setitem(__import__("sys").modules, "plotly.offline", None)
     with pytest.raises(UserError, match="pip install jinja2 plotly"):
@@ -151,7 +172,7 @@ def test_the_page_works_in_a_browser(browser: Any, run: Path, tmp_path: Path) ->
 
     press(browser, "Drop [95 %]")
     ascending = column(browser, "Drop [95 %]")
-    assert ascending[:4] == ["", "", "0.2 [-0.3, 0.7] n.s.", "0.2 [-0.3, 0.7] n.s."]
+    assert ascending[:4] == ["", "", "0.2 [−0.3, 0.7] n.s.", "0.2 [−0.3, 0.7] n.s."]
     assert ascending[-1] == "10.0 [8.0, 12.0]"
     press(browser, "Drop [95 %]")
     assert column(browser, "Drop [95 %]")[0] == "10.0 [8.0, 12.0]"
@@ -188,13 +209,32 @@ def test_the_page_works_in_a_browser(browser: Any, run: Path, tmp_path: Path) ->
 
 def test_numbers_in_words_carry_their_own_intervals(browser: Any, run: Path, tmp_path: Path) -> None:
     open_page(browser, [run], tmp_path / "page.html")
-    cell = load_table([run]).iloc[2]
+    cell = load_cells([run])[2]
     browser.execute_script("document.getElementById('plot').emit('plotly_click', {points: [{customdata: 2}]})")
     told = browser.find_element("id", "pins").text
     (top1,) = [line for line in told.splitlines() if line.startswith("Top-1 accuracy")]
     bounds = [float(number) for number in re.findall(r"[\d.]+", top1.partition("[")[2])]
-    assert bounds == pytest.approx([cell["top1_low"], cell["top1_high"]], abs=0.051)
-    assert cell["top1_low"] != pytest.approx(cell["top1_paired_low"], abs=0.2)
+    assert bounds == pytest.approx([cell.also["top1_low"], cell.also["top1_high"]], abs=0.051)
+
+
+def test_a_bar_that_says_nothing_is_cut_and_ends_in_an_arrow(
+    browser: Any, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = load_cells([run])
+    speedup = cells[2]["speedup"]
+    assert speedup is not None
+    cells[2] = replace(cells[2], figures={**cells[2].figures, "speedup": Figure(speedup.value, 0.01, 76.3)})
+    monkeypatch.setattr(html, "load_shown", lambda *_: cells)
+    open_page(browser, [run], tmp_path / "page.html")
+    ends = browser.execute_script("return document.getElementById('plot').layout.xaxis.range")
+    low, high = plot_data(cells)["groups"][0]["reach"]["speedup"]
+    assert ends[0] < low and high < ends[1] < 5
+    arrows = browser.execute_script(
+        "return document.getElementById('plot').data.filter(trace => /triangle-(left|right)/.test(trace.marker?.symbol))"
+        ".map(trace => trace.x)"
+    )
+    assert arrows == [[pytest.approx(low)], [pytest.approx(high)]]
+    assert [entry["message"] for entry in browser.get_log("browser")] == []
 
 
 def test_the_manifest_is_told_without_braces_and_without_what_is_empty(run: Path) -> None:
@@ -206,15 +246,14 @@ def test_the_manifest_is_told_without_braces_and_without_what_is_empty(run: Path
     }
 
 
-def test_the_plot_begins_with_what_is_kept_against_what_it_costs(run: Path) -> None:
-    df, missing = load_table([run]), float("nan")
-    blind = df.assign(top1=missing, drop=missing)
-    features = blind.assign(agreement=missing, similarity=[1, 0.99, 0.95, 0.9, 0.5])
-    counted = features.assign(similarity=missing, speedup=missing, throughput=missing, top5=missing)
-    assert plot_data(df)["axes"] == ["speedup", "top1"] and plot_data(blind)["axes"] == ["speedup", "agreement"]
+def test_the_plot_begins_with_what_is_kept_against_what_it_costs(cells: list[Cell]) -> None:
+    blind = changed(cells, {"top1": None, "drop": None})
+    features = changed(blind, {"agreement": None, "similarity": Figure(0.9)})
+    counted = changed(features, dict.fromkeys(("similarity", "speedup", "throughput", "top5"), None))
+    assert plot_data(cells)["axes"] == ["speedup", "top1"] and plot_data(blind)["axes"] == ["speedup", "agreement"]
     assert plot_data(features)["axes"] == ["speedup", "similarity"]
     assert plot_data(counted)["axes"] == ["gflops", "flops_ratio"]  # never the same twice
-    assert plot_data(df[:0])["axes"] == ["", ""]
+    assert plot_data([])["axes"] == ["", ""]
 
 
 def test_long_names_leave_room_for_what_is_said_of_them(browser: Any, run: Path, tmp_path: Path) -> None:
@@ -229,7 +268,7 @@ def test_long_names_leave_room_for_what_is_said_of_them(browser: Any, run: Path,
 
 def test_a_page_with_nothing_to_draw_is_still_a_page(browser: Any, run: Path, tmp_path: Path) -> None:
     cell = {"cell": "m/none", "model": "m", "method": "none", "schedule": ""}
-    failure = {"kind": "failure", **cell, "message": "out of memory"}
+    failure = {"kind": "failure", "phase": "setup", **cell, "message": "out of memory"}
     folder = RunFolder.create(tmp_path / "failed", {})
     folder.append(failure)
     open_page(browser, [folder.path], tmp_path / "page.html")
