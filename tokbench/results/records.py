@@ -53,6 +53,7 @@ class Record(_Stored):
     dtype: str | None = None
     device: str | None = None
     fused_attention: str | None = None
+    caveats: list[str] = []  # why these figures may not mean what they seem to
 
     @model_validator(mode="after")
     def _ends_are_numbers(self) -> Record:
@@ -81,6 +82,7 @@ class AccuracyRecord(Record):
     images: Count
     correct: Count | None = None
     correct5: Count | None = None
+    unlabelled: Count | None = None
     skipped: Count | None = None
     nonfinite: Count | None = None
     top1: Share | None = None
@@ -90,6 +92,8 @@ class AccuracyRecord(Record):
     agreement: Share | None = None
     kl: Number | None = None
     similarity: Number | None = None
+    output_shift: Number | None = None
+    output_correlation: Number | None = None
     batch_size: Count | None = None
 
 

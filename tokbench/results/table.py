@@ -150,6 +150,8 @@ def _cell(key: CellKey, kinds: Mapping[str, Record], run: str, machine: Machine 
         also=also,
         calibrated=fields.get("calibrated"),
         tokens=tuple(fields.get("tokens") or ()),
+        kinds=frozenset(kinds),
+        caveats={kind: tuple(record.caveats) for kind, record in kinds.items() if record.caveats},
         **told,
     )
 

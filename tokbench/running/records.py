@@ -143,12 +143,17 @@ def speed_fields(
     return fields
 
 
-def doubtful_speedups(results: list[SpeedResult]) -> list[str]:
-    """A warning where speed-ups are known too badly to choose by."""
-    doubtful = [result.name for result in results if result.speedup_high - result.speedup_low > 0.1 * result.speedup]
-    if not doubtful:
-        return []
-    return [
-        f"{len(doubtful)} of {len(results)} speed-ups are known to no better than ±5 % (as for {doubtful[0]}): "
+VAGUE = "the speed-up is known to no better than ±5 %"
+
+
+def vague_speedups(results: list[SpeedResult]) -> list[str]:
+    """The names of those whose speed-up is known too badly to choose by."""
+    return [result.name for result in results if result.speedup_high - result.speedup_low > 0.1 * result.speedup]
+
+
+def vague_sentence(vague: list[str], count: int) -> str:
+    """A warning about those of so many speed-ups."""
+    return (
+        f"{len(vague)} of {count} speed-ups are known to no better than ±5 % (as for {vague[0]}): "
         "too few rounds for so noisy a machine"
-    ]
+    )
