@@ -23,6 +23,7 @@ from tokbench.config import MethodSpec, RunOptions
 from tokbench.data import decoding, folders, load_batches, open_dataset, timm_readers
 from tokbench.data.decoding import ImageError, decode
 from tokbench.errors import RunStopped
+from tokbench.results.folder import RunFolder
 from tokbench.results.predictions import Predictions
 from tokbench.running import runner
 from tokbench.running.half_pass import HalfPass

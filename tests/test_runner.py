@@ -12,15 +12,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from stand_ins import CLASSES, IMAGES, Listener, Source, plain_records, small_grid, tiny_model
+from stand_ins import CLASSES, IMAGES, Listener, Source, plain_records, small_grid, stand_in, tiny_model
 from timm.models.vision_transformer import VisionTransformer
 
 from tokbench import resolve
+from tokbench.check import check
 from tokbench.config import Grid, MethodSpec, ModelSpec, PlannedCell, RunOptions
 from tokbench.data.labels import DataWarning
 from tokbench.errors import RunStopped, UserError
 from tokbench.fusion.core import METHODS, Method
 from tokbench.measure import speed
+from tokbench.measure.environment import Disturbance
 from tokbench.measure.flops import FlopCount
 from tokbench.measure.speed import SpeedResult
 from tokbench.report.findings import findings

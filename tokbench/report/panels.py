@@ -221,7 +221,8 @@ def _draw_bars(panel: Axes, shown: Scene, art: Art) -> None:
     """Error bars; what reaches too far is cut and ends in an arrow head."""
     points = [point for point in shown.points if not point.cell.is_baseline]
     colors = {point.cell: art.marks(point.cell)["color"] for point in points}
-    width, look = 0.136 * art.size.marker, {"alpha": 0.6, "zorder": 2}
+    look: dict[str, Any] = {"alpha": 0.6, "zorder": 2}
+    width = 0.136 * art.size.marker
     if points:
         across, up = _bars([point.x for point in points], shown.reach[0]), _bars([p.y for p in points], shown.reach[1])
         panel.errorbar(
@@ -233,7 +234,7 @@ def _draw_bars(panel: Axes, shown: Scene, art: Art) -> None:
             ends = list(_at(cut))
             ends[axis] = [shown.reach[axis][side]] * len(cut)
             panel.scatter(
-                *ends, s=(6 * width) ** 2, c=[colors[point.cell] for point in cut], marker=head, linewidths=0, **look
+                ends[0], ends[1], s=(6 * width) ** 2, c=[colors[point.cell] for point in cut], marker=head, linewidths=0, **look
             )
 
 

@@ -61,8 +61,8 @@ _WORDS = {
         "further away in features",
     ),
     "output_correlation": _Words(
-        "outputs", "", "correlation of outputs {}", "a correlation of {}", "the nearest to the unreduced model's output",
-        "further away in outputs",
+        "outputs", "", "correlation of outputs {}", "a correlation of {}",
+        "the nearest to the unreduced model's output", "further away in outputs",
     ),
     "speedup": _Words("speed", "×", "{} the speed", "{} the speed", "the fastest", "slower", "faster"),
     "latency": _Words("latency", " ms", "{} at batch 1", "a median latency of {}"),
