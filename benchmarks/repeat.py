@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
-from tokbench.report.metrics import load_table
 
 from tokbench.results.folder import RunFolder
+from tokbench.results.table import load_table
 
 EXACT = ("top1", "top5", "drop", "agreement", "kl", "gflops", "tokens_final")
 INTERVALS = {

@@ -28,17 +28,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 from stand_ins import Source, stand_in
-from tokbench.report.metrics import load_table
 
 import tokbench.models
-import tokbench.trace  # before the ground stands in for the models of runs
+import tokbench.show.trace  # before the ground stands in for the models of runs
 from tokbench import cli, interrupts
 from tokbench.errors import UserError
 from tokbench.fusion.core import METHODS
 from tokbench.models import load_model
 from tokbench.report.tables import render_table
 from tokbench.results.folder import MANIFEST, RECORDS, SKIPPED
-from tokbench.running import resume, runner
+from tokbench.results.table import load_table
+from tokbench.running import runner
 from tokbench.schedules import GRAMMAR, parse_schedule
 
 # Exit codes so far, by command: what benchmarks/fuzz.py prints.

@@ -16,7 +16,7 @@ from stand_ins import CLASSES, IMAGES, Listener, Source, plain_records, small_gr
 from timm.models.vision_transformer import VisionTransformer
 
 from tokbench import resolve
-from tokbench.check import check
+from tokbench.check.compare import check
 from tokbench.config import Grid, MethodSpec, ModelSpec, PlannedCell, RunOptions
 from tokbench.data.labels import DataWarning
 from tokbench.errors import RunStopped, UserError

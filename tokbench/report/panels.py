@@ -226,7 +226,7 @@ def _draw_bars(panel: Axes, shown: Scene, art: Art) -> None:
     if points:
         across, up = _bars([point.x for point in points], shown.reach[0]), _bars([p.y for p in points], shown.reach[1])
         panel.errorbar(
-            *_at(points), xerr=across, yerr=up, fmt="none", ecolor=list(colors.values()), elinewidth=width, **look
+            *_at(points), xerr=across, yerr=up, fmt="none", ecolor=tuple(colors.values()), elinewidth=width, **look
         )
     for axis, heads in enumerate(("<>", "^v" if METRICS[shown.y].better == "lower" else "v^")):
         for side, head in enumerate(heads):
