@@ -43,7 +43,7 @@ def main() -> None:
         for folder in folders:
             command = [sys.executable, "-m", "tokbench", "run", "--limit", str(asked.limit), "--out", str(folder)]
             subprocess.run([*command, *([asked.grid] if asked.grid else [])], check=True, stdout=subprocess.DEVNULL)
-        tables = [load_table([folder]).set_index("cell") for folder in folders]
+        tables = [load_table(folder).set_index("cell") for folder in folders]
         differing = [
             name for name in EXACT if any(not tables[0][name].equals(other[name]) for other in tables[1:])
         ] + different_predictions(folders)

@@ -89,7 +89,7 @@ def ground(folder: Path) -> Iterator[None]:
         patches.setattr(Source, "indices", np.arange(len(source)), raising=False)
         patches.setattr(tokbench.models, "load_model", runner.load_model)
         patches.setattr(tokbench.data, "open_dataset", runner.open_dataset)
-        patches.setattr(resume, "SAVE_SECONDS", 0)
+        patches.setattr(half_pass, "SAVE_SECONDS", 0)
         patches.setattr(runner, "_draw", lambda table, folder: [])
         assert call(*GO_ON, "whole")[0] == 0
         read = Source.__getitem__
@@ -496,7 +496,7 @@ def test_records(rows, tail):
     text = "".join(f"{row}\n" for row in rows).encode(errors="surrogatepass")
     (run / "records.jsonl").write_bytes(text + tail)
     try:
-        table = load_table([run])
+        table = load_table(run)
         for form in ("md", "json", "csv", "tex"):
             render_table(table, form)
     except UserError as error:

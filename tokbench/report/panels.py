@@ -233,9 +233,8 @@ def _draw_bars(panel: Axes, shown: Scene, art: Art) -> None:
             cut = shown.cut(axis, side)
             ends = list(_at(cut))
             ends[axis] = [shown.reach[axis][side]] * len(cut)
-            panel.scatter(
-                ends[0], ends[1], s=(6 * width) ** 2, c=[colors[point.cell] for point in cut], marker=head, linewidths=0, **look
-            )
+            shades = [colors[point.cell] for point in cut]
+            panel.scatter(ends[0], ends[1], s=(6 * width) ** 2, c=shades, marker=head, linewidths=0, **look)
 
 
 def _bars(figures: Sequence[Figure], reach: tuple[float, float]) -> np.ndarray:
