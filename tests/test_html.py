@@ -230,8 +230,8 @@ def test_a_bar_that_says_nothing_is_cut_and_ends_in_an_arrow(
     low, high = plot_data(cells)["groups"][0]["reach"]["speedup"]
     assert ends[0] < low and high < ends[1] < 5
     arrows = browser.execute_script(
-        "return document.getElementById('plot').data.filter(trace => /triangle-(left|right)/.test(trace.marker?.symbol))"
-        ".map(trace => trace.x)"
+        "return document.getElementById('plot').data"
+        ".filter(trace => /triangle-(left|right)/.test(trace.marker?.symbol)).map(trace => trace.x)"
     )
     assert arrows == [[pytest.approx(low)], [pytest.approx(high)]]
     assert [entry["message"] for entry in browser.get_log("browser")] == []

@@ -82,7 +82,8 @@ def plot_data(cells: Sequence[Cell]) -> dict[str, Any]:
         "metrics": {name: {"label": METRICS[name].label, "better": METRICS[name].better} for name in names},
         "axes": _axes(names),
         "groups": [
-            {"title": group_title(group), "reach": {name: [*bar_reach(group, name)] for name in names}} for group in groups
+            {"title": group_title(group), "reach": {name: [*bar_reach(group, name)] for name in names}}
+            for group in groups
         ],
         "cells": [_drawn(cell, runs[group_of[cell]]) | {"group": group_of[cell]} for cell in cells],
         "fronts": {

@@ -27,7 +27,7 @@ from tokbench.report.panels import (
     label_panel,
     scale_y,
 )
-from tokbench.report.published import PUBLISHED, published_points
+from tokbench.report.published import PUBLISHED, Published, published_points
 from tokbench.report.scene import Scene, scene, side_by_side
 from tokbench.report.styles import find_theme, method_order
 from tokbench.report.text import listed, plural, variant_name
@@ -259,7 +259,7 @@ def _legend(figure: Figure, shown: Sequence[tuple[Scene, list[Published]]], art:
     names = [variant_name(cell.method, cell.variant) for cell in art.cells]
     lines, font, height = (1 + any(":" in name for name in names)), art.size.font, 72 * figure.get_figheight()
     if art.size.text:
-        place = {"loc": "outside right center", "handlelength": 2.2, "labelspacing": 0.75}
+        place: dict[str, Any] = {"loc": "outside right center", "handlelength": 2.2, "labelspacing": 0.75}
         room = int(height / (font * (1.2 * lines + 0.75)))
         notes = "\n".join(_footnotes([scene for scene, _ in shown], art))
         figure.supxlabel(notes, x=0.01, ha="left", fontsize=8, color=art.theme.muted)
@@ -272,7 +272,8 @@ def _legend(figure: Figure, shown: Sequence[tuple[Scene, list[Published]]], art:
     entries = _method_entries(art, max(room - len(marks), 1)) + marks
     if not art.size.text:
         place["ncols"] = min(per_row, len(entries))
-    legend = figure.legend(*zip(*entries, strict=True), frameon=False, **place)
+    handles, labels = zip(*entries, strict=True)
+    legend = figure.legend(handles, labels, frameon=False, **place)
     further = list(art.runs.values())[1:]
     for text in legend.get_texts():
         if text.get_text() in further:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,8 @@ from tokbench.results.records import Machine, Record
 
 if TYPE_CHECKING:
     import pandas as pd
+
+T = TypeVar("T")
 
 # Cells that agree in all of these may be compared with each other, whichever run they come from.
 COMPARABLE = (
@@ -141,7 +143,9 @@ def _cell(key: CellKey, kinds: Mapping[str, Record], run: str, machine: Machine 
         "compiled": ("yes" if fields["compiled"] else "no") if "compiled" in fields else None,
         "error": getattr(failure, "message", None),
     }
-    texts: dict[str, Any] = {name: printable(value) if isinstance(value, str) else value for name, value in values.items()}
+    texts: dict[str, Any] = {
+        name: printable(value) if isinstance(value, str) else value for name, value in values.items()
+    }
     return Cell(
         key=replace(key, model=printable(key.model), method=printable(key.method)),
         params=first.params,
@@ -244,9 +248,9 @@ def _test(column: str, sign: str, value: str, condition: str) -> Callable[[Any],
     return lambda found: found is not None and _OPERATORS[sign](float(found), number)
 
 
-def group_by(cells: Iterable[Cell], key: Callable[[Cell], Any]) -> list[list[Cell]]:
+def group_by(cells: Iterable[T], key: Callable[[T], Any]) -> list[list[T]]:
     """Cells with the same key together, in the order in which the keys first come."""
-    groups: dict[Any, list[Cell]] = {}
+    groups: dict[Any, list[T]] = {}
     for cell in cells:
         groups.setdefault(key(cell), []).append(cell)
     return list(groups.values())
