@@ -397,8 +397,8 @@ def test_one_bar_that_says_nothing_does_not_press_the_markers_together(cells: li
     ((left, right), (low, high)) = picture.axes[0].get_xlim(), before.get_xlim()
     assert high - low < right - left < 4 * (high - low)
     assert "Arrow heads: the bar is longer" in "\n".join(text.get_text() for text in texts(picture))
-    heads = [marks for marks in picture.axes[0].collections if len(marks.get_offsets()) and marks.get_zorder() == 2]
-    ends = sorted(float(x) for marks in heads[-2:] for x, _ in marks.get_offsets())
+    heads = picture.axes[0].collections[-4:]
+    ends = sorted(float(x) for marks in heads for x, _ in np.asarray(marks.get_offsets()))
     assert ends == pytest.approx(bar_reach(noisy, "speedup")) and left < ends[0] < 1 < 1.8 < ends[1] < right
 
 

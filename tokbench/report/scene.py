@@ -68,10 +68,7 @@ class Scene:
         """The unreduced model of each run: (0, its y) for a horizontal line, (1, its x) for a vertical one."""
         runs = group_by((cell for cell in self.cells if cell.is_baseline), lambda cell: cell.run)
         return [
-            (axis, figure)
-            for cell, *_ in runs
-            for axis, name in enumerate((self.y, self.x))
-            if (figure := cell[name])
+            (axis, figure) for cell, *_ in runs for axis, name in enumerate((self.y, self.x)) if (figure := cell[name])
         ]
 
     def cut(self, axis: int, side: int) -> list[Point]:
