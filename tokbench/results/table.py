@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 T = TypeVar("T")
-<<<<<<< HEAD
-=======
-
->>>>>>> plots
 # Cells that agree in all of these may be compared with each other, whichever run they come from.
 COMPARABLE = (
     "model", "weights_sha256", "input_size", "data", "data_fingerprint", "device", "machine", "dtype", "compiled",
@@ -154,13 +150,7 @@ def _cell(key: CellKey, kinds: Mapping[str, Record], run: str, machine: Machine 
         "compiled": ("yes" if fields["compiled"] else "no") if "compiled" in fields else None,
         "error": getattr(failure, "message", None),
     }
-<<<<<<< HEAD
     told: dict[str, Any] = {name: printable(own) if isinstance(own, str) else own for name, own in values.items()}
-=======
-    texts: dict[str, Any] = {
-        name: printable(value) if isinstance(value, str) else value for name, value in values.items()
-    }
->>>>>>> plots
     return Cell(
         key=replace(key, model=printable(key.model), method=printable(key.method)),
         params=first.params,
@@ -266,19 +256,11 @@ def _test(column: str, sign: str, value: str, condition: str) -> Callable[[Any],
     return lambda found: found is not None and _OPERATORS[sign](float(found), number)
 
 
-<<<<<<< HEAD
 def group_by(items: Iterable[T], key: Callable[[T], Any]) -> list[list[T]]:
     """Items with the same key together, in the order in which the keys first come."""
     groups: dict[Any, list[T]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
-=======
-def group_by(cells: Iterable[T], key: Callable[[T], Any]) -> list[list[T]]:
-    """Cells with the same key together, in the order in which the keys first come."""
-    groups: dict[Any, list[T]] = {}
-    for cell in cells:
-        groups.setdefault(key(cell), []).append(cell)
->>>>>>> plots
     return list(groups.values())
 
 
