@@ -164,7 +164,8 @@ class RunOptions:
         batch_size: images, or "auto".
         limit: images measured for accuracy, None for all.
         only: which of MEASURES.
-        workers: processes that read images, None to choose.
+        workers: processes that read images, None to choose; no more than there are cores.
+        labels: a file that says what each image of a folder shows.
         max_bad: per cent of the images that may be skipped because they cannot be decoded.
         compile: time models that `torch.compile` compiled; accuracy is measured without.
     """
@@ -175,6 +176,7 @@ class RunOptions:
     limit: int | None = None
     only: tuple[str, ...] = MEASURES
     workers: int | None = None
+    labels: str | None = None
     max_bad: float = 1.0
     compile: bool = False
 
@@ -191,6 +193,8 @@ class RunOptions:
         _require_type("compile", self.compile, bool)
         if self.limit is not None:
             _require_positive("limit", self.limit)
+        if self.labels is not None:
+            _require_type("labels", self.labels, str)
         if self.workers is not None:
             _require_positive("workers", self.workers, least=0)
         if isinstance(self.max_bad, bool) or not isinstance(self.max_bad, int | float) or not 0 <= self.max_bad <= 100:
