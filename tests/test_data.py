@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from scipy.io import savemat
@@ -214,6 +215,17 @@ def test_larger_imagenet_heads_take_imagenet_1k_and_say_what_they_lack(classes, 
     (warning,) = labelling.warnings
     assert warning.code == "unmapped_classes" and warning.text.startswith(f"{missing} of the 1000 classes of data")
     assert labelling(sorted(WNIDS).index("n02085782")) == (-1 if missing > 1 else heads.index("n02085782"))
+
+
+@pytest.mark.parametrize("name", ["A", "R"])
+def test_answers_on_imagenet_a_and_r_are_chosen_among_their_classes(name):
+    folder = Path(timm.data.__file__).parent / "_info"
+    synsets = (folder / f"imagenet_{name.lower()}_synsets.txt").read_text().split()
+    labelling = label_classes(sorted(synsets), vit(1000), "data")
+    assert labelling.among == [int(n) for n in (folder / f"imagenet_{name.lower()}_indices.txt").read_text().split()]
+    assert labelling.warnings[0].code == "subset_of_logits" and f"ImageNet-{name}" in labelling.warnings[0].text
+    assert label_classes(sorted(synsets)[1:], vit(1000), "data").among is None
+    assert label_classes(sorted(synsets), vit(200), "data").among is None
 
 
 def test_a_wnid_that_a_1000_class_head_lacks_has_no_label(tmp_path):
