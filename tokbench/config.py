@@ -193,55 +193,18 @@ class RunOptions:
         compile: time models that `torch.compile` compiled; accuracy is measured without.
     """
 
-<<<<<<< HEAD
     device: Annotated[StrictStr, AfterValidator(_known_device)] = "auto"
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     batch_size: AtLeast1 | Literal["auto"] = "auto"
     limit: AtLeast1 | None = None
     only: Annotated[tuple[Literal["flops", "accuracy", "speed"], ...], Field(min_length=1)] = MEASURES
     workers: Annotated[StrictInt, Field(ge=0)] | None = None
+    labels: StrictStr | None = None
     max_bad: Annotated[float, Field(ge=0, le=100)] = 1.0
     compile: StrictBool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "only", tuple(measure for measure in MEASURES if measure in self.only))
-=======
-    device: str = "auto"
-    dtype: str = "fp32"
-    batch_size: int | str = "auto"
-    limit: int | None = None
-    only: tuple[str, ...] = MEASURES
-    workers: int | None = None
-    labels: str | None = None
-    max_bad: float = 1.0
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        _require_type("device", self.device, str)
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
-            raise UserError(
-                f"unknown device '{self.device}': use auto, cpu, cuda, cuda:1 or mps."
-                f"{nearest(self.device, ('auto', 'cpu', 'cuda', 'mps'))}"
-            )
-        _require_word("dtype", self.dtype, DTYPES)
-        if self.batch_size != "auto":
-            _require_positive("batch_size", self.batch_size, or_else=" or 'auto'")
-        _require_type("compile", self.compile, bool)
-        if self.limit is not None:
-            _require_positive("limit", self.limit)
-        if self.labels is not None:
-            _require_type("labels", self.labels, str)
-        if self.workers is not None:
-            _require_positive("workers", self.workers, least=0)
-        if isinstance(self.max_bad, bool) or not isinstance(self.max_bad, int | float) or not 0 <= self.max_bad <= 100:
-            raise UserError(f"max_bad must be a percentage from 0 to 100, not {self.max_bad!r}")
-        asked = tuple(_strings("only", self.only))
-        for word in asked:
-            _require_word("only", word, MEASURES)
-        if not asked:
-            raise UserError(f"only: names no measure; use some of {', '.join(MEASURES)}")
-        object.__setattr__(self, "only", tuple(measure for measure in MEASURES if measure in asked))
->>>>>>> data
 
 
 @told

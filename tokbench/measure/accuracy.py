@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from collections.abc import Callable, Iterable, Mapping
-=======
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from math import nan
-from pathlib import Path
-from typing import Any, BinaryIO
->>>>>>> data
 
 import torch
 import torch.nn.functional as F
