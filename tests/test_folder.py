@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import resource
@@ -88,8 +89,8 @@ def test_records_of_an_older_schema_are_read(run: RunFolder, monkeypatch: pytest
     ("field", "value", "message"),
     [
         ("method", 3, "'method' must be text, not 3"),
-        ("flops", "0.5", "'flops' must be a number, not '0.5'"),
-        ("flops", True, "'flops' must be a number"),
+        ("flops", "0.5", "'flops' must be a whole number, not '0.5'"),
+        ("flops", True, "'flops' must be a whole number"),
         ("flops", 0, "'flops' must be above 0, not 0"),
         ("flops_low", "x", "'flops_low' must be a number, not 'x'"),
         ("top1", 500, "'top1' must be at most 1, not 500"),
@@ -320,3 +321,63 @@ def test_lines_that_nobody_wrote_are_refused_and_cut(run: RunFolder, monkeypatch
     monkeypatch.setattr(store, "_LONGEST_LINE", 10)
     with pytest.raises(UserError, match="line 1: longer than 10 bytes"):
         run.records()
+
+
+def elsewhere(tmp_path: Path, *names: str) -> Path:
+    """A folder with files that nobody may touch."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_bytes(b"precious")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", ["records.jsonl", "manifest.json", "skipped.json", "predictions/a.npz", "partial/m/0.npz"]
+)
+def test_a_link_in_place_of_a_runs_own_file_is_refused(run: RunFolder, tmp_path: Path, name: str) -> None:
+    target = elsewhere(tmp_path, "file") / "file"
+    if name == "manifest.json":
+        target.write_bytes((run.path / name).read_bytes())
+    before = target.read_bytes()
+    (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+    (run.path / name).unlink(missing_ok=True)
+    (run.path / name).symlink_to(target)
+    with pytest.raises(UserError, match=f"{name} is a link") as caught:
+        RunFolder.open(run.path)
+    assert "\n" not in str(caught.value) and target.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["predictions", "partial", "partial/m"])
+def test_a_link_in_place_of_a_runs_own_folder_is_refused(run: RunFolder, tmp_path: Path, name: str) -> None:
+    folder = elsewhere(tmp_path, "0.npz")
+    (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+    (run.path / name).symlink_to(folder)
+    with pytest.raises(UserError, match=f"{name} is a link"):
+        RunFolder.open(run.path)
+    assert (folder / "0.npz").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("name", [".owner.json", ".lock"])
+def test_holding_a_folder_never_writes_through_a_link(run: RunFolder, tmp_path: Path, name: str) -> None:
+    target = elsewhere(tmp_path, "file") / "file"
+    (run.path / name).symlink_to(target)
+    with contextlib.suppress(UserError), RunFolder.held(run.path):
+        pass
+    assert target.read_bytes() == b"precious"
+
+
+def test_in_a_runs_folder_a_link_is_replaced_and_elsewhere_it_is_followed(run: RunFolder, tmp_path: Path) -> None:
+    folder = elsewhere(tmp_path, "report.html", "mine")
+    for place in (run.path / "report.html", tmp_path / "link"):
+        place.symlink_to(folder / ("mine" if place.name == "link" else place.name))
+        store.replace_file(place, lambda file: file.write(b"new"))
+        assert place.read_bytes() == b"new"
+    assert (folder / "report.html").read_bytes() == b"precious" and not (run.path / "report.html").is_symlink()
+    assert (folder / "mine").read_bytes() == b"new" and (tmp_path / "link").is_symlink()
+
+
+def test_a_run_folder_may_itself_be_a_link(run: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(run.path)
+    RunFolder.open(tmp_path / "link").append(RECORD)
+    assert len(run.records()) == 1

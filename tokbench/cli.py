@@ -47,6 +47,7 @@ def main() -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with ending_at_once():
+            _require_current_folder()
             code = app(args=sys.argv[1:] or ["--help"], prog_name="tokbench", standalone_mode=False)
             sys.stdout.flush()
     except RunStopped as error:
@@ -68,6 +69,13 @@ def main() -> NoReturn:
             code = 2
     ignoring_at_exit()
     sys.exit(code)
+
+
+def _require_current_folder() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder no longer exists; go to another one") from None
 
 
 def _silence_stdout() -> None:

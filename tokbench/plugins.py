@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,8 @@ from tokbench.fusion.core import METHODS
 
 LOADED: dict[str, str] = {}
 """Plugins loaded in this process: file name → SHA-256 (hex) of its content, for the manifest of a run."""
+
+_PATHS: dict[str, str] = {}
 
 
 def load_plugins(paths: Iterable[str | Path]) -> list[str]:
@@ -32,12 +35,14 @@ def _load(path: Path) -> list[str]:
         raise UserError(f"plugin '{path}' does not exist.{nearest(path.name, siblings)}") from None
     except OSError as error:
         raise UserError(f"plugin '{str(path)[:100]}' cannot be read: {error.strerror}") from error
-    name = f"tokbench_plugin_{path.stem}"
+    at = str(path.resolve())
+    name = f"tokbench_plugin_{path.stem}_{hashlib.sha256(at.encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UserError(f"plugin '{path}' is not a Python file; its name must end with .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look modules up by name
+    folder = os.getcwd()
     try:
         spec.loader.exec_module(module)
     except KeyboardInterrupt:
@@ -46,10 +51,14 @@ def _load(path: Path) -> list[str]:
         del sys.modules[name]
         where, kind = _line_of(error, path), type(error).__name__
         raise UserError(f"plugin '{path}'{where}: {kind}: {shortened(error)}") from error
+    finally:
+        os.chdir(folder)  # what the command line names is in the folder that it was typed in
     registered = [method for method, kind in METHODS.items() if kind.__module__ == name]
     if not registered:
         raise UserError(f"plugin '{path}' registers no method; put @tokbench.register_method above its class")
-    LOADED[path.name] = hashlib.sha256(content).hexdigest()
+    # By its name, so that a run may go on where the file has moved; by its path where two have one name.
+    _PATHS.setdefault(path.name, at)
+    LOADED[path.name if _PATHS[path.name] == at else at] = hashlib.sha256(content).hexdigest()
     return registered
 
 

@@ -70,7 +70,7 @@ class LiveProgress(Progress):
         self._console = console
         self._records: list[Record] = []
         self._bars = Bars(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("·"),

@@ -188,7 +188,10 @@ def render_table(
     match format:
         case "csv":
             more = {name: [fronts.columns(cell)[name] for cell in chosen] for name in _front_columns()}
-            return frame(chosen).assign(**more).to_csv(index=False, lineterminator="\n")
+            table = frame(chosen).assign(**more)
+            texts = table.select_dtypes(object).columns
+            table[texts] = table[texts].map(_harmless)
+            return table.to_csv(index=False, lineterminator="\n")
         case "json":
             rows = [columns_of(cell) | {"params": dict(cell.params)} | fronts.columns(cell) for cell in chosen]
             return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
@@ -255,6 +258,11 @@ def print_table(
     table = render_table(cells, "rich", sort, pareto, filters=filters, width=width)
     console.width = max(console.width, table.min_width or 0)
     console.print(table)
+
+
+def _harmless(value: Any) -> Any:
+    """Text that no spreadsheet takes for a formula."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _front_columns() -> list[str]:
@@ -453,7 +461,8 @@ def _markdown(sheet: _Sheet) -> str:
         ]
         lines.append(line(marked))
     # Two spaces end a line without a paragraph.
-    return "\n".join(lines) + "\n" + ("\n" + "  \n".join(notes) + "\n" if notes else "")
+    text = "\n".join(lines) + "\n" + ("\n" + "  \n".join(notes) + "\n" if notes else "")
+    return text.replace("<", "&lt;")  # no name becomes HTML
 
 
 def _latex(sheet: _Sheet) -> str:

@@ -83,6 +83,8 @@ class RunFolder:
             raise UserError(f"cannot read the run folder {str(path)!r}: {error.strerror}.") from error
         except ValueError as error:
             raise UserError(f"{path / MANIFEST} is no text ({error}).") from error
+        for link in _links(path):
+            raise UserError(f"{link} is a link, and might lead out of the run folder: put the file itself there.")
         return cls(path, read_manifest(text, path / MANIFEST))
 
     @staticmethod
@@ -100,7 +102,7 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock.acquire()
-            owner.write_text(json.dumps(about), encoding="utf-8")
+            replace_file(owner, lambda file: file.write(json.dumps(about).encode()), follow=False)
         except Timeout:
             raise UserError(f"the run folder {str(path)!r} is in use {_owner(owner)}.") from None
         except OSError as error:
@@ -133,7 +135,7 @@ class RunFolder:
             if not (self.path / MANIFEST).is_file():
                 raise FileNotFoundError(0, "the folder is gone")
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, write)
+            replace_file(path, write, follow=False)
         return path
 
     def append(self, fields: Mapping[str, Any]) -> Record:
@@ -303,20 +305,23 @@ def _as_json(manifest: dict[str, Any]) -> bytes:
     return json.dumps(manifest, indent=2).encode() + b"\n"
 
 
-def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def replace_file(path: Path, write: Callable[[BinaryIO], object], *, follow: bool = True) -> None:
     """Write a file as a whole: `write` gets it open, and it takes its name once it is on disk.
 
-    Raises OSError if it cannot be written; what was there under this name is then still there. Pipes and devices are
-    written to as they are.
+    follow: write to what a link names. Without, and always in a run's folder, which may be somebody else's, the link is
+    replaced. Raises OSError if the file cannot be written; what was there under this name is then still there. Pipes
+    and devices are written to as they are.
     """
-    path = path.resolve()  # a link stays one
-    if path.exists() and not path.is_file():
+    if follow and not (path.parent / MANIFEST).is_file():
+        path = path.resolve()
+    if path.exists() and not path.is_file() and not path.is_symlink():
         with open(path, "wb") as pipe:
             write(pipe)
         return
     temporary = path.with_name(f".{os.getpid()}{_TEMPORARY}")  # as short as can be: names have a limit
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -354,6 +359,13 @@ def _cut_torn_line(file: BinaryIO) -> int:
 
 def _is_place(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _links(folder: Path) -> Iterator[Path]:
+    """What should be a run's own files and is links."""
+    own = [folder / name for name in (MANIFEST, RECORDS, SKIPPED, "predictions", "partial")]
+    below = (path for root in own[-2:] if not root.is_symlink() for path in root.rglob("*"))
+    return (path for path in itertools.chain(own, below) if path.is_symlink())
 
 
 def _runs_in(folder: Path) -> list[Path]:

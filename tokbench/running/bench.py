@@ -122,7 +122,9 @@ class Bench:
     def lacks(self, cell: PlannedCell, kind: str) -> bool:
         if kind == "accuracy" and not cell.is_baseline and METHODS[cell.method.name].speed_only:
             return False
-        return kind in self.options.only and self.index.find(cell.key, kind) is None
+        record = self.index.find(cell.key, kind)
+        lost = kind == "accuracy" and record is not None and not self.folder.prediction_path(record.cell).is_file()
+        return kind in self.options.only and (record is None or lost)
 
     def waiting(self) -> list[PlannedCell]:
         """The cells of which something is not measured yet."""
