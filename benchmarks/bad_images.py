@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 from PIL import Image
 
-from tokbench.images import ImageError, decode
+from tokbench.data.decoding import ImageError, decode
 
 GIBIBYTE = 2**30
 

@@ -19,8 +19,8 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from tokbench.report.metrics import load_table
 from tokbench.results.folder import RunFolder
+from tokbench.results.table import load_table
 
 EXACT = ("top1", "top5", "drop", "agreement", "kl", "gflops", "tokens_final")
 INTERVALS = {
@@ -43,7 +43,7 @@ def main() -> None:
         for folder in folders:
             command = [sys.executable, "-m", "tokbench", "run", "--limit", str(asked.limit), "--out", str(folder)]
             subprocess.run([*command, *([asked.grid] if asked.grid else [])], check=True, stdout=subprocess.DEVNULL)
-        tables = [load_table([folder]).set_index("cell") for folder in folders]
+        tables = [load_table(folder).set_index("cell") for folder in folders]
         differing = [
             name for name in EXACT if any(not tables[0][name].equals(other[name]) for other in tables[1:])
         ] + different_predictions(folders)

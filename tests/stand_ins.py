@@ -22,6 +22,7 @@ class Source(torch.utils.data.Dataset):
     """Images whose class is plain to see for a model that averages: its channel is the brightest."""
 
     name, fingerprint, num_classes, classes, streaming = "blobs", "f" * 64, CLASSES, None, False
+    warnings = ()
 
     def __init__(self, count: int = IMAGES):
         self.count = count
@@ -63,7 +64,7 @@ def stand_in(monkeypatch, source: Source) -> Source:
     monkeypatch.setattr(timing, "SPEED_SECONDS_PER_CELL", 0.001)
     quiet = Disturbance(0.0, None, ())
     monkeypatch.setattr(timing, "Watch", lambda device: SimpleNamespace(look=lambda: None, stop=lambda: quiet))
-    monkeypatch.setattr(timing, "doubtful_speedups", lambda results: [])
+    monkeypatch.setattr(timing, "vague_speedups", lambda results: [])
     return source
 
 

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import softmax
-from scipy.stats import entropy
+from scipy.stats import entropy, pearsonr
 from torch import Tensor, nn
 
 from tokbench.measure import accuracy
 from tokbench.measure._model import is_out_of_memory
 from tokbench.measure.accuracy import evaluate
+from tokbench.measure.stats import correlation_interval
 from tokbench.results.predictions import ARRAYS, Predictions, join
+from tokbench.running.records import accuracy_fields
 
 CPU = torch.device("cpu")
 
@@ -96,7 +98,7 @@ def test_unlabelled_images_are_never_correct() -> None:
     assert answers.correct.tolist() == [True, False, True]
     assert answers.top5.tolist() == [True, False, True]
     assert np.isnan(answers.label_probability).tolist() == [False, True, False]
-    assert answers.top1() == pytest.approx(2 / 3)
+    assert answers.top1() == 1
 
 
 def test_logits_that_are_not_finite_are_never_correct() -> None:
@@ -290,6 +292,49 @@ def test_answers_that_are_all_nan_are_told_from_those_of_a_model_without_classes
         assert answers.classifies is classifier
         assert answers.nonfinite() == len(answers.label)
         assert answers.top1() == 0
+
+
+def test_a_model_of_one_output_is_told_by_how_far_it_moves() -> None:
+    unreduced = torch.tensor([[-1.0], [0.0], [1.0], [2.0], [3.0], [float("nan")]])
+    tables = {"none": unreduced, "moved": unreduced + 0.5, "turned": -unreduced, "deaf": torch.zeros(6, 1)}
+    found = evaluate({name: Table(table) for name, table in tables.items()}, numbered([0, 1, -1, 0, 1, 0]), device=CPU)
+    assert not any(answers.classifies or answers.labeled and answers.top1() for answers in found.values())
+    assert found["none"].nonfinite() == 1 and found["deaf"].nonfinite() == 0
+    spread = np.std([-1, 0, 1, 2, 3], ddof=1)
+    fields = {name: accuracy_fields(answers, found["none"]) for name, answers in found.items()}
+    assert all(not own.keys() & {"top1", "drop", "agreement", "kl", "similarity"} for own in fields.values())
+    assert fields["none"]["output_shift"] == 0 and fields["none"]["output_correlation"] == pytest.approx(1)
+    assert fields["moved"]["output_shift"] == pytest.approx(0.5 / spread)
+    assert fields["turned"]["output_correlation"] == pytest.approx(-1)
+    assert fields["turned"]["output_shift"] == pytest.approx(np.mean([2, 0, 2, 4, 6]) / spread)
+    assert (
+        fields["turned"]["output_shift_low"] < fields["turned"]["output_shift"] < fields["turned"]["output_shift_high"]
+    )
+    assert "output_correlation" not in fields["deaf"]  # it says the same of every image
+
+
+def test_the_interval_of_a_correlation_is_fishers() -> None:
+    first = np.arange(20.0)
+    second = first + 8 * np.sin(7 * first)
+    r, low, high = correlation_interval(first, second)
+    assert r == pytest.approx(pearsonr(first, second).statistic)
+    expected = pearsonr(first, second).confidence_interval(0.95)
+    assert (low, high) == pytest.approx((expected.low, expected.high))
+
+
+def test_images_without_a_label_count_in_no_accuracy_and_no_interval() -> None:
+    logits = random_logits(40, 3)
+    labels = logits.argmax(dim=1)
+    labels[::4] = (labels[::4] + 1) % 3
+    labels[1::2] = -1
+    models = {"none": Table(logits), "cell": Table(logits.roll(1, dims=1))}
+    every = evaluate(models, numbered(labels.tolist()), device=CPU)
+    few = {name: answers.with_label() for name, answers in every.items()}
+    told, expected = (accuracy_fields(answers["cell"], answers["none"]) for answers in (every, few))
+    assert (told.pop("images"), told.pop("unlabelled")) == (40, 20) and expected.pop("images") == 20
+    of_all = {name for name in told if name.startswith(("agreement", "kl"))}
+    assert {k: v for k, v in told.items() if k not in of_all} == {k: v for k, v in expected.items() if k not in of_all}
+    assert every["none"].top1() == 0.5 == few["none"].correct.mean()
 
 
 def test_archives_from_before_there_were_divergences_are_read(tmp_path: Path) -> None:

@@ -94,10 +94,10 @@ def test_records_of_an_older_schema_are_read(run: RunFolder, monkeypatch: pytest
         ("flops_low", "x", "'flops_low' must be a number, not 'x'"),
         ("top1", 500, "'top1' must be at most 1, not 500"),
         ("images", 0.5, "'images' must be a whole number"),
-        ("seconds", [0.1, 0], r"'seconds\.1' must be above 0"),
+        ("seconds", [0.1, 0], r"'seconds\[1\]' must be above 0"),
         ("tokens", "65", "'tokens' must be a list"),
         ("schedule", None, "'schedule' must be text, not None"),
-        ("params", [], "'params' must be an object"),
+        ("params", [], "'params' must be a table"),
     ],
 )
 def test_a_field_of_another_kind_is_named(run: RunFolder, field: str, value: object, message: str) -> None:
@@ -218,16 +218,16 @@ def test_a_bad_manifest_is_one_line(run: RunFolder, text: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"machine": ["x"]}, "'machine' must be an object, not ['x']"),
-        ({"conditions": []}, "'conditions' must be an object, not []"),
-        ({"conditions": {"models": ["m"]}}, "'conditions.models' must be an object"),
-        ({"conditions": {"models": {"m": 3}}}, "'conditions.models.m' must be an object, not 3"),
+        ({"machine": ["x"]}, "'machine' must be a table, not ['x']"),
+        ({"conditions": []}, "'conditions' must be a table, not []"),
+        ({"conditions": {"models": ["m"]}}, "'conditions.models' must be a table"),
+        ({"conditions": {"models": {"m": 3}}}, "'conditions.models.m' must be a table, not 3"),
         (
             {"conditions": {"models": {"m": {"images": "x"}}}},
             "'conditions.models.m.images' must be a whole number, not 'x'",
         ),
-        ({"continued": [1]}, "'continued.0' must be an object, not 1"),
-        ({"plugins": "x"}, "'plugins' must be an object"),
+        ({"continued": [1]}, "'continued[0]' must be a table, not 1"),
+        ({"plugins": "x"}, "'plugins' must be a table"),
     ],
 )
 def test_a_manifest_of_other_kinds_is_one_line(run: RunFolder, change: dict, words: str) -> None:

@@ -28,17 +28,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 from stand_ins import Source, stand_in
-from tokbench.report.metrics import load_table
 
 import tokbench.models
-import tokbench.trace  # before the ground stands in for the models of runs
+import tokbench.show.trace  # before the ground stands in for the models of runs
 from tokbench import cli, interrupts
 from tokbench.errors import UserError
 from tokbench.fusion.core import METHODS
 from tokbench.models import load_model
 from tokbench.report.tables import render_table
 from tokbench.results.folder import MANIFEST, RECORDS, SKIPPED
-from tokbench.running import resume, runner
+from tokbench.results.table import load_table
+from tokbench.running import runner
 from tokbench.schedules import GRAMMAR, parse_schedule
 
 # Exit codes so far, by command: what benchmarks/fuzz.py prints.
@@ -89,7 +89,7 @@ def ground(folder: Path) -> Iterator[None]:
         patches.setattr(Source, "indices", np.arange(len(source)), raising=False)
         patches.setattr(tokbench.models, "load_model", runner.load_model)
         patches.setattr(tokbench.data, "open_dataset", runner.open_dataset)
-        patches.setattr(resume, "SAVE_SECONDS", 0)
+        patches.setattr(half_pass, "SAVE_SECONDS", 0)
         patches.setattr(runner, "_draw", lambda table, folder: [])
         assert call(*GO_ON, "whole")[0] == 0
         read = Source.__getitem__
@@ -496,7 +496,7 @@ def test_records(rows, tail):
     text = "".join(f"{row}\n" for row in rows).encode(errors="surrogatepass")
     (run / "records.jsonl").write_bytes(text + tail)
     try:
-        table = load_table([run])
+        table = load_table(run)
         for form in ("md", "json", "csv", "tex"):
             render_table(table, form)
     except UserError as error:

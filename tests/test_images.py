@@ -17,16 +17,17 @@ import torch
 from PIL import Image
 from stand_ins import Listener, plain_records, small_grid, tiny_model
 from test_data import make_folder, vit
-from tokbench.running.resume import HalfPass, Reader
 
 from tokbench import data
 from tokbench.config import MethodSpec, RunOptions
-from tokbench.data import load_batches, open_dataset
+from tokbench.data import decoding, folders, load_batches, open_dataset, timm_readers
+from tokbench.data.decoding import ImageError, decode
 from tokbench.errors import RunStopped
-from tokbench.images import ImageError, decode
 from tokbench.results.folder import RunFolder
 from tokbench.results.predictions import Predictions
 from tokbench.running import runner
+from tokbench.running.half_pass import HalfPass
+from tokbench.running.reader import Reader
 
 RAMP = np.tile(np.linspace(0, 255, 32, dtype=np.uint8), (24, 1))  # 24 × 32, dark on the left
 
@@ -198,7 +199,7 @@ def test_more_cells_decode_no_more_images(tmp_path, monkeypatch):
         for number in range(3):
             Image.new("RGB", (40, 30), (number * 80, 0, 0)).save(folder / name / f"{number}.jpg")
     decoded: list[str] = []
-    monkeypatch.setattr(data, "decode", lambda file, name: decoded.append(name) or decode(file, name))
+    monkeypatch.setattr(folders, "decode", lambda file, name: decoded.append(name) or decode(file, name))
     options = RunOptions(device="cpu", batch_size=4, only=("accuracy",))
     for names in (("tome",), ("tome", "topk", "evit")):
         decoded.clear()
@@ -221,10 +222,65 @@ def test_images_that_came_or_went_between_two_sessions_stop_the_run(tmp_path, mo
         runner.run(replace(grid, methods=(MethodSpec("random", ("8",)),)), tmp_path / "run", options=options)
 
 
+@pytest.mark.parametrize(
+    ("name", "mode", "pixels_each", "options"),
+    [
+        ("a.png", "RGB", 12, {}),
+        ("p.png", "P", 20, {"transparency": 0}),
+        ("w.webp", "RGB", 20, {}),
+        ("g.png", "L", 3, {}),
+    ],
+)
+def test_an_image_that_takes_too_much_memory_is_refused(name, mode, pixels_each, options, tmp_path, monkeypatch):
+    Image.new(mode, (100, 80)).save(tmp_path / name, **options)
+    monkeypatch.setattr(decoding, "LARGEST_BYTES", 100 * 80 * pixels_each)
+    assert pixels(tmp_path / name).shape == (80, 100, 3)
+    monkeypatch.setattr(decoding, "LARGEST_BYTES", 100 * 80 * pixels_each - 1)
+    with pytest.raises(ImageError, match="100 × 80 pixels would take .* to decode"):
+        decode(tmp_path / name, name)
+
+
+@pytest.mark.parametrize(("progressive", "share", "shape"), [(False, 0.3, (40, 50)), (True, 0.6, (20, 25))])
+def test_a_jpeg_that_takes_too_much_memory_is_decoded_smaller_and_others_are_not(
+    progressive, share, shape, tmp_path, monkeypatch
+):
+    ramp = Image.fromarray(np.tile(np.linspace(0, 255, 100, dtype=np.uint8), (80, 1))).convert("RGB")
+    ramp.save(tmp_path / "a.jpg", quality=95, progressive=progressive)
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert np.array_equal(pixels(tmp_path / "a.jpg"), np.asarray(image))
+    monkeypatch.setattr(decoding, "LARGEST_BYTES", int(100 * 80 * 12 * share))
+    small = decode(tmp_path / "a.jpg", "a.jpg")
+    assert (small.height, small.width) == shape
+    assert np.abs(np.asarray(small.resize(ramp.size)).astype(int) - np.asarray(ramp)).mean() < 4
+    monkeypatch.setattr(decoding, "LARGEST_BYTES", 1000)
+    with pytest.raises(ImageError, match="pixels would take"):
+        decode(tmp_path / "a.jpg", "a.jpg")
+
+
+def test_a_small_file_does_not_fill_a_readers_memory(tmp_path):
+    """13,000 × 13,000 transparent pixels, within Pillow's bound: 3.4 GB to decode."""
+    image = Image.new("1", (13000, 13000))
+    image.save(tmp_path / "a.png", transparency=0)
+    assert (tmp_path / "a.png").stat().st_size < 2**20
+    with pytest.raises(ImageError, match="would take 3.1 GiB to decode, more than 1"):
+        decode(tmp_path / "a.png", "a.png")
+
+
+@pytest.mark.parametrize("name", ["a.jpe", "a.jp2", "a.avif", "a.tga"])
+def test_images_by_less_usual_names_are_found_and_decoded(name, tmp_path):
+    (tmp_path / "c").mkdir()
+    form = {"jpe": "JPEG", "jp2": "JPEG2000", "avif": "AVIF", "tga": "TGA"}[name[2:]]
+    if form not in decoding._formats():
+        pytest.skip(f"this Pillow knows no {form}")
+    Image.new("RGB", (40, 40), (200, 0, 0)).save(tmp_path / "c" / name, form)
+    (batch,) = load_batches(open_dataset(str(tmp_path), vit(2)), 2)
+    assert len(batch.images) == 1 and not batch.skipped
+
+
 def test_files_that_are_no_images_and_classes_without_any_are_told(tmp_path, caplog):
-    folder = make_folder(tmp_path, {"a": 1, "b": 0})
+    folder = make_folder(tmp_path, {"a": 1, "b": 0, "c": 1})
     (folder / "a" / "Thumbs.db").touch()
-    open_dataset(str(folder), vit(2))
+    open_dataset(str(folder), vit(3))
     assert "1 files are no images by their names ('a/Thumbs.db')" in caplog.text
     assert "1 class folders have no images ('b')" in caplog.text
 
@@ -241,9 +297,9 @@ def test_timm_does_not_answer_with_the_next_image(tmp_path):
 
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").touch()
-    opened = data.create_dataset("", root=str(make_folder(tmp_path / "any", {"a": 1})))
+    opened = timm_readers.create_dataset("", root=str(make_folder(tmp_path / "any", {"a": 1})))
     opened.reader = Reader()
-    images = data._decoding(opened, "hfds/x")
+    images = timm_readers._decoding(opened, "hfds/x")
     assert images[2][1] == 2
     with pytest.raises(ImageError, match="'hfds/x, number 1' cannot be decoded"):
         images[1]
@@ -260,7 +316,7 @@ def test_a_reader_that_raises_anything_costs_one_image(tmp_path):
             return Image.new("RGB", (40, 40)), 0
 
     prepare = open_dataset(str(make_folder(tmp_path, {"a": 1})), vit(1))._prepare
-    source = data.ImageSource("x", Failing(), np.arange(2), prepare, "f", None, 1)
+    source = data.ImageSource("x", Failing(), np.arange(2), prepare, "f")
     (batch,) = load_batches(source, 2)
     assert len(batch.labels) == 1
     assert (batch.skipped[0].index, batch.skipped[0].name) == (1, "x, number 1")
@@ -290,7 +346,7 @@ def test_an_image_that_a_stream_cannot_decode_itself_stops_the_run(tmp_path):
         raise RuntimeError("Expected image (JPEG, PNG, or GIF), got unknown format\n[Op:IteratorGetNext]")
 
     prepare = open_dataset(str(make_folder(tmp_path, {"a": 1})), vit(1))._prepare
-    stream = data.ImageStream("tfds/x", decoded_elsewhere(), 3, prepare, "f", None, 1)
+    stream = data.ImageStream("tfds/x", decoded_elsewhere(), 3, prepare, "f")
     with pytest.raises(RunStopped, match="images of tfds/x cannot be read: RuntimeError: Expected image .* format$"):
         list(Reader(stream, 2, 0, HalfPass(), None).batches())
 

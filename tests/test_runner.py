@@ -12,20 +12,26 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from stand_ins import CLASSES, IMAGES, Listener, Source, plain_records, small_grid, tiny_model
+from stand_ins import CLASSES, IMAGES, Listener, Source, plain_records, small_grid, stand_in, tiny_model
 from timm.models.vision_transformer import VisionTransformer
 
 from tokbench import resolve
+from tokbench.check.compare import check
 from tokbench.config import Grid, MethodSpec, ModelSpec, PlannedCell, RunOptions
+from tokbench.data.labels import DataWarning
 from tokbench.errors import RunStopped, UserError
 from tokbench.fusion.core import METHODS, Method
 from tokbench.measure import speed
+from tokbench.measure.environment import Disturbance
 from tokbench.measure.flops import FlopCount
 from tokbench.measure.speed import SpeedResult
+from tokbench.report.findings import findings
+from tokbench.report.pick import pick_cells
 from tokbench.report.plots import plot_pareto
 from tokbench.report.tables import render_table
 from tokbench.results.folder import RunFolder
 from tokbench.results.predictions import Predictions
+from tokbench.results.table import load_cells
 from tokbench.running import answers, bench, records, runner, timing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -423,11 +429,46 @@ def test_flops_are_broken_down(source, tmp_path):
     assert records["tiny/tome/8"]["flops_method"] == sum((n // 2) ** 2 * 12 for n in tokens)
 
 
-def test_speed_warnings_name_what_makes_a_timing_worthless(monkeypatch):
+def test_what_makes_a_timing_worthless_is_warned_of_and_stays_in_its_records(source, tmp_path, monkeypatch):
+    busy = "other work took 52% of the machine's CPU time"
+    disturbed = Disturbance(0.52, None, (f"{busy}: time again",))
+    monkeypatch.setattr(timing, "Watch", lambda device: SimpleNamespace(look=lambda: None, stop=lambda: disturbed))
+    monkeypatch.setattr(timing, "vague_speedups", lambda results: ["tiny/tome/8"])
+    listener = Listener()
+    runner.run(small_grid(only=("flops", "speed")), tmp_path / "run", progress=listener)
+    assert listener.warnings == [f"{busy}: time again", records.vague_sentence(["tiny/tome/8"], 2)]
+    caveats = {r["cell"]: r["caveats"] for r in plain_records(tmp_path / "run") if r["kind"] == "speed"}
+    assert caveats == {"tiny/none": [busy], "tiny/tome/8": [busy, records.VAGUE], "tiny/random/8": [busy]}
+    cells = load_cells([tmp_path / "run"])
+    told = [f"Speed is in doubt: {busy}.", f"Speed is in doubt: {records.VAGUE} (1 of 3 cells)."]
+    assert all(sentence in render_table(cells, "md") for sentence in told)
+    assert all(sentence in findings(cells)[0].sentences for sentence in told)
+
+
+def test_speedups_are_vague_where_their_interval_is_wide():
     result = SpeedResult("tiny/tome/8", 8, [1.0], 1, 8.0, 1.5, 1.4, 1.6, [])
-    assert records.doubtful_speedups([result, dataclasses.replace(result, speedup_low=1.49, speedup_high=1.51)]) == [
-        "1 of 2 speed-ups are known to no better than ±5 % (as for tiny/tome/8): too few rounds for so noisy a machine"
-    ]
+    sharp = dataclasses.replace(result, name="tiny/tofu/8", speedup_low=1.49, speedup_high=1.51)
+    assert records.vague_speedups([result, sharp]) == ["tiny/tome/8"]
+
+
+def test_what_was_warned_of_labels_stays_with_the_run(tmp_path, monkeypatch):
+    guessed = DataWarning("labels_guessed", "labels are guessed from the alphabetical order of 3 folders")
+    images = Source()
+    images.warnings = (guessed,)
+    stand_in(monkeypatch, images)
+    monkeypatch.setattr(Source, "__getitem__", lambda self, index: (torch.rand(3, 32, 32), index % CLASSES))
+    listener = Listener()
+    runner.run(small_grid(), tmp_path / "run", progress=listener)
+    record = next(r for r in plain_records(tmp_path / "run") if r["kind"] == "accuracy")
+    assert record["caveats"][0] == guessed.text and "which is chance level" in record["caveats"][1]
+    cells = load_cells([tmp_path / "run"])
+    drawn = plot_pareto(cells, tmp_path / "a.svg").read_text()
+    (picked,) = pick_cells(tmp_path / "run", max_drop=100)
+    checked = check(tmp_path / "run", tmp_path / "run")
+    for text in record["caveats"]:
+        for output in (render_table(cells, "md"), " ".join(findings(cells)[0].sentences), drawn, picked.text(),
+                       "\n".join(checked.lines())):  # fmt: skip
+            assert f"ccuracy is in doubt: {text}" in " ".join(output.split())
 
 
 def test_logits_that_are_not_finite_are_counted_told_and_never_agree(source, tmp_path, monkeypatch):
@@ -728,6 +769,6 @@ def test_the_unreduced_model_that_is_timed_is_timms_own(source, tmp_path, monkey
 
 def test_the_unreduced_model_is_no_speedup_to_doubt(source, tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(timing, "doubtful_speedups", lambda results: told.extend(one.name for one in results) or [])
+    monkeypatch.setattr(timing, "vague_speedups", lambda results: told.extend(one.name for one in results) or [])
     runner.run(small_grid(only=("speed",)), tmp_path / "run")
     assert told == ["tiny/tome/8", "tiny/random/8"]

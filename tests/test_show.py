@@ -17,6 +17,7 @@ from stand_ins import tiny_model
 import tokbench
 from tokbench.config import MethodSpec
 from tokbench.data import load_images, to_pictures
+from tokbench.data.preparing import data_config
 from tokbench.errors import UserError
 from tokbench.fusion.core import METHODS
 from tokbench.report.text import broken
@@ -135,7 +136,7 @@ def test_the_picture_is_the_preprocessed_crop(photo: Path) -> None:
     pictures = to_pictures(images, model)
     assert images.shape == (1, 3, 32, 32) and pictures.shape == (1, 32, 32, 3)
     assert pictures.min() >= 0 and pictures.max() <= 1
-    config: Any = tokbench.data._data_config(model)
+    config: Any = data_config(model)
     mean, std = (np.reshape(config[key], (3, 1, 1)) for key in ("mean", "std"))
     back = (pictures[0].transpose(2, 0, 1) - mean) / std
     np.testing.assert_allclose(back, images[0].numpy(), atol=1e-5)

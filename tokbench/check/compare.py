@@ -21,7 +21,7 @@ from tokbench.check.verdicts import Check, Verdict
 from tokbench.errors import UserError
 from tokbench.measure.stats import holm, mcnemar_p, paired_drop
 from tokbench.progress import Progress
-from tokbench.report.text import figure_text, interval, number, plural
+from tokbench.report.text import figure_text, interval, number, plural, told_caveats
 from tokbench.results.cell import Cell, Figure
 from tokbench.results.conditions import Differences, decide, differences, in_words
 from tokbench.results.predictions import Predictions
@@ -148,6 +148,8 @@ def _compare(before: Run, after: Run, limits: Limits) -> Check:
         check.verdicts += _judge_cost(old.cell, new.cell)
         if limits.max_slowdown is not None:
             check.verdicts += _judge_speed(old.cell, new.cell, limits.max_slowdown)
+    for run in (before, after):
+        check.notes += [f"{run.path}: {text}" for text in told_caveats([own.cell for own in run.cells])]
     known = {new for old, new in pairs if old.kinds}
     if fresh := [own.cell.id for own in after.cells if own.kinds and own not in known]:
         check.notes.append(f"new, not measured in the baseline: {', '.join(fresh)}")

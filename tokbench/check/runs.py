@@ -60,6 +60,13 @@ class Run:
         self.folder = RunFolder.open(path)
         self.path = self.folder.path
         records = self.folder.records()
+        for record in records:
+            needed = ("weights_sha256", "data_fingerprint")[: 1 + isinstance(record, AccuracyRecord)]
+            for name in needed if record.kind in MEASURES else ():
+                if getattr(record, name) is None:
+                    raise UserError(
+                        f"{self.path}: the {record.kind} record of {printable(record.cell)} has no {name!r}"
+                    )
         index = RecordIndex(records)
         self.cells = [
             Measured(cell, frozenset(MEASURES) & index.cells[key].keys(), index.find(key, "accuracy"))

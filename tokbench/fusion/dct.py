@@ -46,7 +46,8 @@ def resampling(before: int, after: int, device: torch.device, dtype: torch.dtype
 
 @lru_cache(maxsize=256)
 def _resampling(before: int, after: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.from_numpy(_cosines(after).T @ _cosines(before)[:after]).to(device, dtype)
+    with torch.inference_mode(False):  # kept for passes with gradients, too
+        return torch.from_numpy(_cosines(after).T @ _cosines(before)[:after]).to(device, dtype)
 
 
 def _cosines(length: int) -> NDArray[np.float64]:

@@ -79,8 +79,12 @@ def _answers(
             output = _output(name, model, images, batch_sizes)
             if name == reference:
                 compared = output
-            answers[name] = _read_off(output, labels) if classifier else _without_classes(output, labels)
-            answers[name] |= _distance(output, compared, classifier)
+            if not classifier:
+                answers[name] = _without_classes(output, labels) | _distance(output, compared, classifier)
+            elif output.shape[1] == 1:
+                answers[name] = _without_classes(output, labels) | _one_output(output)
+            else:
+                answers[name] = _read_off(output, labels) | _distance(output, compared, classifier)
         except Exception as error:
             if on_failure is None:
                 raise
@@ -89,7 +93,9 @@ def _answers(
     # Fetched only now, so that an accelerator is waited for once a batch and not once a model.
     return {
         name: Predictions(
-            labels.numpy(), **{field: values.cpu().numpy() for field, values in answer.items()}, classifies=classifier
+            labels.numpy(),
+            **{field: values.cpu().numpy() for field, values in answer.items()},
+            classifies="output" not in answer and classifier,
         )
         for name, answer in answers.items()
     }
@@ -139,6 +145,12 @@ def _without_classes(features: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """`_read_off` for features (B, D): nothing is predicted."""
     nothing = torch.full((len(labels),), -1, device=features.device)
     return {"predicted": nothing, "label_probability": nothing * float("nan"), "top5": nothing > 0}
+
+
+def _one_output(output: Tensor) -> dict[str, Tensor]:
+    """The output (B, 1) itself: softmax and argmax of one number are 1 and 0 whatever it is."""
+    value = output[:, 0].float()
+    return {"output": value.where(value.isfinite(), float("nan"))}
 
 
 def _distance(output: Tensor, compared: Tensor | None, classifier: bool) -> dict[str, Tensor]:

@@ -62,8 +62,8 @@ class FlopCount:
 
     `total` is the whole model's, and `spread` its standard deviation over the images. `by_module` maps the dotted name
     of every submodule ("" is the model) to its count, children included; `by_operator` does so for operators.
-    `unsupported` maps operators that may cost multiply-adds but cannot be counted to their number of calls: unless it is
-    empty, `total` is too low.
+    `unsupported` maps operators that may cost multiply-adds but cannot be counted to their number of calls: unless it
+    is empty, `total` is too low.
     """
 
     total: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import exp, nan, sqrt
+from math import atanh, exp, nan, sqrt, tanh
 from typing import Literal
 
 import numpy as np
@@ -47,6 +47,21 @@ def mean_interval(values: ArrayLike, *, resamples: int = 999, seed: int = 0) -> 
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(scores, [tail, 1 - tail])
     return mean, mean - float(high) * error, mean - float(low) * error
+
+
+def correlation_interval(first: ArrayLike, second: ArrayLike) -> tuple[float, float, float]:
+    """(r, low, high): Pearson's correlation of paired values (n,), n ≥ 2, neither constant, and its 95 % interval.
+
+    By Fisher's transformation (Metron 1, 1921): atanh r ± 1.96 / √(n − 3). Fewer than four pairs tell nothing.
+    """
+    n = np.size(first)
+    r = float(np.clip(np.corrcoef(np.stack([first, second]))[0, 1], -1, 1))
+    if n < 4:
+        return r, -1.0, 1.0
+    if abs(r) == 1:
+        return r, r, r
+    reach = float(norm.ppf((1 + CONFIDENCE) / 2)) / sqrt(n - 3)
+    return r, tanh(atanh(r) - reach), tanh(atanh(r) + reach)
 
 
 def paired_drop(baseline_correct: ArrayLike, cell_correct: ArrayLike) -> tuple[float, float, float]:

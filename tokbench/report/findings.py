@@ -18,6 +18,7 @@ from tokbench.report.text import (
     listed,
     number,
     plural,
+    told_caveats,
     variant_name,
 )
 from tokbench.results.cell import Cell, Figure
@@ -29,6 +30,7 @@ _MODEL = "the unreduced model"
 _WITHOUT_TOP1 = {
     "agreement": "Without labels top-1 is unknown: said below is how often answers stay what they were, right or not.",
     "similarity": "The model has no classes, so there is no top-1: its features are compared instead.",
+    "output_correlation": "The model has one output and no classes: said below is how far it moves.",
     "top1": "Accuracy was not measured: what the savings cost is unknown.",
 }
 _RUNS_DIFFER = 1.1  # what a speed-up at batch 1 may be multiplied with from one run to the next: docs/measuring.md
@@ -119,7 +121,7 @@ class _Group:
         told = [self._unreduced()]
         if not self.reduced:
             return [*told, "Nothing but the unreduced model was measured, so there is nothing to compare."]
-        told += [*self._missing(), *self._broken()]
+        told += [*self._missing(), *self._broken(), *(f"{capital(text)}." for text in told_caveats(self.cells))]
         shares = [100 * ratio.value for _, ratio in _known(self.sound, "flops_ratio")]
         if shares and not _known(self.sound, "top1") and not _known(self.sound, "speedup"):
             cells = f"The {plural(len(shares), 'reduced cell takes', 'reduced cells take')}"
@@ -127,7 +129,7 @@ class _Group:
         if _known(self.sound, "drop"):
             told += self._accuracy()
         elif not _known(self.cells, "top1"):
-            told += [text for name in ("agreement", "similarity") for text in self._likeness(name)]
+            told += [text for name in [*GAINS][1:] for text in self._likeness(name)]
         told += [*self._speed(), *self._latency()]
         y = known_gain(self.sound)
         return [*told, *self._front("speedup", y), *self._front("gflops", y), *self._failures()]
@@ -335,7 +337,10 @@ def _cost(cell: Cell) -> str:
         return f"a gain of {number(gain.value, _digits(cell))} points of top-1 {interval(gain, _digits(cell))}"
     if cell["agreement"]:
         return f"the unreduced model's answer for {figure_text(cell, 'agreement')} % of the images"
-    return f"a cosine of {figure_text(cell, 'similarity')} to its features" if cell["similarity"] else ""
+    if cell["similarity"]:
+        return f"a cosine of {figure_text(cell, 'similarity')} to its features"
+    known = figure_text(cell, "output_correlation")
+    return f"a correlation of {known} with its output" if known else ""
 
 
 def _drop(cell: Cell) -> str:

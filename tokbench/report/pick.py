@@ -18,7 +18,7 @@ from typing import Any
 from tokbench.catalogue import CONTROLS
 from tokbench.errors import UserError
 from tokbench.report.code import python_of
-from tokbench.report.text import cell_name, figure_text, group_title, number
+from tokbench.report.text import cell_name, figure_text, group_title, number, told_caveats
 from tokbench.results.cell import Cell, Figure
 from tokbench.results.folder import RunFolder
 from tokbench.results.metrics import METRICS
@@ -34,7 +34,7 @@ LIMITS = {
 }
 # Limits on what is lost; and what is lost, best known first.
 _ACCURACY = ("max_drop", "min_agreement")
-_QUALITIES = ("drop", "agreement", "similarity")
+_QUALITIES = ("drop", "agreement", "similarity", "output_correlation")
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,16 @@ _WORDS = {
         "features", "", "cosine of features {}", "a cosine of {}", "the nearest to the unreduced model's features",
         "further away in features",
     ),
+    "output_correlation": _Words(
+        "outputs", "", "correlation of outputs {}", "a correlation of {}",
+        "the nearest to the unreduced model's output", "further away in outputs",
+    ),
     "speedup": _Words("speed", "×", "{} the speed", "{} the speed", "the fastest", "slower", "faster"),
     "latency": _Words("latency", " ms", "{} at batch 1", "a median latency of {}"),
     "gflops": _Words("FLOPs", " GFLOPs", "{}", "{}", "the one with the fewest FLOPs", "more FLOPs", "cheaper"),
 }  # fmt: skip
 # What is known of the unreduced model without measuring, being compared with itself.
-_OF_ITSELF = {"drop": 0.0, "agreement": 100.0, "similarity": 1.0, "speedup": 1.0}
+_OF_ITSELF = {"drop": 0.0, "agreement": 100.0, "similarity": 1.0, "output_correlation": 1.0, "speedup": 1.0}
 _FIELDS = (
     "cell", "method", "params", "schedule", "resolved", "top1", "drop", "drop_low", "drop_high", "agreement",
     "agreement_low", "agreement_high", "similarity", "similarity_low", "similarity_high", "speedup", "speedup_low",
@@ -260,8 +264,8 @@ def _ranking(sound: Sequence[Cell], asked: Mapping[str, float], run: str) -> tup
         why = f"has not measured {_WORDS[metric].measured}, which this needs"
         if any(cell[metric] for cell in sound):
             why = f"knows no interval of {_WORDS[metric].measured}, which this needs"
-        elif name in on_accuracy and quality == "similarity":
-            why = "compared features only, because the model has no classes"
+        elif name in on_accuracy and quality in ("similarity", "output_correlation"):
+            why = f"compared {_WORDS[quality].measured} only, because the model has no classes"
         elif name == "max_drop":
             why = "had images without labels, so that no drop is known"
         raise UserError(f"{_option(name)}: {run} {why}{hint}")
@@ -342,7 +346,7 @@ def _judged(cell: Cell, metric: str) -> str:
 def _notes(
     group: Sequence[Cell], known: Sequence[Cell], needed: Iterable[str], asked: Mapping[str, float], rank: str
 ) -> list[str]:
-    notes = []
+    notes = told_caveats(group)
     if rank == "gflops":
         notes.append("speed was not measured, and fewer FLOPs need not be faster")
     latencies = [(cell, cell["latency"]) for cell in known if "max_latency_ms" in asked]

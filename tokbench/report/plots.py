@@ -30,7 +30,7 @@ from tokbench.report.panels import (
 from tokbench.report.published import PUBLISHED, Published, published_points
 from tokbench.report.scene import Scene, scene, side_by_side
 from tokbench.report.styles import find_theme, method_order
-from tokbench.report.text import listed, plural, variant_name
+from tokbench.report.text import capital, listed, plural, told_caveats, variant_name
 from tokbench.results.cell import Cell
 from tokbench.results.metrics import METRICS, find_metric
 from tokbench.results.table import PANEL, group_by, known_gain, measured_names, run_names
@@ -272,8 +272,13 @@ def _legend(figure: Figure, shown: Sequence[tuple[Scene, list[Published]]], art:
     entries = _method_entries(art, max(room - len(marks), 1)) + marks
     if not art.size.text:
         place["ncols"] = min(per_row, len(entries))
+<<<<<<< HEAD
     handles, labels = zip(*entries, strict=True)
     legend = figure.legend(handles, labels, frameon=False, **place)
+=======
+    handles, texts = zip(*entries, strict=True)
+    legend = figure.legend(handles, texts, frameon=False, **place)
+>>>>>>> report
     further = list(art.runs.values())[1:]
     for text in legend.get_texts():
         if text.get_text() in further:
@@ -322,6 +327,7 @@ def _footnotes(shown: Sequence[Scene], art: Art) -> list[str]:
     for direction, metrics in (("Vertical", [y]), ("Horizontal", names)):
         has = [name for name in metrics if any(figure.interval for cell in art.cells if (figure := cell[name]))]
         notes += [f"{direction} bars: {bars}" for bars in dict.fromkeys(METRICS[name].bars for name in has) if bars]
+    notes += [f"{capital(text)}." for text in told_caveats(art.cells)]
     if any(scene.has_cut for scene in shown):
         notes.append("Arrow heads: the bar is longer than the panel shows.")
     most = max(sum(point.on_front for point in scene.points) for scene in shown)

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tokbench.errors import UserError, nearest
-from tokbench.report.text import figure_text, interval, not_significant
+from tokbench.report.text import capital, figure_text, interval, not_significant, told_caveats
 from tokbench.results.cell import Cell
 from tokbench.results.metrics import GAINS, METRICS
 from tokbench.results.table import (
@@ -37,6 +37,7 @@ _GAINS = {
     "top1": GAINS["top1"],
     "agreement": f"{GAINS['agreement']}, as the images have no labels,",
     "similarity": f"{GAINS['similarity']}, as the model has no classes,",
+    "output_correlation": f"{GAINS['output_correlation']}, as the model has but one,",
 }
 _ALL = 100_000  # characters: wide enough for every column
 _TOKENS = 8  # the place of the tokens' column among those of the metrics
@@ -378,14 +379,12 @@ def _notes(sheet: _Sheet) -> list[str]:
             f"Front: the best {_GAINS[gain]} for its FLOPs (or speed-up): no other cell is as good in both and better "
             "in one; costs within 1 % are equal."
         )
-    notes += [
-        metric.note for name, metric in METRICS.items() if name in shown and metric.note and (metric.place or 0) < _TOKENS
-    ]
+    told = [(metric.place or 0, metric.note) for name, metric in METRICS.items() if name in shown and metric.note]
+    notes += [note for place, note in told if place < _TOKENS]
     if "Tokens" in {column.head for column in sheet.columns}:
         notes.append("Tokens: left after the last block, class token and the like included.")
-    notes += [
-        metric.note for name, metric in METRICS.items() if name in shown and metric.note and (metric.place or 0) > _TOKENS
-    ]
+    notes += [note for place, note in told if place > _TOKENS]
+    notes += [f"{capital(sentence)}." for sentence in told_caveats(cells)]
     if any(cell.fused_attention == "off" for cell in cells):
         notes.append("Fused attention was off: speed-ups are over a model that is slower than timm's own.")
     if any(cell.weights == "random" for cell in cells):

@@ -68,6 +68,19 @@ def cell_name(cell: Cell, several_runs: bool = False) -> str:
     return f"{name} in {cell.run}" if several_runs else name
 
 
+def told_caveats(cells: Sequence[Cell]) -> list[str]:
+    """What was warned of while the figures of these cells were measured: "accuracy: labels were guessed", a text each,
+    with the number of cells where it is not all that have the figures."""
+    told = []
+    for kind in dict.fromkeys(kind for cell in cells for kind in cell.caveats):
+        measured = [cell for cell in cells if kind in cell.kinds]
+        for text in dict.fromkeys(text for cell in cells for text in cell.caveats.get(kind, ())):
+            touched = sum(text in cell.caveats.get(kind, ()) for cell in cells)
+            part = "" if touched == len(measured) else f" ({touched} of {len(measured)} cells)"
+            told.append(f"{kind} is in doubt: {text}{part}")
+    return told
+
+
 def group_title(group: Sequence[Cell]) -> str:
     """Model and conditions of comparable cells in one line."""
     first = group[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tokbench.results.records import Record
@@ -92,6 +92,8 @@ class Cell:
         weights: "trained" or "random".
         compiled: "yes" or "no".
         error: why it failed.
+        kinds: of records that it has, such as "accuracy".
+        caveats: by kind, what was warned of while it was measured.
         calibrated: the parameters that were measured on images.
     """
 
@@ -120,6 +122,8 @@ class Cell:
     fused_attention: str | None = None
     weights: str | None = None
     error: str | None = None
+    kinds: frozenset[str] = frozenset()
+    caveats: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __getitem__(self, metric: str) -> Figure | None:
         """The figure of that metric, None where it was not measured."""

@@ -197,14 +197,25 @@ METRICS: dict[str, Metric] = {
         interval=_ends("similarity"), bars=_IMAGES, place=6,
         note="Cosine: of the features with those of `none`; 1 is the same direction.",
     ),
+    "output_shift": Metric(
+        "Shift of the one output (standard deviations)", "Shift σ", "lower", 4, "output_shift",
+        interval=_ends("output_shift"), bars=_IMAGES, place=7, rank=8,
+        note="Shift: how far the model's one output moves on average, in standard deviations of `none`'s.",
+    ),
+    "output_correlation": Metric(
+        "Correlation of the one output with the unreduced model's", "Correlation", "higher", 4, "output_correlation",
+        interval=_ends("output_correlation"), bars=_IMAGES, place=6.5,
+        note="Correlation: of the model's one output with that of `none`, over the images.",
+    ),
 }  # fmt: skip
 
 # What is to be kept of a model, best first, and in words: without labels there is no top-1, without classes no
-# agreement.
+# agreement, and a model of one output has no features to compare.
 GAINS = {
     "top1": "top-1",
     "agreement": "agreement with the unreduced model",
     "similarity": "cosine to the unreduced model's features",
+    "output_correlation": "correlation with the unreduced model's output",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from math import nan
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,7 +29,9 @@ class Predictions:
     Σ p log(p / q) over the classes, p the unreduced model's probabilities; NaN where either is not finite.
     `similarity` (n,) float32 is the cosine of the pooled features to the unreduced model's, for models without a
     classifier, of which nothing else is known; NaN for all others, and where either is not finite.
-    `classifies` tells whether there are classes at all: not for a model without a classifier.
+    `output` (n,) float32 is the one output of a model that has no more (a score, a logit), which chooses no class;
+    NaN for all others, and where it is not finite.
+    `classifies` tells whether there are classes at all: not for a model without a classifier or of one output.
     """
 
     label: NDArray[np.int64]
@@ -37,6 +40,7 @@ class Predictions:
     top5: NDArray[np.bool_]
     divergence: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
     similarity: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    output: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
     classifies: bool = True
 
     def __post_init__(self) -> None:
@@ -56,16 +60,22 @@ class Predictions:
         return correct
 
     def top1(self) -> float:
-        """Share of all images whose predicted class is the true one, in [0, 1]."""
-        return float(self.correct.mean())
+        """Share of the images with a label whose predicted class is the true one, in [0, 1]; NaN without any."""
+        return float(self.correct[self.label >= 0].mean()) if self.labeled else nan
 
     def top5_accuracy(self) -> float:
-        """Share of all images whose true class is among the five most probable, in [0, 1]."""
-        return float(self.top5.mean())
+        """Share of the images with a label whose true class is among the five most probable, in [0, 1]; likewise."""
+        return float(self.top5[self.label >= 0].mean()) if self.labeled else nan
 
     def nonfinite(self) -> int:
-        """How many images got logits, or features, that are not all finite."""
-        return int((self.predicted < 0).sum() if self.classifies else np.isnan(self.similarity).sum())
+        """How many images got logits, features or an output that are not all finite."""
+        if self.classifies:
+            return int((self.predicted < 0).sum())
+        return int((np.isnan(self.similarity) & np.isnan(self.output)).sum())
+
+    def with_label(self) -> Predictions:
+        """The answers to the images that have a label: accuracy is of these only."""
+        return self.take(np.flatnonzero(self.label >= 0))
 
     def take(self, places: NDArray[np.int64]) -> Predictions:
         """The answers to the images at these places, in this order."""
@@ -121,8 +131,9 @@ ARRAYS = tuple(own.name for own in fields(Predictions) if own.name != "classifie
 """The fields of Predictions with one entry per image."""
 _KINDS = {
     "label": "i", "predicted": "i", "label_probability": "f", "top5": "b", "divergence": "f", "similarity": "f",
+    "output": "f",
 }  # fmt: skip
-_LATER = ("divergence", "similarity")  # which archives of the first version lack
+_LATER = ("divergence", "similarity", "output")  # which archives of earlier versions lack
 
 
 def join(parts: Iterable[Predictions]) -> Predictions:

@@ -53,6 +53,7 @@ class Record(_Stored):
     dtype: str | None = None
     device: str | None = None
     fused_attention: str | None = None
+    caveats: list[str] = []  # why these figures may not mean what they seem to
 
     @model_validator(mode="after")
     def _ends_are_numbers(self) -> Record:
@@ -66,12 +67,12 @@ class Record(_Stored):
 class FlopsRecord(Record):
     """Multiply-adds per image. `flops_attention` to `flops_rest` add up to `flops`."""
 
-    flops: Positive
+    flops: Annotated[int, Field(gt=0, lt=2**63)]
     flops_ratio: Positive | None = None
-    flops_attention: Number | None = None
-    flops_mlp: Number | None = None
-    flops_method: Number | None = None
-    flops_rest: Number | None = None
+    flops_attention: int | None = None
+    flops_mlp: int | None = None
+    flops_method: int | None = None
+    flops_rest: int | None = None
     unsupported: dict[str, int] | None = None
 
 
@@ -81,6 +82,7 @@ class AccuracyRecord(Record):
     images: Count
     correct: Count | None = None
     correct5: Count | None = None
+    unlabelled: Count | None = None
     skipped: Count | None = None
     nonfinite: Count | None = None
     top1: Share | None = None
@@ -90,6 +92,8 @@ class AccuracyRecord(Record):
     agreement: Share | None = None
     kl: Number | None = None
     similarity: Number | None = None
+    output_shift: Number | None = None
+    output_correlation: Number | None = None
     batch_size: Count | None = None
 
 
@@ -111,8 +115,8 @@ class SpeedRecord(Record):
     latency_speedup: Positive | None = None
     efficiency: Positive | None = None
     free_speedup: Positive | None = None
-    peak_memory_bytes: Number | None = None
-    reserved_memory_bytes: Number | None = None
+    peak_memory_bytes: Count | None = None
+    reserved_memory_bytes: Count | None = None
     attention_kernels: list[str] | None = None
     other_cpu: Number | None = None
     gpu_state: dict[str, Any] | None = None

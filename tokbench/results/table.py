@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 T = TypeVar("T")
-
 # Cells that agree in all of these may be compared with each other, whichever run they come from.
 COMPARABLE = (
     "model", "weights_sha256", "input_size", "data", "data_fingerprint", "device", "machine", "dtype", "compiled",
@@ -52,13 +51,21 @@ _CONDITIONS: dict[str, Callable[[Cell], Any]] = {
     "error": operator.attrgetter("error"),
 }  # fmt: skip
 _COUNTS = frozenset({"tokens_final", "images", "batch_size", "skipped", "nonfinite"})
-_FIGURES = tuple(column for metric in METRICS.values() for column in metric.columns)
-COLUMNS = (*_DESCRIBED, *_FIGURES, *_CONDITIONS)
+
+
+def figure_columns() -> list[str]:
+    """The columns with what was measured."""
+    return [column for metric in METRICS.values() for column in metric.columns]
+
+
+def all_columns() -> list[str]:
+    """Every column of `load_table`, in order."""
+    return [*_DESCRIBED, *figure_columns(), *_CONDITIONS]
 
 
 def columns_of(cell: Cell) -> dict[str, Any]:
     """A cell as a row: every column of `load_table`, None where nothing is known."""
-    row = {name: get(cell) for name, get in _DESCRIBED.items()} | dict.fromkeys(_FIGURES) | dict(cell.also)
+    row = {name: get(cell) for name, get in _DESCRIBED.items()} | dict.fromkeys(figure_columns()) | dict(cell.also)
     for name, figure in cell.figures.items():
         metric = METRICS[name]
         row |= dict(zip((metric.columns[0], *metric.interval), (figure.value, figure.low, figure.high), strict=False))
@@ -75,12 +82,12 @@ def load_table(*runs: str | Path) -> pd.DataFrame:
 
 
 def frame(cells: Sequence[Cell]) -> pd.DataFrame:
-    """Cells as a table (columns: `COLUMNS`)."""
+    """Cells as a table (columns: `all_columns()`)."""
     import pandas as pd
 
-    table = pd.DataFrame([columns_of(cell) for cell in cells], columns=list(COLUMNS))
+    table = pd.DataFrame([columns_of(cell) for cell in cells], columns=all_columns())
     kinds = {name: "Int64" if name in _COUNTS else object for name in (*_DESCRIBED, *_CONDITIONS)}
-    return table.astype({**kinds, "is_baseline": bool, **dict.fromkeys(_FIGURES, float)})
+    return table.astype({**kinds, "is_baseline": bool, **dict.fromkeys(figure_columns(), float)})
 
 
 def load_cells(runs: Iterable[str | Path]) -> list[Cell]:
@@ -143,9 +150,7 @@ def _cell(key: CellKey, kinds: Mapping[str, Record], run: str, machine: Machine 
         "compiled": ("yes" if fields["compiled"] else "no") if "compiled" in fields else None,
         "error": getattr(failure, "message", None),
     }
-    texts: dict[str, Any] = {
-        name: printable(value) if isinstance(value, str) else value for name, value in values.items()
-    }
+    told: dict[str, Any] = {name: printable(own) if isinstance(own, str) else own for name, own in values.items()}
     return Cell(
         key=replace(key, model=printable(key.model), method=printable(key.method)),
         params=first.params,
@@ -153,7 +158,9 @@ def _cell(key: CellKey, kinds: Mapping[str, Record], run: str, machine: Machine 
         also=also,
         calibrated=fields.get("calibrated"),
         tokens=tuple(fields.get("tokens") or ()),
-        **texts,
+        kinds=frozenset(kinds),
+        caveats={kind: tuple(record.caveats) for kind, record in kinds.items() if record.caveats},
+        **told,
     )
 
 
@@ -207,9 +214,10 @@ def filter_cells(cells: Sequence[Cell], conditions: Iterable[str]) -> list[Cell]
     for number, condition in enumerate(conditions):
         name, sign, value = _split_condition(condition)
         column = METRICS[name].columns[0] if name in METRICS else name
-        if column not in COLUMNS:
+        if column not in all_columns():
             hint = (
-                nearest(name, dict.fromkeys([*METRICS, *COLUMNS])) or " Try model, method, schedule, run or a metric."
+                nearest(name, dict.fromkeys([*METRICS, *all_columns()]))
+                or " Try model, method, schedule, run or a metric."
             )
             raise UserError(f"filter {condition!r}: no column {name!r}.{hint}")
         metric = metric_of_column(column)
@@ -235,7 +243,7 @@ def _split_condition(condition: str) -> tuple[str, str, str]:
 
 
 def _test(column: str, sign: str, value: str, condition: str) -> Callable[[Any], bool]:
-    if column not in _FIGURES and column not in _COUNTS:
+    if column not in figure_columns() and column not in _COUNTS:
         if sign != "=":
             raise UserError(f"filter {condition!r}: {column} is text, which compares with = only.")
         return lambda found: fnmatchcase(str("" if found is None else found).lower(), value.lower())
@@ -248,11 +256,11 @@ def _test(column: str, sign: str, value: str, condition: str) -> Callable[[Any],
     return lambda found: found is not None and _OPERATORS[sign](float(found), number)
 
 
-def group_by(cells: Iterable[T], key: Callable[[T], Any]) -> list[list[T]]:
-    """Cells with the same key together, in the order in which the keys first come."""
+def group_by(items: Iterable[T], key: Callable[[T], Any]) -> list[list[T]]:
+    """Items with the same key together, in the order in which the keys first come."""
     groups: dict[Any, list[T]] = {}
-    for cell in cells:
-        groups.setdefault(key(cell), []).append(cell)
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return list(groups.values())
 
 

@@ -108,6 +108,14 @@ def _record_answers(
                 f"{len(reader.skipped)} of {len(source):,} images of {source.name} cannot be decoded, and no cell "
                 f"of {label} saw them: {bench.folder.path / SKIPPED} names them"
             )
+    caveats = [warning.text for warning in source.warnings]
+    if at_chance_level(baseline, source.num_classes):
+        chance = f"{label} gets {baseline.top1():.1%} of {source.name} right, which is chance level"
+        caveats.append(chance)
+        if first_time:
+            bench.progress.warn(
+                f"{chance}: the model's classes and the data's labels probably don't match, and drops mean nothing"
+            )
     for member in members:
         if member.cell.id not in results or not bench.lacks(member.cell, "accuracy"):
             continue
@@ -124,17 +132,13 @@ def _record_answers(
             **accuracy_fields(predictions, baseline),
             skipped=len(reader.skipped),
             batch_size=min(bench.batch_size, batch_sizes.get(member.cell.id, bench.batch_size)),
+            caveats=caveats,
         )
         if wrong := predictions.nonfinite():
             bench.progress.warn(
                 f"{member.cell.id} gives NaN or infinite logits for {wrong:,} of {len(predictions.label):,} "
                 "images; they count as wrong"
             )
-    if first_time and at_chance_level(baseline, source.num_classes):
-        bench.progress.warn(
-            f"{label} gets {baseline.top1():.1%} of {source.name} right, which is chance level: "
-            "the model's classes and the data's labels probably don't match, and drops mean nothing"
-        )
 
 
 def _stored_answers(bench: Bench, reference: Runnable) -> Predictions | None:

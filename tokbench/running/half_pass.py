@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tokbench.images import Skipped
+from tokbench.data.decoding import Skipped
 from tokbench.results.folder import RunFolder, stopping_at_write_errors
 from tokbench.results.predictions import ARRAYS, Predictions, join, load_arrays
 

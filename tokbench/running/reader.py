@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from tokbench.data import ImageSource, ImageStream, load_batches
+from tokbench.data.decoding import Skipped
 from tokbench.errors import RunStopped, one_line
-from tokbench.images import Skipped
 from tokbench.running.half_pass import HalfPass
 
 

@@ -12,7 +12,7 @@ from tokbench.measure.compiled import compile_model
 from tokbench.measure.environment import Watch
 from tokbench.measure.speed import SpeedResult, largest_batch, measure_memory, measure_speed
 from tokbench.running.bench import Bench, Runnable, counts_by_image
-from tokbench.running.records import doubtful_speedups, speed_fields
+from tokbench.running.records import VAGUE, speed_fields, vague_sentence, vague_speedups
 
 # A budget for all rounds together; slow cells exceed it, because each makes five rounds at least.
 SPEED_SECONDS_PER_CELL = 1.0
@@ -36,6 +36,7 @@ def time_cells(bench: Bench) -> None:
         bench.progress.warn("fused attention is off (TIMM_FUSED_ATTN?): speed-ups are over a slower model than timm's")
     bench.phase("warming up for speed", None)
     reference, size = bench.running[0], _batch_size(bench)
+    asked = size
     timed: _Timed | None = None
     watch = Watch(bench.device)
     while timed is None:
@@ -51,8 +52,12 @@ def time_cells(bench: Bench) -> None:
         release_memory(bench.device)
     disturbance = watch.stop()
     speedups = [timed.speed[name] for name in timed.memory if name != reference.cell.id]
-    for sentence in (*disturbance.warnings, *doubtful_speedups(speedups)):
+    vague = vague_speedups(speedups)
+    for sentence in (*disturbance.warnings, *([vague_sentence(vague, len(speedups))] if vague else [])):
         bench.progress.warn(sentence)
+    caveats = [sentence.partition(": ")[0] for sentence in disturbance.warnings]  # without what to do about it
+    if size < asked:
+        caveats.append(f"memory allowed batches of {size} only, where {asked} were asked for")
     # Added to a run, the cells ran beside an unreduced model whose own record is an earlier session's.
     base = timed.speed[reference.cell.id]
     measured = {"reference_seconds": base.rounds, "reference_latency_seconds": base.latency}
@@ -80,6 +85,7 @@ def time_cells(bench: Bench) -> None:
                 attention_kernels=runnable.attention_kernels,
                 other_cpu=disturbance.other_cpu,
                 gpu_state=disturbance.gpu,
+                caveats=caveats + [VAGUE] * (runnable.cell.id in vague),
             )
 
 
