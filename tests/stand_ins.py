@@ -60,7 +60,7 @@ def tiny_model() -> VisionTransformer:
 def stand_in(monkeypatch, source: Source) -> Source:
     """Put the tiny model and these images behind every name; speed takes no time."""
     monkeypatch.setattr(runner, "load_model", lambda name, checkpoint, input_size: tiny_model())
-    monkeypatch.setattr(runner, "open_dataset", lambda spec, model, limit: source)
+    monkeypatch.setattr(runner, "open_dataset", lambda spec, model, limit, labels=None: source)
     monkeypatch.setattr(timing, "SPEED_SECONDS_PER_CELL", 0.001)
     quiet = Disturbance(0.0, None, ())
     monkeypatch.setattr(timing, "Watch", lambda device: SimpleNamespace(look=lambda: None, stop=lambda: quiet))

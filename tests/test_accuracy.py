@@ -322,6 +322,17 @@ def test_the_interval_of_a_correlation_is_fishers() -> None:
     assert (low, high) == pytest.approx((expected.low, expected.high))
 
 
+def test_answers_are_chosen_among_some_classes_as_if_the_model_had_no_others() -> None:
+    logits, labels, among = random_logits(30, 12), [2, 5, 9, 11, -1] * 6, [2, 5, 9, 11]
+    models = {"none": Table(logits), "cell": Table(logits.roll(1, dims=1))}
+    few = {name: Table(model.logits[:, among]) for name, model in models.items()}
+    found = evaluate(models, numbered(labels), device=CPU, among=among)["cell"]
+    expected = evaluate(few, numbered([among.index(n) if n >= 0 else -1 for n in labels]), device=CPU)["cell"]
+    assert found.label.tolist() == labels and found.predicted.tolist() == [among[n] for n in expected.predicted]
+    for name in ("label_probability", "top5", "divergence"):
+        assert np.array_equal(getattr(found, name), getattr(expected, name), equal_nan=True)
+
+
 def test_images_without_a_label_count_in_no_accuracy_and_no_interval() -> None:
     logits = random_logits(40, 3)
     labels = logits.argmax(dim=1)

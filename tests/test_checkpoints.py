@@ -162,6 +162,7 @@ PICKLES = {
     "bytearray as Python 2 calls it": reduce("__builtin__", "bytearray", number(8 << 30)),
     "numpy's empty record": reduce("numpy._core.multiarray", "_reconstruct", number(8 << 30)),
     "a tensor of 8 GiB": reduce("torch", "Tensor", number(2 << 30)),
+    "storage of 8 GiB": reduce("torch.storage", "UntypedStorage", number(8 << 30)),
     "a path of a number": reduce("pathlib", "PosixPath", number(8 << 30)),
     "nothing": b"",
     "an end without a beginning": b".",
@@ -182,6 +183,19 @@ def test_a_hostile_pickle_is_refused_in_a_line_and_little_memory(what, tmp_path)
     with pytest.raises(UserError) as caught:
         read_checkpoint(tmp_path / "file.pth")
     assert "\n" not in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
+
+
+def test_an_old_file_with_less_than_it_claims_takes_little_memory(tmp_path):
+    torch.save({"a": torch.zeros(4)}, tmp_path / "file.pth", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "file.pth").read_bytes()
+    claim = b"X\x03\x00\x00\x00cpuq\x06K\x04N"  # where the storage lies, its length, and no view of it
+    assert whole.count(claim) == 1
+    longer = claim.replace(b"K\x04", b"\x8a\x05" + (1 << 31).to_bytes(5, "little"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (tmp_path / "file.pth").write_bytes(whole.replace(claim, longer))
+    with pytest.raises(UserError, match=r"cannot be read|fewer numbers"):
+        read_checkpoint(tmp_path / "file.pth")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from scipy.io import savemat
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import DataLoader, IterableDataset
@@ -215,6 +217,17 @@ def test_larger_imagenet_heads_take_imagenet_1k_and_say_what_they_lack(classes, 
     assert labelling(sorted(WNIDS).index("n02085782")) == (-1 if missing > 1 else heads.index("n02085782"))
 
 
+@pytest.mark.parametrize("name", ["A", "R"])
+def test_answers_on_imagenet_a_and_r_are_chosen_among_their_classes(name):
+    folder = Path(timm.data.__file__).parent / "_info"
+    synsets = (folder / f"imagenet_{name.lower()}_synsets.txt").read_text().split()
+    labelling = label_classes(sorted(synsets), vit(1000), "data")
+    assert labelling.among == [int(n) for n in (folder / f"imagenet_{name.lower()}_indices.txt").read_text().split()]
+    assert labelling.warnings[0].code == "subset_of_logits" and f"ImageNet-{name}" in labelling.warnings[0].text
+    assert label_classes(sorted(synsets)[1:], vit(1000), "data").among is None
+    assert label_classes(sorted(synsets), vit(200), "data").among is None
+
+
 def test_a_wnid_that_a_1000_class_head_lacks_has_no_label(tmp_path):
     source = open_dataset(str(make_folder(tmp_path, {WNIDS[7]: 2, "n00004475": 1})), vit(1000))
     assert labels(source) == [-1, 7, 7] and source.warnings[0].code == "unmapped_classes"
@@ -258,6 +271,75 @@ def test_links_to_folders_are_followed_and_loops_cut(tmp_path):
     (store / "one" / "back").symlink_to(folder / "cat")
     (folder / "cat" / "self").symlink_to(folder / "cat" / "self")
     assert labels(open_dataset(str(folder), vit(3))) == expected
+
+
+LISTS = {
+    "names.csv": "filename,label\n2.png,Bag\n0.png,T-shirt/top\n1.png,Ankle boot\n",
+    "turned.csv": "class,file\nBag,2.png\nT-shirt/top,0.png\nAnkle boot,1.png\n",
+    "numbers.txt": "0.png 0\n1.png 9\n2.png 8\n",
+    "val_annotations.txt": "0.png\tT-shirt/top\t0\t0\t63\t63\n1.png\tAnkle boot\t0\t0\t1\t1\n2.png\tBag\t0\t0\t1\t1\n",
+    "stems.csv": "0,T-shirt/top\n1,Ankle boot\n2,Bag\n",
+    "in_order.txt": "0\n9\n8\n",
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_tells_the_labels_of_a_flat_folder(name, tmp_path):
+    folder = make_folder(tmp_path / "data", {"images": 3})
+    for number, image in enumerate(sorted((folder / "images").iterdir())):
+        image.rename(folder / "images" / f"{number}.png")
+    (tmp_path / name).write_text(LISTS[name])
+    source = open_dataset(str(folder), grey_vit(), labels=tmp_path / name)
+    assert labels(source) == [0, 9, 8] and "no_labels" not in [warning.code for warning in source.warnings]
+    assert source.fingerprint != open_dataset(str(folder), grey_vit()).fingerprint
+
+
+def test_kaggles_and_the_devkits_lists_of_ilsvrc_give_wnids(tmp_path):
+    folder = tmp_path / "val"
+    folder.mkdir()
+    for number in (1, 2):
+        Image.new("RGB", (4, 4)).save(folder / f"ILSVRC2012_val_0000000{number}.JPEG")
+    kaggle = tmp_path / "LOC_val_solution.csv"
+    rows = [f"ILSVRC2012_val_0000000{n},{WNIDS[n * 7]} 85 1 499 272" for n in (2, 1)]
+    kaggle.write_text("\n".join(["ImageId,PredictionString", *rows]))
+    assert labels(open_dataset(str(folder), vit(1000), labels=kaggle)) == [7, 14]
+    truth = tmp_path / "ILSVRC2012_validation_ground_truth.txt"
+    truth.write_text("490\n361\n")
+    with pytest.raises(UserError, match="needs the devkit's 'meta.mat' beside it"):
+        open_dataset(str(folder), vit(1000), labels=truth)
+    synsets = np.array([(490, WNIDS[65]), (361, WNIDS[970])], dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O")])
+    savemat(tmp_path / "meta.mat", {"synsets": synsets})
+    assert labels(open_dataset(str(folder), vit(1000), labels=truth)) == [65, 970]
+
+
+def test_images_that_a_list_leaves_out_have_no_label_and_are_counted(tmp_path):
+    folder = make_folder(tmp_path / "data", {"images": 3})
+    (tmp_path / "a.csv").write_text("images/001.png,Bag\nother.png,Coat\n")
+    source = open_dataset(str(folder), grey_vit(), labels=tmp_path / "a.csv")
+    assert labels(source) == [-1, 8, -1]
+    assert [(warning.code, warning.text[:6]) for warning in source.warnings] == [("unlabelled", "2 of 3")]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("x.png,Bag\n", "names none of the images"),
+        ("000.png,Bags\n", "none of its 1 classes (Bags) is one of the model's 10"),
+        ("", "is empty"),
+        ("Bag\n", "has 1 lines of one class each, for 3 images"),
+        ("000.png,Bag\n001.png,\n", "line 2: no file name and class"),
+        (b"\xff\xfe\x00", "cannot be read as text"),
+        (None, "does not exist. Did you mean 'labels.csv'?"),
+    ],
+)
+def test_a_list_that_is_none_is_refused(content, words, tmp_path):
+    folder = make_folder(tmp_path / "data", {"images": 3})
+    (tmp_path / "labels.csv").write_bytes(content.encode() if isinstance(content, str) else content or b"")
+    with pytest.raises(UserError) as caught:
+        open_dataset(str(folder), grey_vit(), labels=tmp_path / ("labels.csv" if content is not None else "label.csv"))
+    assert words in str(caught.value)
+    with pytest.raises(UserError, match="has its own"):
+        open_dataset("bundled", grey_vit(), labels=tmp_path / "labels.csv")
 
 
 def test_more_folders_than_classes_are_refused(tmp_path):
@@ -486,6 +568,34 @@ def test_what_a_shard_holds_that_cannot_be_decoded_is_named_and_counted(tmp_path
         assert [image.name for image in bad[:3]] == ["val-0.tar/001", "val-0.tar/003", "val-0.tar/004"]
         for image, words in zip(bad, ["cannot identify", "'cat'", "no jpg or png", "ended before it"], strict=True):
             assert words in image.reason
+
+
+def test_plain_tars_are_counted_read_and_labelled_by_number_or_name(tmp_path):
+    pytest.importorskip("webdataset")
+    samples = [{"jpeg": encoded(0), "cls": b"8"}, {"png": encoded(1), "cls": b"Ankle_boot"}, {"png": encoded(2)}]
+    write_shard(tmp_path / "a-val-0.tar", samples)
+    write_shard(tmp_path / "a-val-1.tar", [{"png": encoded(3), "cls": b"-1"}, {"png": encoded(4), "cls": b"Boots"}])
+    write_shard(tmp_path / "a-train-0.tar", samples)
+    source = open_dataset(f"wds/{tmp_path}", grey_vit())
+    assert len(source) == 5 and source.streaming
+    (batch,) = load_batches(source, 8)
+    assert batch.labels.tolist() == [8, 9, -1, -1]
+    assert batch.skipped[0].name == "a-val-1.tar/001" and "none of the model's (T-shirt/top" in batch.skipped[0].reason
+    assert len(open_dataset(f"wds/{tmp_path}:split=train", grey_vit())) == 3
+    assert len(open_dataset(f"wds/{tmp_path}", grey_vit(), limit=2)) == 2
+    assert "no shards of split 'tst': its shards are a-train-0.tar" in complaint(f"wds/{tmp_path}:split=tst", vit())
+    for shard in tmp_path.glob("*val*"):
+        shard.unlink()
+    assert "only a training split" in complaint(f"wds/{tmp_path}", vit())
+    (tmp_path / "a-train-0.tar").write_bytes(b"no archive")
+    assert "cannot be opened" in complaint(f"wds/{tmp_path}:split=train", vit())
+
+
+def test_plain_tars_may_keep_labels_in_json(tmp_path):
+    pytest.importorskip("webdataset")
+    write_shard(tmp_path / "0.tar", [{"webp": encoded(0), "json": b'{"class": "Bag"}'}])
+    (batch,) = load_batches(open_dataset(f"wds/{tmp_path}:target_key=class", grey_vit()), 2)
+    assert batch.labels.tolist() == [8]
 
 
 def test_a_shard_that_cannot_be_read_is_told(tmp_path):

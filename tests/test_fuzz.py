@@ -38,7 +38,7 @@ from tokbench.models import load_model
 from tokbench.report.tables import render_table
 from tokbench.results.folder import MANIFEST, RECORDS, SKIPPED
 from tokbench.results.table import load_table
-from tokbench.running import runner
+from tokbench.running import half_pass, runner
 from tokbench.schedules import GRAMMAR, parse_schedule
 
 # Exit codes so far, by command: what benchmarks/fuzz.py prints.

@@ -167,6 +167,9 @@ def run(
         float | None, typer.Option(metavar="PERCENT", help="Stop if more images cannot be decoded (default: 1).")
     ] = None,
     workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that read images.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(metavar="FILE", help="What each image of a folder shows: lines of file name,class.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and stop.")] = False,
 ) -> None:
     """Measure accuracy, FLOPs and speed of every cell of a grid.
@@ -197,6 +200,7 @@ def run(
         limit=limit,
         only=only,
         workers=workers,
+        labels=labels,
         max_bad=max_bad,
     )
     if dry_run:

@@ -95,7 +95,7 @@ def _watched(loader: DataLoader[Any], name: str) -> Iterator[_Packed]:
         elif number in _SCARCE:
             reason = f"{os.strerror(number)}{_SCARCE[number]}"
         else:  # what a worker raised ends with its message, after its traceback
-            reason = [type(error).__name__, *str(error).split("\n")][-1][:200]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
         raise RunStopped(f"the images of {name} cannot be read: {reason}") from error
 
 

@@ -23,7 +23,7 @@ EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".jp2", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif",
     ".tga",
 )  # fmt: skip
-_SPLITS = ("validation", "val", "valid", "eval", "evaluation", "test")
+SPLITS = ("validation", "val", "valid", "eval", "evaluation", "test")
 _logger = logging.getLogger(__name__)
 
 
@@ -121,7 +121,7 @@ def open_folder(folder: Path, model: nn.Module, limit: int | None, labels: Path 
     sizes = "".join(f"{files[i][0]} {_size(root / files[i][0])}\n" for i in chosen)
     listed = [] if labels is None else ["labels", *(labelling.name(files[i][1]) for i in chosen)]
     return ImageSource(
-        printable(f"{given.parent.name}/{given.name}" if given.name in _SPLITS else given.resolve().name),
+        printable(f"{given.parent.name}/{given.name}" if given.name in SPLITS else given.resolve().name),
         _Files(root, files),
         chosen,
         preparation(model, labelling),
@@ -132,8 +132,8 @@ def open_folder(folder: Path, model: nn.Module, limit: int | None, labels: Path 
 def _split(folder: Path) -> Path:
     """The validation split of a folder that has one, else the folder. Raises UserError for a training split alone."""
     subfolders = _subfolders(folder)
-    only_splits = {"train", *_SPLITS}.issuperset(subfolders)
-    for split in _SPLITS:
+    only_splits = {"train", *SPLITS}.issuperset(subfolders)
+    for split in SPLITS:
         if split in subfolders and (only_splits or _subfolders(folder / split)):
             return _split(folder / split)
     if subfolders == ["train"]:

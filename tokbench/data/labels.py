@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib import resources
 from typing import Any
 
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
@@ -78,6 +79,7 @@ class Labelling:
 
     classes: the data's, in its own order; None where its labels are the model's numbers already. numbers: the model's
     class of each, −1 for none. outputs: of the model. warnings: what is to be said of all this, and recorded.
+    among: the model's classes, ascending, that answers are chosen from; None for all.
     """
 
     classes: list[str] | None
@@ -85,6 +87,7 @@ class Labelling:
     names: ModelNames
     outputs: int
     warnings: tuple[DataWarning, ...] = ()
+    among: list[int] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -132,7 +135,12 @@ def label_classes(classes: list[str], model: nn.Module, what: str) -> Labelling:
     if count < 2:
         return Labelling(classes, [-1] * len(classes), names, count, (_no_classes(count, what),))
     numbers, warnings = _match(classes, names, count, what)
-    return Labelling(classes, numbers, names, count, tuple(warnings))
+    labelling = Labelling(classes, numbers, names, count, tuple(warnings))
+    subset = _published_subset(_as_wnids(classes) or ())
+    if subset and count > len(classes) and -1 not in numbers:
+        text = f"{what} has {subset}'s classes: answers are chosen among these {len(classes)} only, as its authors do"
+        labelling = replace(labelling.warned(DataWarning("subset_of_logits", text)), among=sorted(numbers))
+    return labelling
 
 
 def _match(classes: list[str], names: ModelNames, count: int, what: str) -> tuple[list[int], list[DataWarning]]:
@@ -242,6 +250,15 @@ def _imagenet(subset: str) -> tuple[list[str], list[str]]:
     """The wnids of an ImageNet head and their words, in its order."""
     info = ImageNetInfo(subset)
     return info.label_names(), [str(words) for words in info.label_descriptions()]
+
+
+def _published_subset(wnids: Sequence[str]) -> str:
+    """ImageNet-A or -R, where these are its classes: results on these are published for their logits alone. Else ""."""
+    for name in ("a", "r") if len(wnids) == 200 else ():
+        text = resources.files("timm.data").joinpath("_info", f"imagenet_{name}_synsets.txt").read_text()
+        if set(text.split()) == set(wnids):
+            return f"ImageNet-{name.upper()}"
+    return ""
 
 
 def _as_wnids(names: Sequence[str]) -> list[str] | None:

@@ -28,7 +28,7 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int | None]: ...
+    def __getitem__(self, index: int) -> tuple[Image.Image, int | str | None]: ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class ImageSource(Dataset[tuple[Tensor, int]]):
     name: short, for titles. fingerprint: sha256 (hex) of which images these are, in which order; it does not depend on
     the model. classes: their names in the data's own order, None where they have none. num_classes: how many classes
     the data has (the model's, where the data does not tell). warnings: why figures read off these images may not mean
-    what they seem to. indices: (n,), their places in the whole data set, ascending. streaming: False.
+    what they seem to. among: the model's classes that answers are chosen from, None for all. indices: (n,), their
+    places in the whole data set, ascending. streaming: False.
     """
 
     streaming = False
@@ -64,7 +65,7 @@ class ImageSource(Dataset[tuple[Tensor, int]]):
     ):
         self.name, self.fingerprint = name, fingerprint
         self.classes, self.num_classes = prepare.labelling.classes, prepare.labelling.num_classes
-        self.warnings = prepare.labelling.warnings
+        self.warnings, self.among = prepare.labelling.warnings, prepare.labelling.among
         self.indices = chosen
         self._images, self._prepare = images, prepare
 
@@ -104,7 +105,7 @@ class ImageStream(IterableDataset[tuple[Tensor, int]]):
     ):
         self.name, self.fingerprint = name, fingerprint
         self.classes, self.num_classes = prepare.labelling.classes, prepare.labelling.num_classes
-        self.warnings = prepare.labelling.warnings
+        self.warnings, self.among = prepare.labelling.warnings, prepare.labelling.among
         self.indices = np.arange(length)
         self._images, self._length, self._prepare, self._promised = images, length, prepare, promised
 

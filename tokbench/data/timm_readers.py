@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,10 @@ from torch.utils.data import IterableDataset
 
 from tokbench.config import DATA_PACKAGES
 from tokbench.data.decoding import ImageError, decode
-from tokbench.data.labels import label_classes, label_numbers
+from tokbench.data.folders import EXTENSIONS, SPLITS
+from tokbench.data.labels import Labelling, label_classes, label_numbers, some
 from tokbench.data.preparing import data_config, image_mode, preparation
-from tokbench.data.sources import Images, ImageSource, ImageStream, choose, fingerprint
+from tokbench.data.sources import Images, ImageSource, ImageStream, Preparation, StreamItem, choose, fingerprint
 from tokbench.errors import UserError, nearest, shortened
 from tokbench.models import HubError
 
@@ -53,16 +55,17 @@ class _TimmSpec:
 
 def open_timm(kind: str, rest: str, model: nn.Module, limit: int | None) -> ImageSource | ImageStream:
     spec = _parse_timm(kind, rest)
-    mode = image_mode(data_config(model))
+    mode, what = image_mode(data_config(model)), f"data {str(spec)!r}"
+    if kind == "wds" and (tars := _plain_tars(spec)):
+        return _open_tars(spec, tars, preparation(model, label_numbers(model, what)), limit)
     opened = _create(spec, mode, limit)
     classes = _timm_classes(opened)
-    what = f"data {str(spec)!r}"
     prepare = preparation(model, label_classes(classes, model, what) if classes else label_numbers(model, what))
     split = spec.options.get("split", "validation")
     identity = (str(spec), split, *(classes or ()))
     if not isinstance(opened, IterableDataset):
         images = _decoding(opened, str(spec))
-        _try_first(images, spec)
+        _try_first(images, spec, prepare.labelling)
         chosen = choose(len(opened), limit)
         print_ = fingerprint(*identity, str(len(opened)), chosen)
         return ImageSource(str(spec), images, chosen, prepare, print_)
@@ -70,7 +73,7 @@ def open_timm(kind: str, rest: str, model: nn.Module, limit: int | None) -> Imag
     if not length:
         raise UserError(f"data {str(spec)!r} does not tell how many images it has: say how many with --limit N.")
     print_ = fingerprint(*identity, str(length))
-    images_in_order = _streaming(spec, opened)
+    images_in_order = _streaming(spec, opened, prepare.labelling)
     # For hfids/ timm repeats the limit it was given as the length.
     promised = spec.kind != "hfids" and _stream_length(opened, None) > 0
     return ImageStream(str(spec), images_in_order, length, prepare, print_, promised)
@@ -107,6 +110,46 @@ def _create(spec: _TimmSpec, mode: str, limit: int | None) -> Any:
         raise UserError(f"data {str(spec)!r} cannot be opened: {shortened(error)}") from error
 
 
+def _plain_tars(spec: _TimmSpec) -> list[Path]:
+    """The shards of the split asked for, else of a validation split, else all, in a folder without timm's info.json.
+
+    Empty for what timm opens. Raises UserError where there are none for the split.
+    """
+    folder, split = Path(spec.name).expanduser(), spec.options.get("split")
+    told = any((folder / name).is_file() for name in ("info.json", "_info.json"))
+    if told or not folder.is_dir() or split and ("tar" in split or ".." in split):
+        return []
+    tars = sorted(folder.rglob("*.tar"))
+    wanted = {split} if split else set(SPLITS)
+    named = [tar for tar in tars if wanted & set(re.split(r"[\W_]+", tar.relative_to(folder).as_posix()))]
+    if not tars or split and not named:
+        has = f"its shards are {some([tar.name for tar in tars])}" if tars else "it holds no .tar file"
+        raise UserError(f"data {str(spec)!r} has no shards{f' of split {split!r}' if split else ''}: {has}.")
+    if not named and all("train" in tar.relative_to(folder).as_posix() for tar in tars):
+        raise UserError(f"data {str(spec)!r} has only a training split; if you mean it, add :split=train.")
+    return named or tars
+
+
+def _open_tars(spec: _TimmSpec, tars: list[Path], prepare: Preparation, limit: int | None) -> ImageStream:
+    """Shards that tell nothing of themselves: counted here, images by every ending, labels in .cls or a JSON field."""
+    try:
+        count = sum(len(_samples(tar)) for tar in tars)
+        sizes = [f"{tar.name} {tar.stat().st_size}" for tar in tars]
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"data {str(spec)!r} cannot be opened: {shortened(error)}") from error
+    keys = spec.options.get("input_key", ";".join(ending[1:] for ending in EXTENSIONS)).split(";")
+    images = _Shards(tuple(map(str, tars)), tuple(keys), spec.options.get("target_key"), prepare.labelling)
+    length = count if limit is None else min(limit, count)
+    return ImageStream(str(spec), images, length, prepare, fingerprint(str(spec), *sizes, str(length)), promised=True)
+
+
+def _samples(tar: Path) -> set[str]:
+    """What WebDataset takes for a sample: files of one name up to its first dot."""
+    with tarfile.open(tar, "r:") as archive:
+        names = [member.name for member in archive if member.isfile()]
+    return {found[0] for name in names if (found := re.match(r"(?:.*/)?[^./]+(?=\.[^/]*$)", name))}
+
+
 @dataclass(frozen=True)
 class _Read:
     """Images of a timm reader. timm's own data set answers with the next image for one that it cannot decode."""
@@ -117,9 +160,9 @@ class _Read:
     def __len__(self) -> int:
         return len(self.reader)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Image.Image, int | str | None]:
         file, label, *_ = self.reader[index]
-        return decode(file, f"{self.name}, number {index}"), -1 if label is None else label
+        return decode(file, f"{self.name}, number {index}"), label
 
 
 def _decoding(opened: Any, name: str) -> Images:
@@ -132,16 +175,16 @@ def _decoding(opened: Any, name: str) -> Images:
     return images
 
 
-def _streaming(spec: _TimmSpec, opened: Any) -> Iterable[tuple[Image.Image, int] | ImageError]:
+def _streaming(spec: _TimmSpec, opened: Any, labelling: Labelling) -> Iterable[StreamItem]:
     """A stream of timm's with our way to decode files, where they come as files: timm drops what it cannot decode."""
     reader = getattr(opened, "reader", None)
     if spec.kind == "wds" and reader is not None:
         key = reader.target_key or reader.split_info.alt_label
         shards = tuple(os.path.join(reader.root, name) for name in reader.split_info.filenames)
-        return _Shards(shards, tuple(reader.input_key.split(";")), key or None)
+        return _Shards(shards, tuple(reader.input_key.split(";")), key or None, labelling)
     if spec.kind == "hfids" and reader is not None:
         return _Rows(str(spec), reader)
-    timm_images: Iterable[tuple[Image.Image, int]] = opened
+    timm_images: Iterable[StreamItem] = opened
     return timm_images
 
 
@@ -152,8 +195,9 @@ class _Shards:
     shards: tuple[str, ...]
     image_keys: tuple[str, ...]
     target_key: str | None
+    labelling: Labelling
 
-    def __iter__(self) -> Iterator[tuple[Image.Image, int] | ImageError]:
+    def __iter__(self) -> Iterator[StreamItem]:
         webdataset: Any = importlib.import_module("webdataset")
         for sample in webdataset.DataPipeline(
             webdataset.SimpleShardList(list(self.shards)), webdataset.tarfile_to_samples()
@@ -167,13 +211,14 @@ class _Shards:
                 reason = shortened(error)
                 yield ImageError(f"image {name!r} cannot be read: {reason}", name, reason)
 
-    def _read(self, sample: dict[str, Any], name: str) -> tuple[Image.Image, int]:
+    def _read(self, sample: dict[str, Any], name: str) -> StreamItem:
         key = next((key for key in self.image_keys if key in sample), None)
         if key is None:
             raise ValueError(f"no {' or '.join(self.image_keys)} among its files")
-        label = int(json.loads(sample["json"])[self.target_key] if self.target_key else sample["cls"])
-        if label < 0:
-            raise ValueError(f"its label is {label}")
+        label = sample["cls"].decode().strip() if "cls" in sample else None
+        if self.target_key:
+            label = json.loads(sample["json"])[self.target_key]
+        self.labelling(label)  # what it raises is said of the image by its name
         return decode(io.BytesIO(sample[key]), name), label
 
 
@@ -184,7 +229,7 @@ class _Rows:
     name: str
     reader: Any
 
-    def __iter__(self) -> Iterator[tuple[Image.Image, int] | ImageError]:
+    def __iter__(self) -> Iterator[StreamItem]:
         datasets: Any = importlib.import_module("datasets")
         reader = self.reader
         if reader.download:
@@ -195,8 +240,7 @@ class _Rows:
             image, name = row[reader.input_key], f"{self.name}, number {place}"
             try:
                 file = io.BytesIO(image["bytes"]) if image["bytes"] is not None else Path(image["path"])
-                label = row[reader.target_key]
-                yield decode(file, name), -1 if label is None else int(label)
+                yield decode(file, name), row[reader.target_key]
             except ImageError as error:
                 yield error
             except Exception as error:  # no image in this row, or no class number
@@ -208,8 +252,8 @@ def _load(path: str) -> Image.Image:
     return decode(Path(path), path)
 
 
-def _try_first(images: Images, spec: _TimmSpec) -> None:
-    """Read one image now, as a wrong column shows only then."""
+def _try_first(images: Images, spec: _TimmSpec, labelling: Labelling) -> None:
+    """Read one image now, as a wrong column or a name that the model does not know shows only then."""
     hint = "input_key and target_key name its columns" if spec.kind == "hfds" else "are its files complete?"
     try:
         _, label = images[0]
@@ -217,8 +261,12 @@ def _try_first(images: Images, spec: _TimmSpec) -> None:
         return  # one image that cannot be decoded says nothing about the others
     except _OPENING_ERRORS as error:
         raise UserError(f"data {str(spec)!r}: its first image cannot be read ({shortened(error)}); {hint}.") from error
-    if not isinstance(label, int | np.integer):
+    if not isinstance(label, int | np.integer | str | None):
         raise UserError(f"data {str(spec)!r} has {type(label).__name__} labels, not class numbers; {hint}.")
+    try:
+        labelling(label)
+    except ValueError as error:
+        raise UserError(f"data {str(spec)!r}, first image: {error}.") from error
 
 
 def _stream_length(stream: Any, limit: int | None) -> int:

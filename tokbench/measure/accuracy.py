@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ def evaluate(
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
     classifier: bool = True,
+    among: Sequence[int] | None = None,
     batch_sizes: dict[str, int] | None = None,
     on_batch: Callable[[dict[str, Predictions]], None] | None = None,
     on_failure: Callable[[str, Exception], None] | None = None,
@@ -28,13 +29,16 @@ def evaluate(
     `batches` yields images (B, C, H, W), preprocessed, and class indices (B,), −1 for none. The models must
     be on `device` and take `dtype` already: images are moved there, models never. They run in eval mode, and
     have their own modes back afterwards. The first model is the one that all are compared with; `classifier` False
-    says that what comes out are features and not logits. `on_batch` is given what the models answered to each batch.
+    says that what comes out are features and not logits. `among` are the classes to choose from (ascending, all labels
+    among them): the other logits are left out, as in what is published for ImageNet-A and -R. `on_batch` is given what
+    the models answered to each batch.
     A model that runs out of memory gets half as many images at a time from there on; `batch_sizes` says, by name,
     how many each may get at most, and is kept up to date.
     A model that raises is reported to `on_failure`, left out from there on, and missing from the result;
     without `on_failure` the exception goes through. Raises ValueError when there are no images.
     """
     running, reference = dict(models), next(iter(models), "")
+    chosen = None if among is None else torch.tensor(among)
     batch_sizes = {} if batch_sizes is None else batch_sizes
     parts: list[dict[str, Predictions]] = []
 
@@ -45,7 +49,7 @@ def evaluate(
             if not is_out_of_memory(error) or len(images) == 1:
                 raise
         else:
-            return _answers(running, reference, moved, labels, classifier, batch_sizes, on_failure)
+            return _answers(running, reference, moved, labels, classifier, chosen, batch_sizes, on_failure)
         release_memory(torch.device(device))
         half = (len(images) + 1) // 2
         batch_sizes.update({name: min(batch_sizes.get(name, half), half) for name in running})
@@ -68,15 +72,21 @@ def _answers(
     images: Tensor,
     labels: Tensor,
     classifier: bool,
+    among: Tensor | None,
     batch_sizes: dict[str, int],
     on_failure: Callable[[str, Exception], None] | None,
 ) -> dict[str, Predictions]:
     """Every running model's answers to one batch; models that fail are taken out of `running`."""
     answers: dict[str, dict[str, Tensor]] = {}
+    given = labels
+    if among is not None:
+        labels = torch.searchsorted(among, labels).where(labels >= 0, -1)
     compared: Tensor | None = None
     for name, model in list(running.items()):
         try:
             output = _output(name, model, images, batch_sizes)
+            if among is not None:
+                output = output[:, among.to(output.device)]
             if name == reference:
                 compared = output
             if not classifier:
@@ -90,10 +100,14 @@ def _answers(
                 raise
             del running[name]
             on_failure(name, error)
+        else:
+            if among is not None:
+                predicted = answers[name]["predicted"]
+                answers[name]["predicted"] = among.to(predicted.device)[predicted].where(predicted >= 0, -1)
     # Fetched only now, so that an accelerator is waited for once a batch and not once a model.
     return {
         name: Predictions(
-            labels.numpy(),
+            given.numpy(),
             **{field: values.cpu().numpy() for field, values in answer.items()},
             classifies="output" not in answer and classifier,
         )

@@ -221,34 +221,19 @@ def _draw_bars(panel: Axes, shown: Scene, art: Art) -> None:
     """Error bars; what reaches too far is cut and ends in an arrow head."""
     points = [point for point in shown.points if not point.cell.is_baseline]
     colors = {point.cell: art.marks(point.cell)["color"] for point in points}
-<<<<<<< HEAD
     width: float = 0.136 * art.size.marker
     look: dict[str, Any] = {"alpha": 0.6, "zorder": 2}
     if points:
         across, up = _bars([point.x for point in points], shown.reach[0]), _bars([p.y for p in points], shown.reach[1])
         bars: dict[str, Any] = {"ecolor": list(colors.values()), "elinewidth": width, **look}
         panel.errorbar(*_at(points), xerr=across, yerr=up, fmt="none", **bars)
-=======
-    look: dict[str, Any] = {"alpha": 0.6, "zorder": 2}
-    width = 0.136 * art.size.marker
-    if points:
-        across, up = _bars([point.x for point in points], shown.reach[0]), _bars([p.y for p in points], shown.reach[1])
-        panel.errorbar(
-            *_at(points), xerr=across, yerr=up, fmt="none", ecolor=tuple(colors.values()), elinewidth=width, **look
-        )
->>>>>>> report
     for axis, heads in enumerate(("<>", "^v" if METRICS[shown.y].better == "lower" else "v^")):
         for side, head in enumerate(heads):
             cut = shown.cut(axis, side)
             ends = list(_at(cut))
             ends[axis] = [shown.reach[axis][side]] * len(cut)
-<<<<<<< HEAD
             sizes, paint = (6 * width) ** 2, [colors[point.cell] for point in cut]
             panel.scatter(ends[0], ends[1], sizes, paint, marker=head, linewidths=0, **look)
-=======
-            shades = [colors[point.cell] for point in cut]
-            panel.scatter(ends[0], ends[1], s=(6 * width) ** 2, c=shades, marker=head, linewidths=0, **look)
->>>>>>> report
 
 
 def _bars(figures: Sequence[Figure], reach: tuple[float, float]) -> np.ndarray:

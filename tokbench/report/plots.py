@@ -272,13 +272,8 @@ def _legend(figure: Figure, shown: Sequence[tuple[Scene, list[Published]]], art:
     entries = _method_entries(art, max(room - len(marks), 1)) + marks
     if not art.size.text:
         place["ncols"] = min(per_row, len(entries))
-<<<<<<< HEAD
     handles, labels = zip(*entries, strict=True)
     legend = figure.legend(handles, labels, frameon=False, **place)
-=======
-    handles, texts = zip(*entries, strict=True)
-    legend = figure.legend(handles, texts, frameon=False, **place)
->>>>>>> report
     further = list(art.runs.values())[1:]
     for text in legend.get_texts():
         if text.get_text() in further:

@@ -78,6 +78,7 @@ def _pass_over_images(
                 device=bench.device,
                 dtype=bench.dtype,
                 classifier=bench.subject.model.num_classes > 0,
+                among=source.among,
                 batch_sizes=batch_sizes,
                 on_batch=keep,
                 on_failure=lambda cell_id, error: bench.drop(cell_id, "accuracy", error),

@@ -167,7 +167,7 @@ def _load(spec: ModelSpec, grid: Grid, options: RunOptions) -> Subject:
         if not cell.is_baseline:
             make_method(cell.method.name, **cell.method.params).require_depth(len(model.blocks))
     looks_at_images = "accuracy" in options.only or any(calibrates(cell) for cell in cells)
-    source = open_dataset(grid.data, model, limit=options.limit) if looks_at_images else None
+    source = open_dataset(grid.data, model, limit=options.limit, labels=options.labels) if looks_at_images else None
     return Subject(spec, model, weights_sha256(model), resolve_input_size(model, None), source, cells)
 
 
