@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 from made_run import changed, make_run
+from stand_ins import plain_records
 
 from tokbench.errors import UserError
+from tokbench.measure.stats import median_ratio_interval
 from tokbench.report.html import plot_data
 from tokbench.report.plots import plot_pareto
 from tokbench.report.tables import render_table
@@ -216,3 +218,19 @@ def test_a_cell_that_failed_early_stays_with_its_run(run: Path) -> None:
 def test_a_metric_that_is_not_there_is_one_line(cells: list[Cell]) -> None:
     with pytest.raises(UserError, match="no metric 'gflop'. Did you mean 'gflops'"):
         pareto_front(cells, "gflop", "top1")
+
+
+def test_the_committed_figures_follow_from_the_committed_timings() -> None:
+    records = plain_records(Path(__file__).parents[1] / "results" / "reference")
+    timed = {record["cell"]: record for record in records if record["kind"] == "speed"}
+    base = timed["bundled/none"]
+    for record in timed.values():
+        for name, above, below in (
+            ("speedup", base["seconds"], record["seconds"]),
+            ("latency_speedup", base["latency_seconds"], record["latency_seconds"]),
+            ("efficiency", record.get("free_seconds"), record["seconds"]),
+        ):
+            if above:
+                figures = [record[name], record[f"{name}_low"], record[f"{name}_high"]]
+                assert figures == pytest.approx(median_ratio_interval(above, below))
+    assert len(timed) == 17

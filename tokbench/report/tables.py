@@ -16,7 +16,7 @@ from rich.text import Text
 from tokbench.errors import UserError, nearest
 from tokbench.report.text import capital, figure_text, interval, not_significant, told_caveats
 from tokbench.results.cell import Cell
-from tokbench.results.metrics import GAINS, METRICS
+from tokbench.results.metrics import GAINS, METRICS, metric_name
 from tokbench.results.table import (
     columns_of,
     comparable,
@@ -272,6 +272,7 @@ def _front_columns() -> list[str]:
 def _sorted(cells: list[Cell], sort: str) -> list[Cell]:
     if not sort:
         return cells
+    sort = metric_name(sort)
     if sort in _SORT_ALSO:
         return sorted(cells, key=_SORT_ALSO[sort])
     if sort not in METRICS:
