@@ -157,8 +157,9 @@ class View:
 
     x: (B, N, C) residual stream: `prefix` tokens, then `patches`. queries, keys: (B, H, N, d) of this block's
     attention, after any q/k norm and before any rotation; keys may have fewer heads, each shared by several of the
-    queries'. rotate: what a rotary model does to either before it compares them. size: (B, N), None where all are 1;
-    log_size: (B, N) where the block's attention uses it. block counts from 0. token_map: (B, N₀), where each of the
+    queries'. rotate: what a rotary model does to either before it compares them. bias: gives what the model adds to
+    the logits for where tokens are, (B or 1, H, N, N) or (H, N, N). size: (B, N), None where all are 1; log_size: (B, N) where the block's
+    attention uses it. block counts from 0. token_map: (B, N₀), where each of the
     model's first tokens is now, −1 dropped; only for methods that set `needs_map`. grid: (rows, columns) of patches
     at the start.
     """
@@ -176,6 +177,7 @@ class View:
     size: Tensor | None = None
     log_size: Tensor | None = None
     rotate: Callable[[Tensor], Tensor] | None = None
+    bias: Callable[[], Tensor] | None = None
     token_map: Tensor | None = None
     _attention: Tensor | None = None
 
@@ -184,7 +186,7 @@ class View:
         return self.keys.to(score_dtype(self.keys)).mean(1)
 
     def attention(self) -> Tensor:
-        """A = softmax(Q Kᵀ/√d, + log s where the block uses it): (B, H, N, N), computed once."""
+        """A = softmax(Q Kᵀ/√d, + log s and a position bias where the block uses them): (B, H, N, N), computed once."""
         if self._attention is None:
             self._attention = self._rows(self.queries if self.rotate is None else self.rotate(self.queries))
         return self._attention
@@ -193,6 +195,8 @@ class View:
         precise = score_dtype(self.keys)
         keys = for_every_head(self.keys if self.rotate is None else self.rotate(self.keys), queries.shape[1])
         logits = (queries.to(precise) * self.scale) @ keys.to(precise).mT
+        if self.bias is not None:
+            logits += self.bias()[..., : queries.shape[2], :]
         if self.log_size is not None:
             logits += self.log_size[:, None, None, :]
         return logits.softmax(-1)
@@ -345,8 +349,8 @@ class State:
 
     size: Tensor | None = None  # (B, N), None while every token is one patch
     token_map: Tensor | None = None  # (B, N₀), kept when traced or when the method needs it
-    rotary: bool = False  # whether the model has rotary embeddings
-    origin: Tensor | None = None  # (B, N), the first token whose rotary embedding each one has, None for its own
+    positional: bool = False  # whether attention looks at where tokens are: rotary embeddings, or a position bias
+    origin: Tensor | None = None  # (B, N), the first token whose place each one has, None for its own
     tokens: list[int] = field(default_factory=list)  # after each block, prefix included
 
     def advance(self, plan: Assignment, tokens: int, tracks_size: bool, dtype: torch.dtype) -> None:
@@ -358,7 +362,7 @@ class State:
             self.size = plan.total(size)
         elif self.size is not None:
             self.size = self.size.gather(1, plan.kept)
-        if self.rotary:
+        if self.positional:
             self.origin = plan.kept if self.origin is None else self.origin.gather(1, plan.kept)
         if self.token_map is not None:
             moved = plan.target(tokens).gather(1, self.token_map.clamp_min(0))
