@@ -158,8 +158,8 @@ class View:
     x: (B, N, C) residual stream: `prefix` tokens, then `patches`. queries, keys: (B, H, N, d) of this block's
     attention, after any q/k norm and before any rotation; keys may have fewer heads, each shared by several of the
     queries'. rotate: what a rotary model does to either before it compares them. bias: gives what the model adds to
-    the logits for where tokens are, (B or 1, H, N, N) or (H, N, N). size: (B, N), None where all are 1; log_size: (B, N) where the block's
-    attention uses it. block counts from 0. token_map: (B, N₀), where each of the
+    the logits for where tokens are, (B or 1, H, N, N) or (H, N, N). size: (B, N), None where all are 1; log_size:
+    (B, N) where the block's attention uses it. block counts from 0. token_map: (B, N₀), where each of the
     model's first tokens is now, −1 dropped; only for methods that set `needs_map`. grid: (rows, columns) of patches
     at the start.
     """

@@ -340,7 +340,7 @@ def _with_timms_names(state: dict[str, Tensor], model: Any, any_size: bool) -> d
     and only if the caller asked for a size of image (`any_size`).
     """
     own = model.state_dict().keys()
-    architecture = model.pretrained_cfg["architecture"]
+    architecture = model.pretrained_cfg.get("architecture") or ""
     if state.keys() == own or not timm.models.is_model(architecture):
         return state
     convert = sys.modules[timm.models.model_entrypoint(architecture).__module__].checkpoint_filter_fn

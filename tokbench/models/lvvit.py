@@ -18,7 +18,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from tokbench.models.stem import PATCH, Stem
+from tokbench.models.stems import PATCH, Stem
 
 
 class ConvStem(Stem):

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tokbench.fusion.core import score_dtype
-from tokbench.models.stem import Stem
+from tokbench.models.stems import Stem
 
 NORM = partial(LayerNorm, eps=1e-5)
 WIDTH = 64  # of the tokens inside the stem
