@@ -24,7 +24,7 @@ def takes_any_size(model: Any) -> bool:
     return hasattr(model, "embeds") or not model.patch_embed.strict_img_size
 
 
-def grid_for(model: Any, input_size: int | tuple[int, int, int] | None = None) -> tuple[int, int]:
+def grid_for(model: Any, input_size: int | tuple[int, ...] | None = None) -> tuple[int, int]:
     """Rows and columns of patches of an image; None: of one that the model was built for.
 
     Raises UserError for a size that the model does not take.

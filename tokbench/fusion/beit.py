@@ -26,7 +26,8 @@ class ReducedBeitAttention(Attention):
 
     def position_bias(self, shared: Tensor | None) -> list[Tensor]:
         """What is added to the logits for where the tokens are, the block's own, and the model's."""
-        own = None if self.relative_position_bias_table is None else self._get_rel_pos_bias()
+        table: Tensor | None = self.relative_position_bias_table
+        own = None if table is None else self._get_rel_pos_bias()  # type: ignore[operator]
         return [self.fusion.rows_and_columns(bias) for bias in (own, shared) if bias is not None]
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None, matrix: Tensor | None = None) -> Tensor:
@@ -41,7 +42,8 @@ class ReducedBeitAttention(Attention):
             biases.append(log_size[:, None, None, :].to(x.dtype))
         if self.fused_attn:
             dropout = self.attn_drop.p if self.training else 0.0
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=sum(biases) if biases else None, dropout_p=dropout)
+            mask = sum(biases[1:], biases[0]) if biases else None
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         else:
             logits = (q * self.scale) @ k.mT
             for bias in biases:
@@ -58,7 +60,7 @@ class ReducedBeitBlock(ReducedBlockBase, Block):
     add_attention = ReducedEvaBlock.add_attention
     add_mlp = ReducedEvaBlock.add_mlp
 
-    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Tokens (B, N, C) after this block."""
         return super().forward(x, rope=shared_rel_pos_bias)
 

@@ -136,7 +136,7 @@ class ReducedBeit(_Reduced, Beit):
         return super().forward_head(x, pre_logits)
 
 
-class ReducedNaFlexVit(_Reduced, NaFlexVit):
+class ReducedNaFlexVit(_Reduced, NaFlexVit):  # type: ignore[misc]
     """A timm NaFlexVit with a method inside, for batches of images of one size: their mask would say nothing."""
 
     def _forward_embeds(
@@ -144,7 +144,7 @@ class ReducedNaFlexVit(_Reduced, NaFlexVit):
     ) -> Any:
         self.require_no_checkpointing()
         if patch_coord is None:
-            self.fusion.grid = grid_for(self, tuple(x.shape[1:]))
+            self.fusion.grid = grid_for(self, (self.in_chans, *x.shape[-2:]))
         else:
             one_size = torch.equal(patch_coord, patch_coord[:1].expand_as(patch_coord))
             if not one_size or (patch_valid is not None and not patch_valid.all()):

@@ -56,8 +56,10 @@ _BUNDLED_CFG: dict[str, Any] = dict(
 # The modules that register ViTs with timm: their authors' weights are files to be given, which timm does not know.
 OWN_MODULES = ("t2t", "lvvit")
 # With those, the modules that build what fusion.patch.REDUCED_MODELS lists, and nothing else.
-VIT_MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "eva", "beit", "naflexvit")
-VIT_MODULES += OWN_MODULES
+VIT_MODULES = (
+    *("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "eva", "beit", "naflexvit"),
+    *OWN_MODULES,
+)
 # Those of them that have weights and that fusion.patch refuses, for what their blocks are.
 REFUSED = (
     "vit_dlittle_patch16_reg1_gap_256",

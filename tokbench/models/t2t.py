@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tokbench.fusion.core import score_dtype
-from tokbench.models.stems import Stem
+from tokbench.models.stems import PATCH, Stem
 
 NORM = partial(LayerNorm, eps=1e-5)
 WIDTH = 64  # of the tokens inside the stem
@@ -128,18 +128,15 @@ class TokensToToken(Stem):
         return tokens
 
 
-_SIZES = {
-    "7": dict(embed_dim=256, depth=7, num_heads=4, mlp_ratio=2.0),
-    "10": dict(embed_dim=256, depth=10, num_heads=4, mlp_ratio=2.0),
-    "12": dict(embed_dim=256, depth=12, num_heads=4, mlp_ratio=2.0),
-    "14": dict(embed_dim=384, depth=14, num_heads=6, mlp_ratio=3.0),
-    "19": dict(embed_dim=448, depth=19, num_heads=7, mlp_ratio=3.0),
-    "24": dict(embed_dim=512, depth=24, num_heads=8, mlp_ratio=3.0),
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "t2t_vit_7": dict(embed_dim=256, depth=7, num_heads=4, mlp_ratio=2.0),
+    "t2t_vit_10": dict(embed_dim=256, depth=10, num_heads=4, mlp_ratio=2.0),
+    "t2t_vit_12": dict(embed_dim=256, depth=12, num_heads=4, mlp_ratio=2.0),
+    "t2t_vit_14": dict(embed_dim=384, depth=14, num_heads=6, mlp_ratio=3.0),
+    "t2t_vit_19": dict(embed_dim=448, depth=19, num_heads=7, mlp_ratio=3.0),
+    "t2t_vit_24": dict(embed_dim=512, depth=24, num_heads=8, mlp_ratio=3.0),
 }
-ARCHITECTURES = {
-    **{f"t2t_vit_{size}": dict(shape, step=PerformerStep) for size, shape in _SIZES.items()},
-    **{f"t2t_vit_t_{size}": dict(_SIZES[size], step=TransformerStep) for size in ("14", "19", "24")},
-}
+ARCHITECTURES |= {f"t2t_vit_t_{size}": ARCHITECTURES[f"t2t_vit_{size}"] for size in ("14", "19", "24")}
 
 default_cfgs = generate_default_cfgs(
     {
@@ -169,9 +166,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 
 def _entry(name: str) -> Callable[..., VisionTransformer]:
     def build(pretrained: bool = False, **options: Any) -> VisionTransformer:
-        shape = dict(ARCHITECTURES[name])
-        stem = partial(TokensToToken, step=shape.pop("step"))
-        options = dict(shape, patch_size=16, qkv_bias=False, norm_layer=NORM, embed_layer=stem) | options
+        stem = partial(TokensToToken, step=TransformerStep if "_t_" in name else PerformerStep)
+        options = (
+            dict(ARCHITECTURES[name], patch_size=PATCH, qkv_bias=False, norm_layer=NORM, embed_layer=stem) | options
+        )
         model: VisionTransformer = build_model_with_cfg(
             VisionTransformer, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **options
         )
