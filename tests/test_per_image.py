@@ -12,11 +12,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from survey import coverage
 from timm.models.eva import Eva, EvaBlockPostNorm
 from timm.models.vision_transformer import ResPostBlock
 
 import tokbench
-from tokbench.coverage import SIDE, build_small
 
 POST_NORM = "an Eva with post-norm blocks and rotary embeddings"
 MODELS = [
@@ -56,7 +56,7 @@ def build(name: str):
     with torch.random.fork_rng(devices=[]):  # the images are the same whether a model was built before or is now
         torch.manual_seed(0)
         if name != POST_NORM:
-            return build_small(name).double()
+            return coverage.build_small(name).double()
         model = Eva(
             img_size=48, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=7, global_pool="token",
             use_post_norm=True, use_rot_pos_emb=True,
@@ -88,7 +88,7 @@ def test_the_loops_are_timms_model_when_nothing_is_removed(name):
     with torch.inference_mode():
         logits, where = Loops(model, "none", {}, [0] * 4)(image)
         torch.testing.assert_close(logits, model(image[None])[0], rtol=0, atol=1e-9)
-    assert where == list(range(SIDE**2 + model.num_prefix_tokens))
+    assert where == list(range(coverage.SIDE**2 + model.num_prefix_tokens))
 
 
 class Loops:
@@ -291,7 +291,7 @@ class Loops:
 
     def pooled(self, keys, side):
         """What each token's cells see on average: cells hold their token's keys, windows average their cells."""
-        owner = {(p // SIDE, p % SIDE): self.where[self.prefix + p] for p in range(SIDE**2)}
+        owner = {(p // coverage.SIDE, p % coverage.SIDE): self.where[self.prefix + p] for p in range(coverage.SIDE**2)}
         windows: dict[tuple[int, int], list[int]] = {}
         for (row, column), token in owner.items():
             windows.setdefault((row // side, column // side), []).append(token)

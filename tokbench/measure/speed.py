@@ -77,9 +77,9 @@ def measure_speed(
 ) -> list[SpeedResult]:
     """Time the models' forward passes in interleaved rounds; speed-ups are over the first model.
 
-    All models run on the same images, random unless some are given. Their parameters must be on one device and of one dtype. In each round
-    every model has one turn. If the models are too slow for `seconds`, there are fewer rounds, at least 5 (or
-    `rounds`); if a busy machine slows them down later, the measurement stops after twice the time.
+    All models run on the same images, random unless some are given. Their parameters must be on one device and of one
+    dtype. In each round every model has one turn. If the models are too slow for `seconds`, there are fewer rounds, at
+    least 5 (or `rounds`); if a busy machine slows them down later, the measurement stops after twice the time.
 
     Args:
         models: the models by name; the first is the reference of the speed-ups.

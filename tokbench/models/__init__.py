@@ -30,7 +30,10 @@ from torch import Tensor, nn
 
 from tokbench.bundled.clutter import CANVAS, CLASSES
 from tokbench.errors import UserError, nearest, shortened
+from tokbench.fusion.anatomy import stem
 from tokbench.fusion.patch import UnsupportedModelError, require_supported
+from tokbench.measure._model import resolve_input_size
+from tokbench.models import lvvit, t2t  # registers them with timm
 
 BUNDLED = "bundled"
 BUNDLED_WEIGHTS = Path(__file__).parents[1] / "bundled" / "vit_clutter.safetensors"
@@ -50,8 +53,13 @@ _BUNDLED_CFG: dict[str, Any] = dict(
     classifier="head",
 )
 
-# The timm modules that build a VisionTransformer, VisionTransformerDistilled or Eva, and nothing else.
-VIT_MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "eva")
+# The modules that register ViTs with timm: their authors' weights are files to be given, which timm does not know.
+OWN_MODULES = ("t2t", "lvvit")
+# With those, the modules that build what fusion.patch.REDUCED_MODELS lists, and nothing else.
+VIT_MODULES = (
+    *("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "eva", "beit", "naflexvit"),
+    *OWN_MODULES,
+)
 # Those of them that have weights and that fusion.patch refuses, for what their blocks are.
 REFUSED = (
     "vit_dlittle_patch16_reg1_gap_256",
@@ -140,14 +148,15 @@ def load_model(
 
 
 def model_names(pattern: str = "") -> list[str]:
-    """ "bundled" and timm's ViTs that have pretrained weights, sorted. `pattern`: part of the name, or a wildcard."""
-    hidden = [f"{name}*" for name in REFUSED]
-    names = timm.list_models(module=VIT_MODULES, pretrained=True, exclude_filters=hidden)
-    if pattern:
-        glob = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
-        wanted = set(timm.list_models(glob, module=VIT_MODULES, pretrained=True))
-        names = [name for name in names if name in wanted]
-    return ([BUNDLED] if pattern in BUNDLED else []) + names
+    """ "bundled", T2T-ViT and LV-ViT, which need a --checkpoint, and timm's ViTs that have pretrained weights.
+
+    pattern: part of the name, or a wildcard.
+    """
+    glob = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+    own = timm.list_models(glob, module=OWN_MODULES)
+    timms = timm.list_models(glob, module=VIT_MODULES, pretrained=True)
+    hidden = tuple(f"{name}." for name in REFUSED)
+    return ([BUNDLED] if pattern in BUNDLED else []) + own + [name for name in timms if not name.startswith(hidden)]
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -308,8 +317,7 @@ def _require_vit(model: Any, name: str, input_size: int | None) -> None:
         require_supported(model)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"model {name!r}: {error}") from error
-    embed: Any = model.patch_embed
-    patch = embed.feat_ratio()
+    patch = stem(model).feat_ratio()
     if input_size is not None and input_size % patch:
         below = input_size // patch * patch
         fits = f"{below} or {below + patch}" if below else f"{patch}"
@@ -334,14 +342,18 @@ def _with_timms_names(state: dict[str, Tensor], model: Any, any_size: bool) -> d
     and only if the caller asked for a size of image (`any_size`).
     """
     own = model.state_dict().keys()
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if state.keys() == own or convert is None:
+    architecture = model.pretrained_cfg.get("architecture") or ""
+    if state.keys() == own or not timm.models.is_model(architecture):
         return state
+    convert = sys.modules[timm.models.model_entrypoint(architecture).__module__].checkpoint_filter_fn
     try:
         converted: dict[str, Tensor] = convert(dict(state), model)
     except (LookupError, RuntimeError, ValueError, TypeError, AttributeError):
         return state  # none of the formats it knows: what does not fit is then named as it stands in the file
-    fits = converted.keys() == own and _was_there(state, converted["patch_embed.proj.weight"], 0)
+    # What filters resample: kernels of patches, and position biases.
+    kernels = [name for name in own if name.endswith(("embed.proj.weight", "embeds.proj.weight"))]
+    kernels += [name for name in own if name.endswith("relative_position_bias_table") and not any_size]
+    fits = converted.keys() == own and all(_was_there(state, converted[name], 0) for name in kernels)
     if fits and not any_size and "pos_embed" in converted:
         # Some formats hold the positions of prefix tokens as well.
         fits = _was_there(state, converted["pos_embed"], model.num_prefix_tokens)
@@ -355,7 +367,7 @@ def _was_there(state: Mapping[str, Tensor], tensor: Tensor, more_rows: int) -> b
 
 
 def _resample_positions(state: dict[str, Tensor], model: VisionTransformer | Eva) -> None:
-    old, new = state.get("pos_embed"), model.pos_embed
+    old, new = state.get("pos_embed"), getattr(model, "pos_embed", None)  # NaFlexVit resamples as it runs
     prefix = _embedded_prefix_tokens(model)
     if old is None or new is None or old.ndim != 3 or old.shape[1] == new.shape[1]:
         return
@@ -365,7 +377,7 @@ def _resample_positions(state: dict[str, Tensor], model: VisionTransformer | Eva
 
 
 def _embedded_prefix_tokens(model: VisionTransformer | Eva) -> int:
-    return 0 if model.no_embed_class else model.num_prefix_tokens
+    return 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
 
 
 def _require_match(state: Mapping[str, Tensor], model: VisionTransformer | Eva, complaint: str, shown: int = 3) -> None:
@@ -385,7 +397,7 @@ def _require_match(state: Mapping[str, Tensor], model: VisionTransformer | Eva, 
     wrong += [f"{name} {file[name]} is not in the model" for name in file if name not in own]
     if wrong:
         more = f"; and {len(wrong) - shown} more" if len(wrong) > shown else ""
-        hint = _size_hint(state["pos_embed"], model) if len(wrong) == 1 and "pos_embed is" in wrong[0] else ""
+        hint = _size_hint(state["pos_embed"], model) if len(wrong) == 1 and wrong[0].startswith("pos_embed is") else ""
         raise UserError(f"{complaint}: {'; '.join(wrong[:shown])}{more}.{hint}")
 
 
@@ -397,12 +409,8 @@ def _size_hint(positions: Tensor, model: VisionTransformer | Eva) -> str:
 
 
 def _describe_input(model: Any) -> None:
-    channels = model.pretrained_cfg["input_size"][0]
-    cfg = dict(
-        model.pretrained_cfg,
-        input_size=(channels, *model.patch_embed.img_size),
-        num_classes=model.num_classes,
-    )
+    size = resolve_input_size(model, None)
+    cfg = dict(model.pretrained_cfg, input_size=size, num_classes=model.num_classes)
     if len(cfg.get("label_names") or ()) != model.num_classes:
         cfg.pop("label_names", None)
     model.pretrained_cfg = cfg
