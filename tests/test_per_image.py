@@ -13,10 +13,14 @@ import numpy as np
 import pytest
 import torch
 from survey import coverage
+from timm.models.beit import Beit
 from timm.models.eva import Eva, EvaBlockPostNorm
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import ResPostBlock
 
 import tokbench
+from tokbench.fusion.anatomy import has_class_token
+from tokbench.measure._model import resolve_input_size
 
 POST_NORM = "an Eva with post-norm blocks and rotary embeddings"
 MODELS = [
@@ -32,6 +36,8 @@ MODELS = [
     "vit_base_patch16_siglip_224",  # no class token, attention pooling
     "vit_wee_patch16_reg1_gap_256",  # a register and no class token, average pooling, LayerScale
     "test_vit3",  # attention pooling of all tokens, a register among them
+    "beit_base_patch16_224",  # a bias for where tokens are, average pooling
+    "naflexvit_base_patch16_gap",  # registers and no class token, average pooling
 ]
 RUNS = {
     "tome": ("tome", "list:9,7,5", {}),
@@ -70,7 +76,7 @@ def build(name: str):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_method_is_what_its_definition_says(name, run):
     model, (method, schedule, params) = build(name), RUNS[run]
-    images = torch.rand(2, 3, *model.patch_embed.img_size, dtype=torch.float64)
+    images = torch.rand(2, *resolve_input_size(model, None), dtype=torch.float64)
     asked = [int(number) for number in schedule.removeprefix("list:").split(",")]
     removals = asked + [0] * (len(model.blocks) - len(asked))
     with torch.inference_mode():
@@ -84,7 +90,7 @@ def test_a_method_is_what_its_definition_says(name, run):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_loops_are_timms_model_when_nothing_is_removed(name):
     model = build(name)
-    image = torch.rand(3, *model.patch_embed.img_size, dtype=torch.float64)
+    image = torch.rand(*resolve_input_size(model, None), dtype=torch.float64)
     with torch.inference_mode():
         logits, where = Loops(model, "none", {}, [0] * 4)(image)
         torch.testing.assert_close(logits, model(image[None])[0], rtol=0, atol=1e-9)
@@ -102,12 +108,18 @@ class Loops:
 
     def __call__(self, image):
         model = self.model
-        embedded = model._pos_embed(model.patch_embed(image[None]))
-        x, table = embedded if isinstance(embedded, tuple) else (embedded, None)
-        self.x = model.norm_pre(x)[0]
+        table = None
+        if isinstance(model, Beit):
+            self.x = torch.cat([model.cls_token[0], model.patch_embed(image[None])[0]])
+        elif isinstance(model, NaFlexVit):
+            self.x = model.norm_pre(model.embeds(image[None])[0])[0]
+        else:
+            embedded = model._pos_embed(model.patch_embed(image[None]))
+            x, table = embedded if isinstance(embedded, tuple) else (embedded, None)
+            self.x = model.norm_pre(x)[0]
         count = len(self.x)
         self.size = [1.0] * count
-        self.place = list(range(count))  # the first token whose rotary embedding a token has
+        self.place = list(range(count))  # the first token whose place, for rotation or bias, a token has
         self.where = list(range(count))  # where each first token is now
         for number, block in enumerate(model.blocks):
             self.block, self.number, self.attention = block, number, block.attn
@@ -165,9 +177,18 @@ class Loops:
             out = attention.qkv(normed).chunk(3, dim=-1)["qkv".index(which)]
             if which != "k" and getattr(attention, "q_bias", None) is not None:
                 out = out + getattr(attention, f"{which}_bias")
-        parts = out.split(attention.head_dim, dim=-1)
+        parts = out.split(self.head_dim(), dim=-1)
         norm = getattr(attention, f"{which}_norm", None)
         return [part if norm is None else norm(part) for part in parts]
+
+    def head_dim(self):
+        return self.model.embed_dim // self.attention.num_heads
+
+    def bias(self, head):
+        """What a head of BEiT's adds for the way from one token's place to another's, (N, N): its paper's table."""
+        table, index = self.attention.relative_position_bias_table, self.attention.relative_position_index
+        rows = [[table[index[i, j], head].item() for j in self.place] for i in self.place]
+        return torch.tensor(rows, dtype=torch.float64)
 
     def turned(self, rows, head):
         """Rows (N, d) of one head, each patch's turned by the angles of its place."""
@@ -189,7 +210,9 @@ class Loops:
         found = []
         for head, query in enumerate(queries):
             key = self.turned(keys[head // (len(queries) // len(keys))], head)
-            logits = self.turned(query, head) @ key.T / math.sqrt(self.attention.head_dim)
+            logits = self.turned(query, head) @ key.T / math.sqrt(self.head_dim())
+            if isinstance(self.model, Beit):
+                logits = logits + self.bias(head)
             if self.weighs_size:
                 logits = logits + torch.tensor(self.size, dtype=torch.float64).log()
             found.append(logits.softmax(-1))
@@ -199,17 +222,18 @@ class Loops:
         attention, values = self.attention, self.heads(normed, "v")
         shared = len(matrices) // len(values)
         out = torch.cat([matrix @ values[head // shared] for head, matrix in enumerate(matrices)], dim=-1)
-        return attention.proj(attention.norm(out))
+        return attention.proj(attention.norm(out) if hasattr(attention, "norm") else out)
 
     def head(self):
         model, x = self.model, self.model.norm(self.x)
         if hasattr(model, "head_dist"):
             return (model.head(x[0]) + model.head_dist(x[1])) / 2
-        everything = isinstance(model, Eva) or model.pool_include_prefix
-        first = 0 if everything and model.attn_pool is not None else self.prefix
+        attention_pool = getattr(model, "attn_pool", None)
+        everything = isinstance(model, Eva) or getattr(model, "pool_include_prefix", False)
+        first = 0 if everything and attention_pool is not None else self.prefix
         members = [token for token in range(first, len(x)) for _ in range(round(self.size[token]))]
-        if model.attn_pool is not None:
-            pooled = model.attn_pool(x[members][None])[0]
+        if attention_pool is not None:
+            pooled = attention_pool(x[members][None])[0]
         elif model.global_pool == "avg":
             pooled = x[members].mean(0)
         else:
@@ -219,7 +243,7 @@ class Loops:
     # The methods. Each gives groups of tokens, the first of which is the target, and weights to merge them by.
 
     def importance(self, matrices):
-        if self.model.cls_token is not None:
+        if has_class_token(self.model):
             return sum(matrix[0] for matrix in matrices) / len(matrices)
         return sum(matrix.mean(0) for matrix in matrices) / len(matrices)
 
