@@ -96,10 +96,11 @@ def resolve_schedule(
     a list of removals that differ by at most one, or one keep rate at blocks L//4, L//2 and 3L//4. Warns
     (FlopsWarning) when whole tokens at those blocks come no nearer than 1 %.
     """
-    depth, patches = len(model.blocks), math.prod(grid_for(model, input_size))
+    depth = len(model.blocks)
     check_schedule(schedule, depth)
     if schedule.kind != "flops":
         return schedule
+    patches = math.prod(grid_for(model, input_size))
     probe = remove(fork(model))
     unreduced, wanted = unreduced_flops or count_flops(probe, input_size).total, schedule.values[0]
     scaled, last = _keep_rates(depth, patches) if method.flops_shape == "keep" else _even(method, depth, patches)
