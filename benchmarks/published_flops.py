@@ -1,6 +1,6 @@
 """Print what papers say a model takes beside what tokbench counts: `python benchmarks/published_flops.py`.
 
-No weights are needed: FLOPs follow from shapes. T2T-ViT's and LV-ViT's figures are without norms, as their authors count.
+No weights are needed: FLOPs follow from shapes. T2T-ViT's and LV-ViT's figures are without norms.
 """
 
 from __future__ import annotations
