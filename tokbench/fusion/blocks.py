@@ -79,8 +79,8 @@ class Fusion:
     def rope(self, table: Tensor | None) -> Tensor | None:
         """The rotary embedding of the patch tokens as they now are: each token's row of the model's own table.
 
-        table: (T₀, D), or (H, T₀, D) where heads differ, or one of these for each image, all alike. Returns it as it is while nothing was reduced, after that
-        one for each image: (B, 1, T, D) or (B, H, T, D).
+        table: (T₀, D), or (H, T₀, D) where heads differ, or one of these for each image, all alike. As it is while
+        nothing was reduced, after that one for each image: (B, 1, T, D) or (B, H, T, D).
         """
         if table is None or self.state.origin is None:
             return table
