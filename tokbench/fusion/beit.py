@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from timm.models.beit import Attention, Block
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokbench.fusion.blocks import Fusion, ReducedBlockBase, ReducedEvaBlock, _heads, _project, attend_with
 from tokbench.fusion.core import View
@@ -17,6 +17,8 @@ class ReducedBeitAttention(Attention):
     """timm's BEiT attention, step by step: its queries and keys pass through nothing that could be tapped."""
 
     fusion: Fusion
+    q_norm: nn.Module
+    k_norm: nn.Module
     gate = None
 
     @property
