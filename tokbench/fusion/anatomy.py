@@ -30,8 +30,7 @@ def grid_for(model: Any, input_size: int | tuple[int, ...] | None = None) -> tup
     Raises UserError for a size that the model does not take.
     """
     _, *sides = resolve_input_size(model, input_size)
-    built = resolve_input_size(model, None)[1:]
-    if tuple(sides) != built and not takes_any_size(model):
+    if not takes_any_size(model) and tuple(sides) != (built := resolve_input_size(model, None)[1:]):
         raise UserError(f"the model takes images of {built[0]}×{built[1]} pixels, not {sides[0]}×{sides[1]}")
     rows, columns = stem(model).dynamic_feat_size(tuple(sides))
     return int(rows), int(columns)

@@ -31,8 +31,7 @@ class ReducedBeitAttention(Attention):
 
     def position_bias(self, shared: Tensor | None) -> list[Tensor]:
         """What is added to the logits for where the tokens are, the block's own, and the model's."""
-        table: Tensor | None = self.relative_position_bias_table
-        own = None if table is None else self._get_rel_pos_bias()  # type: ignore[operator]
+        own = None if self.relative_position_bias_table is None else self._get_rel_pos_bias()
         return [self.fusion.rows_and_columns(bias) for bias in (own, shared) if bias is not None]
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None, matrix: Tensor | None = None) -> Tensor:

@@ -93,11 +93,12 @@ class Fusion:
     def rope(self, table: Tensor | None) -> Tensor | None:
         """The rotary embedding of the patch tokens as they now are: each token's row of the model's own table.
 
-        table: (T₀, D), or (H, T₀, D) where heads differ. Returns it as it is while nothing was reduced, after that
-        one for each image: (B, 1, T, D) or (B, H, T, D).
+        table: (T₀, D), or (H, T₀, D) where heads differ, or one of these for each image, all alike. As it is while
+        nothing was reduced, after that one for each image: (B, 1, T, D) or (B, H, T, D).
         """
         if table is None or self.state.origin is None:
             return table
+        table = table[0] if table.ndim == 4 else table
         rows = self.state.origin[:, self.prefix :] - self.prefix
         return table[rows].unsqueeze(1) if table.ndim == 2 else table[:, rows].transpose(0, 1)
 
