@@ -443,7 +443,9 @@ def _violated(name: str, value: Any) -> str:
         return "a number"
     if name in _COUNT_LISTS | _TIME_LISTS and not (isinstance(value, list) and all(map(_is_number, value))):
         return "a list of numbers"
-    if name in _COUNT_LISTS and not all(isinstance(item, int) and 0 <= item < 2**63 for item in value):
+    if name in _COUNT_LISTS and not all(0 <= item < 2**63 for item in value):
+        return "a list of numbers, 0 or more"
+    if name == "input_size" and not all(isinstance(item, int) for item in value):  # tokens may be means over images
         return "a list of whole numbers"
     if name in _TIME_LISTS and not all(item > 0 for item in value):
         return "a list of times above 0"

@@ -401,7 +401,7 @@ def _scaled(key: str, factor: float) -> Callable[[Record], float | None]:
 
 
 def _final_tokens(known: Record) -> int | None:
-    return known["tokens"][-1] if known.get("tokens") else None
+    return round(known["tokens"][-1]) if known.get("tokens") else None  # of some methods, a mean over images
 
 
 def _compiled(known: Record) -> str | None:
