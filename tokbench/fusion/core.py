@@ -470,6 +470,10 @@ class State:
     nominal: int | None = None  # tokens if all were removed that were asked for, where images differ
     begun: Any = None  # what the method's `begin` gave
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which torch refuses to make of a tensor that gradients flow through, as they do to sizes."""
+        return {name: one.detach() if isinstance(one, Tensor) else one for name, one in vars(self).items()}
+
     def advance(self, plan: Assignment, tokens: int, tracks_size: bool, dtype: torch.dtype) -> None:
         """Bring sizes and map up to date with a plan that was carried out on `tokens` tokens."""
         size, grows = self.size, tracks_size and plan.source is not None
