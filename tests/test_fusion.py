@@ -337,7 +337,9 @@ def test_topk_without_a_class_token_keeps_the_most_attended():
         assert torch.equal(where[best], torch.arange(16))
 
 
-@pytest.mark.parametrize(("method", "goal"), [("tome", 0.8), *((method, 0.6) for method in METHODS)])
+@pytest.mark.parametrize(
+    ("method", "goal"), [("tome", 0.8), *((method, 0.8 if method == "kmedoids" else 0.6) for method in METHODS)]
+)
 def test_flops_schedule_comes_as_near_as_whole_tokens_allow(method, goal):
     model = tiny(img_size=56)
     whole = tokbench.count_flops(model).total

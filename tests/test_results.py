@@ -63,8 +63,8 @@ def test_a_table_has_a_row_per_cell_and_a_column_per_figure(run: Path) -> None:
 
 def test_tokens_that_are_means_over_images_are_read_and_shown_in_whole_ones(run: Path) -> None:
     folder = RunFolder.open(run)
-    record = next(record for record in folder.records() if record.kind == "flops" and record.method == "tome")
-    folder.append(record.plain() | {"tokens": [197, 100.6]})
+    for record in [record for record in folder.records() if record.method == "tome"]:
+        folder.append(record.plain() | {"tokens": [197, 100.6]})
     cell = next(cell for cell in load_cells([run]) if cell.method == "tome")
     assert cell.tokens == (197, 100.6) and cell.tokens_final == 101
 
