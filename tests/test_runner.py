@@ -470,15 +470,15 @@ def test_a_cell_that_answers_with_nan_only_has_no_image_right(source, tmp_path, 
 
 def test_where_tokens_depend_on_the_image_all_is_measured_on_the_runs_images(source, tmp_path):
     runner.run(small_grid(MethodSpec("ats", ("keep:0.5@1",))), tmp_path / "run")
-    records = {record["kind"]: record for record in RunFolder.open(tmp_path / "run").records()[1::2]}
+    records = {record.kind: record for record in RunFolder.open(tmp_path / "run").records()[1::2]}
     model = resolve.apply(tiny_model(), "ats", "keep:0.5@1")
     images = next(iter(load_batches(source, 8, workers=0))).images
     count = count_flops(model, images=images)
     with torch.inference_mode():
         model(images)
     assert set(records) == {"flops", "accuracy", "speed"}
-    assert records["flops"]["flops"] == count.total and records["flops"].get("flops_spread", 0.0) == count.spread
-    assert all(record["tokens"] == tokens_per_block(model) for record in records.values())
+    assert records["flops"].flops == count.total and records["flops"].plain().get("flops_spread", 0.0) == count.spread
+    assert all(record.tokens == tokens_per_block(model) for record in records.values())
 
 
 @pytest.fixture
