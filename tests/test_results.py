@@ -50,7 +50,7 @@ def test_a_cell_has_its_figures_in_the_units_of_the_labels(cells: list[Cell]) ->
     assert [cell.is_baseline for cell in cells] == [True, False, False, False, False]
     tome = cells[1]
     assert tome.value("gflops") == pytest.approx(0.3) and tome.value("flops_ratio") == 0.75
-    assert tome.value("top1") == pytest.approx(79.8) and tome["agreement"] == Figure(90) and tome.tokens[-1] == 100
+    assert tome.value("top1") == pytest.approx(79.8) and tome["agreement"] == Figure(90) and tome.tokens_final == 100
     assert tome["drop"] == Figure(0.2, -0.3, 0.7) and tome.images == 1000 and tome.machine == "A CPU"
 
 
@@ -61,6 +61,14 @@ def test_a_table_has_a_row_per_cell_and_a_column_per_figure(run: Path) -> None:
     assert table.loc[2, "top1_paired_low"] == pytest.approx(77.0)
     assert table.loc[2, "top1_low"] == pytest.approx(76.0)
     assert table["tokens_final"].to_list() == [100] * 5
+
+
+def test_tokens_that_are_means_over_images_are_read_and_shown_in_whole_ones(run: Path) -> None:
+    folder = RunFolder.open(run)
+    for record in [record for record in folder.records() if record.method == "tome"]:
+        folder.append(record.plain() | {"tokens": [197, 100.6]})
+    cell = next(cell for cell in load_cells([run]) if cell.method == "tome")
+    assert cell.tokens == (197, 100.6) and cell.tokens_final == 101
 
 
 def test_a_figure_is_one_row_of_metrics(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

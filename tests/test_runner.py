@@ -18,12 +18,14 @@ from timm.models.vision_transformer import VisionTransformer
 from tokbench import resolve
 from tokbench.check.compare import check
 from tokbench.config import Grid, MethodSpec, ModelSpec, PlannedCell, RunOptions
+from tokbench.data import load_batches
 from tokbench.data.labels import DataWarning
 from tokbench.errors import RunStopped, UserError
 from tokbench.fusion.core import METHODS, Method
+from tokbench.fusion.patch import tokens_per_block
 from tokbench.measure import speed
 from tokbench.measure.environment import Disturbance
-from tokbench.measure.flops import FlopCount
+from tokbench.measure.flops import FlopCount, count_flops
 from tokbench.measure.speed import SpeedResult
 from tokbench.report.findings import findings
 from tokbench.report.pick import pick_cells
@@ -505,6 +507,19 @@ def test_a_cell_that_answers_with_nan_only_has_no_image_right(source, tmp_path, 
     row = runner.run(grid, tmp_path / "run", progress=listener).set_index("cell").loc["tiny/lost/8"]
     assert row[["top1", "top5", "agreement", "drop", "nonfinite"]].tolist() == [0, 0, 0, 100, IMAGES]
     assert any("tiny/lost/8 gives NaN or infinite logits for 24 of 24" in text for text in listener.warnings)
+
+
+def test_where_tokens_depend_on_the_image_all_is_measured_on_the_runs_images(source, tmp_path):
+    runner.run(small_grid(MethodSpec("ats", ("keep:0.5@1",))), tmp_path / "run")
+    records = {record.kind: record for record in RunFolder.open(tmp_path / "run").records()[1::2]}
+    model = resolve.apply(tiny_model(), "ats", "keep:0.5@1")
+    images = next(iter(load_batches(source, 8, workers=0))).images
+    count = count_flops(model, images=images)
+    with torch.inference_mode():
+        model(images)
+    assert set(records) == {"flops", "accuracy", "speed"}
+    assert records["flops"].flops == count.total and records["flops"].plain().get("flops_spread", 0.0) == count.spread
+    assert all(record.tokens == tokens_per_block(model) for record in records.values())
 
 
 @pytest.fixture

@@ -303,7 +303,7 @@ def _columns(cells: Sequence[Cell], fronts: Fronts) -> list[_Column]:
     if len({cell.run for cell in cells}) > 1:
         columns.insert(0, _Column("Run", lambda cell: cell.run, left=True))
     placed = {metric.place: _figures(name) for name, metric in METRICS.items() if metric.place is not None}
-    tokens = _Column("Tokens", _tokens, rank=4, value=lambda cell: cell.tokens[-1] if cell.tokens else None)
+    tokens = _Column("Tokens", _tokens, rank=4, value=lambda cell: cell.tokens_final)
     placed[_TOKENS] = [tokens]
     columns += [column for place in sorted(placed) for column in placed[place]]
     return [*columns, _Column("Front", fronts.word, left=True, rank=0.4)]
@@ -329,7 +329,7 @@ def _failed(cell: Cell) -> str:
 
 
 def _tokens(cell: Cell) -> str:
-    return f"{cell.tokens[-1]:,}" if cell.tokens else _failed(cell)
+    return f"{cell.tokens_final:,}" if cell.tokens else _failed(cell)
 
 
 def _drop(cell: Cell) -> str:
