@@ -36,6 +36,7 @@ class Source(torch.utils.data.Dataset):
     """Images whose class is plain to see for a model that averages: its channel is the brightest."""
 
     name, fingerprint, num_classes, classes, streaming = "blobs", "f" * 64, CLASSES, None, False
+    among, warnings = None, ()
 
     def __init__(self, count: int = IMAGES):
         self.count = count
@@ -76,7 +77,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def stand_in(monkeypatch, source: Source) -> Source:
     """Put the tiny model and these images behind every name; speed takes no time."""
     monkeypatch.setattr(runner, "load_model", lambda name, checkpoint, input_size: tiny_model())
-    monkeypatch.setattr(runner, "open_dataset", lambda spec, model, limit: source)
+    monkeypatch.setattr(runner, "open_dataset", lambda spec, model, limit, labels: source)
     monkeypatch.setattr(timing, "SPEED_SECONDS_PER_CELL", 0.001)
     quiet = Disturbance(0.0, None, ())
     monkeypatch.setattr(timing, "Watch", lambda device: SimpleNamespace(look=lambda: None, stop=lambda: quiet))
