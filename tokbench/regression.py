@@ -240,7 +240,9 @@ def _subset(run: _Run, limit: int | None) -> dict[tuple[Path, str], _Subset]:
                 continue
             source = open_dataset(grid.data, model, limit=grid.options.limit, labels=grid.options.labels)
             _require_same(run, spec, "data_fingerprint", source.fingerprint, f"images of data '{grid.data}'")
-            wanted = source if limit is None else open_dataset(grid.data, model, limit=limit, labels=grid.options.labels)
+            wanted = (
+                source if limit is None else open_dataset(grid.data, model, limit=limit, labels=grid.options.labels)
+            )
             if len(wanted) < (limit or 0) or not np.isin(wanted.indices, source.indices).all():
                 raise UserError(f"--limit {limit}: the run {run.path} has only {len(source):,} images")
             skipped = run.skipped(spec.label)
