@@ -198,7 +198,7 @@ def test_dry_run_names_the_cells_and_loads_nothing(tokbench_command, monkeypatch
         (["run", "--method", "tome:prop=1"], ["'prop'", "'prop_attn'"]),
         (["run", "--schedule", "constant:x"], ["'constant:x'", "'x'"]),
         (["run", "--method", "tome", "--schedule", "list:" + "9" * 5000], ["whole number of tokens"]),
-        (["run", "--max-bad", "101"], ["max_bad", "0 to 100"]),
+        (["run", "--max-bad", "101"], ["max_bad", "at most 100"]),
         (["run", "--schedule", "kep:0.7@3"], ["'kep'", "'keep'"]),
         (["run", "--model", "deit_smal_patch16_224"], ["'deit_smal_patch16_224'", "'deit_small_patch16_224"]),
         (["run", "--model", "resnet50"], ["'resnet50'"]),
@@ -317,7 +317,7 @@ def test_the_package_runs_as_a_module():
         [sys.executable, "-m", "tokbench", "run", "--only", "foo"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert done.stderr == "tokbench: only: unknown word 'foo'; use flops, accuracy, speed. Did you mean 'flops'?\n"
+    assert done.stderr == "tokbench: only[0]: unknown word 'foo'; use 'flops', 'accuracy' or 'speed'. Did you mean 'flops'?\n"
 
 
 @pytest.mark.parametrize("words", [("run", "--out"), ("run", "--fresh", "--out"), ("run", "--plugin"), ("table",)])

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def source(monkeypatch) -> Source:
     monkeypatch.setattr(half_pass, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(runner, "_draw", lambda table, folder: [])
+    monkeypatch.setattr(runner, "_draw", lambda *_: [])
     return stand_in(monkeypatch, Source())
 
 
