@@ -171,7 +171,7 @@ def test_a_larger_grid_adds_only_what_is_new(source, tmp_path):
     assert figures(tmp_path / "run") == figures(tmp_path / "whole")
     assert list(table["cell"]) == ["tiny/none", "tiny/tome/8", "tiny/random/8"]
     manifest = RunFolder.open(tmp_path / "run").manifest
-    assert [len(session["grid"]["methods"]) for session in manifest["continued"]] == [3]
+    assert [len(session.grid.methods) for session in manifest.continued] == [3]
 
 
 def test_what_is_new_waits_for_the_half_done_pass(source, tmp_path, monkeypatch):
@@ -189,7 +189,7 @@ def test_a_measure_can_be_added(source, tmp_path):
     assert [r["kind"] for r in plain_records(tmp_path / "run")] == [
         kind for kind in ("flops", "speed", "accuracy") for _ in range(3)
     ]
-    assert RunFolder.open(tmp_path / "run").manifest["conditions"]["models"]["tiny"]["images"] == IMAGES
+    assert RunFolder.open(tmp_path / "run").manifest.conditions.models["tiny"].images == IMAGES
 
 
 def test_a_model_can_be_added(source, tmp_path):
@@ -209,9 +209,20 @@ def test_the_unreduced_model_must_answer_as_before(source, tmp_path):
     with pytest.raises(RunStopped, match="predictions differ among images 10 to 20"):
         runner.run(small_grid(TOME, RANDOM), tmp_path / "run")
     assert "tiny/random/8" not in {r["cell"] for r in plain_records(folder.path) if r["kind"] == "accuracy"}
-    path.unlink()
+    path.write_bytes(b"no archive")
     with pytest.raises(RunStopped, match="predictions in .* cannot be read"):
         runner.run(small_grid(TOME, RANDOM), tmp_path / "run")
+
+
+@pytest.mark.parametrize("cell", ["tiny/none", "tiny/tome/8"])
+def test_answers_that_were_deleted_are_measured_again(source, tmp_path, cell):
+    runner.run(small_grid(TOME), tmp_path / "run")
+    path = RunFolder.open(tmp_path / "run").prediction_path(cell)
+    before = Predictions.load(path)
+    path.unlink()
+    runner.run(small_grid(TOME), tmp_path / "run")
+    assert np.array_equal(Predictions.load(path).predicted, before.predicted)
+    assert [r["cell"] for r in plain_records(tmp_path / "run") if r["kind"] == "accuracy"].count(cell) == 2
 
 
 def test_a_cell_must_be_what_it_was(source, tmp_path):

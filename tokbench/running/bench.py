@@ -20,7 +20,7 @@ from tokbench.data import ImageSource, ImageStream, load_batches
 from tokbench.errors import BaselineFailed, RunStopped, one_line
 from tokbench.fusion.anatomy import grid_for
 from tokbench.fusion.core import METHODS, make_method
-from tokbench.fusion.patch import fork, rehearse, tokens_per_block
+from tokbench.fusion.patch import fork, rehearse, tokens_per_block, watch
 from tokbench.measure._model import release_memory
 from tokbench.measure.flops import count_flops
 from tokbench.measure.kernels import attention_kernels
@@ -180,7 +180,7 @@ class Bench:
     def _make(self, cell: PlannedCell, base: VisionTransformer, identity: dict[str, Any]) -> Runnable:
         model = fork(base)
         if cell.is_baseline:
-            apply(model, "none")
+            watch(model)
         else:
             images = self.images(CALIBRATION_IMAGES) if calibrates(cell) else None
             with warnings.catch_warnings(record=True) as caught:
