@@ -212,3 +212,47 @@ def test_a_method_that_is_no_dataclass_is_refused(monkeypatch):
     monkeypatch.setitem(METHODS, "mine", type("Mine", (Method,), {"name": "mine"}))
     with pytest.raises(tokbench.UserError, match="put @dataclass.* right above class Mine"):
         make_method("mine")
+
+
+def test_a_method_of_ones_own_can_measure_a_parameter_on_images(tmp_path, monkeypatch, capsys):
+    plugin = tmp_path / "gauged.py"
+    plugin.write_text(
+        """
+from dataclasses import dataclass, replace
+import tokbench
+from tokbench.fusion.core import Assignment, Method, keep_only
+import torch
+
+@tokbench.register_method
+@dataclass(frozen=True)
+class Gauged(Method):
+    name = "gauged"
+    cut: float = -1.0
+
+    @property
+    def needs_calibration(self):
+        return self.cut < 0
+
+    def countable(self):
+        return replace(self, cut=0.0)
+
+    def calibrated(self, model, schedule, images):
+        assert not hasattr(model, "fusion") and schedule.kind == "list"
+        return replace(self, cut=float(images.mean()))
+
+    def plan(self, view, r):
+        assert self.cut >= 0
+        patches = torch.arange(view.patches - r).expand(view.x.shape[0], -1)
+        return keep_only(patches, view.prefix)
+"""
+    )
+    stand_in(monkeypatch, Source())
+    words = ["run", "--plugin", plugin, "--method", "gauged:cut=-2.0", "--schedule", "flops:0.7", "--only"]
+    monkeypatch.setattr(sys, "argv", ["tokbench", *map(str, words), "flops,accuracy", "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    assert exit.value.code == 0, capsys.readouterr()
+    record = plain_records(tmp_path / "run")[-1]
+    assert record["params"] == {"cut": -2.0} and record["calibrated"]["cut"] > 0.5
+    with pytest.raises(tokbench.UserError, match="'gauged' with cut=-1.0 measures the model on calibration images"):
+        tokbench.apply(VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2), "gauged", 2)

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import tokbench.fusion  # noqa: F401  (registers the methods)
-from tokbench.calibrate import COUNTED_IMAGES, calibrate, countable
+from tokbench.calibrate import COUNTED_IMAGES, calibrate
 from tokbench.errors import UserError
 from tokbench.fusion.anatomy import grid_for, has_class_token
 from tokbench.fusion.blocks import Fusion
@@ -75,7 +75,7 @@ def apply(
     made.require_depth(len(model.blocks))
     if parsed.kind == "diffrate":
         made, parsed = look_up(model, made, parsed)
-    resolved = resolve_schedule(model, countable(made), parsed, unreduced_flops, images, input_size)
+    resolved = resolve_schedule(model, made.countable(), parsed, unreduced_flops, images, input_size)
     return insert(model, calibrate(model, made, resolved, images), resolved, trace=trace)
 
 

@@ -15,9 +15,11 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from tokbench.errors import UserError, nearest, one_line
+from tokbench.schedules import Schedule
 
 
 @dataclass
@@ -341,6 +343,19 @@ class Method:
     def reshape_attention(self, attention: Tensor) -> Tensor:
         """What a block that removes tokens attends with instead of A (B, H, N, N)."""
         return attention
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a parameter has to be measured on images before the method can run; see `calibrated`."""
+        return False
+
+    def countable(self) -> Method:
+        """A method with the same FLOPs that needs no calibration."""
+        return self
+
+    def calibrated(self, model: VisionTransformer, schedule: Schedule, images: Tensor) -> Method:
+        """The method with every parameter measured on images (B, C, H, W), which the model is shown as it is."""
+        raise NotImplementedError
 
     def plan(self, view: View, r: int) -> Assignment:
         """Choose what becomes of each token when r are to go, 1 ≤ r ≤ `limit`."""
