@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,12 +166,14 @@ class Tried:
         return sum(map(timm.is_model_pretrained, self.names))
 
 
-def survey() -> list[Tried]:
-    """Every structure in the installed timm with what came of trying every method in it, the commonest first."""
+def survey(methods: Sequence[str] | None = None) -> list[Tried]:
+    """Every structure in the installed timm with what came of trying these methods in it, by default every one; the
+    commonest first."""
+    methods = list_methods() if methods is None else methods
     tried = []
     for structure, names in sorted(structures().items(), key=lambda item: (-len(item[1]), item[0])):
         model = build_small(names[0])
-        refusals = {method: reason for method in list_methods() if (reason := try_method(model, method))}
+        refusals = {method: reason for method in methods if (reason := try_method(model, method))}
         tried.append(Tried(structure, names, model, refusals))
     return tried
 
@@ -198,7 +201,7 @@ def table(tried: list[Tried]) -> str:
     for one in tried:
         kind, *features = one.structure
         reasons = "; ".join(dict.fromkeys(one.refusals.values()))
-        refused = "none" if len(one.refusals) == len(list_methods()) else f"all but {', '.join(one.refusals)}"
+        refused = "none" if "none" in one.refusals else f"all but {', '.join(one.refusals)}"
         outcome = f"{refused}: {reasons}" if reasons else "all"
         counts = f"{len(one.names)} | {one.with_weights}"
         rows.append(f"| {kind} | {', '.join(features)} | `{one.names[0]}` | {counts} | {outcome} |")
