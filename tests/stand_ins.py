@@ -22,7 +22,7 @@ class Source(torch.utils.data.Dataset):
     """Images whose class is plain to see for a model that averages: its channel is the brightest."""
 
     name, fingerprint, num_classes, classes, streaming = "blobs", "f" * 64, CLASSES, None, False
-    warnings = ()
+    warnings, among = (), None
 
     def __init__(self, count: int = IMAGES):
         self.count = count
