@@ -47,6 +47,9 @@ class Progress:
         """Something may make the results unreliable."""
         warnings.warn(text, stacklevel=2)
 
+    def note(self, text: str) -> None:
+        """Something worth knowing, and no reason for doubt."""
+
     def finished(self, cells: list[Cell], plots: list[Path]) -> None:
         """The run is over; these are its cells, and `plots` are the files drawn."""
 
@@ -141,6 +144,9 @@ class LiveProgress(Progress):
 
     def warn(self, text: str) -> None:
         self._say(f"Warning: {text}", style="bold red")
+
+    def note(self, text: str) -> None:
+        self._say(f"Note: {text}")
 
     def finished(self, cells: list[Cell], plots: list[Path]) -> None:
         from tokbench.report.tables import print_table
