@@ -33,7 +33,7 @@ class Source(torch.utils.data.Dataset):
 
     def limited(self, limit: int | None) -> Source:
         """The first ones, as of a stream; the fingerprint tells how many."""
-        if limit is None or limit == self.count:
+        if limit is None or limit >= self.count:
             return self
         part = Source(limit)
         part.fingerprint = f"{limit:064d}"

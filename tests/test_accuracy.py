@@ -428,6 +428,8 @@ def test_k_nn_is_dinos_on_the_other_images() -> None:
     right = sum(a == b for a, b in zip(expected, labels.tolist(), strict=True))
     assert (fields["knn_top1"], fields["knn_images"], fields["knn_drop"]) == (right / 59, 59, 0)
     assert fields["knn_drop_low"] < 0 < fields["knn_drop_high"] and "top1" not in fields
+    perfect = Predictions(**{**vars(found["none"]), "neighbor": np.where(labels < 0, -2, labels)})
+    assert accuracy_fields(found["cell"], perfect)["knn_drop"] == pytest.approx(100 * (1 - right / 59))
     unlabelled = evaluate(models, numbered([-1] * 60), device=CPU, classifier=False, neighbors=Neighbors(60, 2))["none"]
     assert "knn_top1" not in accuracy_fields(unlabelled, unlabelled)
 

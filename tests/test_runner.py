@@ -572,7 +572,7 @@ def test_a_backbone_is_compared_by_its_features(source, tmp_path, monkeypatch):
     table = runner.run(small_grid(only=("flops", "accuracy")), tmp_path / "run").set_index("cell")
     assert table[["top1", "agreement", "kl"]].isna().all(axis=None)
     assert table.loc["tiny/none", "similarity"] == pytest.approx(1)
-    assert 0 < table.loc["tiny/tome/8", "similarity"] < 1
+    assert 0 < table.loc["tiny/random/8", "similarity"] < 1
     base = table.loc["tiny/none"]
     assert base["knn_top1_low"] < base["knn_top1"] == 100 and base["knn_drop"] == 0  # each class has its own channel
     drops = 100 - table["knn_top1"]
@@ -580,7 +580,7 @@ def test_a_backbone_is_compared_by_its_features(source, tmp_path, monkeypatch):
     record = next(own for own in plain_records(tmp_path / "run") if own["kind"] == "accuracy")
     assert record["knn_images"] == IMAGES and not (tmp_path / "run" / "partial").exists()
     with pytest.raises(UserError, match="similarity"):
-        plot_pareto(table.reset_index(), tmp_path / "top1.png", y="top1")
+        plot_pareto(load_cells([tmp_path / "run"]), tmp_path / "top1.png", y="top1")
 
 
 def test_compiled_models_are_timed_and_eager_ones_judged(source, tmp_path, monkeypatch):
