@@ -166,7 +166,9 @@ def run(
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Measure accuracy on N images (default: 1,000 bundled ones, else all)."),
+        typer.Option(
+            metavar="N", help="Measure accuracy on N images; may grow later (default: 1,000 bundled ones, else all)."
+        ),
     ] = None,
     only: Annotated[
         str | None, typer.Option(metavar="MEASURES", help="Some of flops,accuracy,speed (default: all).")
