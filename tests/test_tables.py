@@ -241,6 +241,13 @@ def test_chosen_columns_come_in_their_order_in_every_format(cells: list[Cell]) -
     assert "images" in text and "speedup low" in text and "1.29" in text and "both" in text
 
 
+def test_a_k_nn_drop_has_its_interval(cells: list[Cell]) -> None:
+    backbone = changed(cells, figures={"knn_top1": Figure(61.0, 58, 64), "knn_drop": Figure(1.04, 0.2, 1.9)})
+    markdown = render_table(backbone, "md", columns=["method", "knn_top1", "knn_drop"])
+    assert "| tome | 61.0 | 1.0 [0.2, 1.9] |" in markdown and "| none | 61.0 |  |" in markdown
+    assert "k-NN: top-1 by the 20 nearest other images" in markdown
+
+
 def test_latex_of_chosen_columns_names_methods_as_the_plots_do(cells: list[Cell]) -> None:
     latex = render_table(cells, "tex", columns=["method", "schedule", "drop"])
     assert "ToMe & r=8 & 0.2 [$-$0.3, 0.7] n.s. \\\\" in latex and "unreduced &  & " in latex

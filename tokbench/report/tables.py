@@ -363,6 +363,8 @@ def _figures(name: str) -> list[_Column]:
     head, text = metric.short, lambda cell: figure_text(cell, name) or _failed(cell)
     if name == "drop":
         head, text = "Drop [95 %]", _drop
+    elif name == "knn_drop":
+        head, text = "k-NN drop [95 %]", lambda cell: "" if cell.is_baseline else figure_text(cell, name, bounds=True)
     elif name == "speedup":
         head, text = metric.short, lambda cell: figure_text(cell, name, unit="×") or _failed(cell)
     falls = metric.better == "higher"
