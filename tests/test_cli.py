@@ -228,7 +228,7 @@ def test_dry_run_names_the_cells_and_loads_nothing(tokbench_command, monkeypatch
         (["run", "--method", "tome:prop=1"], ["'prop'", "'prop_attn'"]),
         (["run", "--schedule", "constant:x"], ["'constant:x'", "'x'"]),
         (["run", "--method", "tome", "--schedule", "list:" + "9" * 5000], ["whole number of tokens"]),
-        (["run", "--max-bad", "101"], ["max_bad", "0 to 100"]),
+        (["run", "--max-bad", "101"], ["max_bad", "at most 100"]),
         (["run", "--schedule", "kep:0.7@3"], ["'kep'", "'keep'"]),
         (["run", "--model", "deit_smal_patch16_224"], ["'deit_smal_patch16_224'", "'deit_small_patch16_224"]),
         (["run", "--model", "resnet50"], ["'resnet50'"]),
@@ -347,7 +347,10 @@ def test_the_package_runs_as_a_module():
         [sys.executable, "-m", "tokbench", "run", "--only", "foo"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert done.stderr == "tokbench: only: unknown word 'foo'; use flops, accuracy, speed. Did you mean 'flops'?\n"
+    assert (
+        done.stderr
+        == "tokbench: only[0]: unknown word 'foo'; use 'flops', 'accuracy' or 'speed'. Did you mean 'flops'?\n"
+    )
 
 
 @pytest.mark.parametrize("words", [("run", "--out"), ("run", "--fresh", "--out"), ("run", "--plugin"), ("table",)])
@@ -364,3 +367,42 @@ def test_output_that_cannot_be_written_is_one_line():
         )
     assert done.returncode == 3
     assert done.stderr == b"tokbench: cannot write the output: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "part"),
+    [
+        (("run", "--method", "ToMe", "--schedule", "8", "--dry-run"), 0, "bundled/tome/8"),
+        (("run", "--schedule", "13,16", "--dry-run"), 2, "--schedule 13 --schedule 16"),
+        (("list", "models", "resnet999"), 2, "no model is called 'resnet999'"),
+        (("list", "models", "deit_tny"), 2, "'deit_tiny"),
+    ],
+)
+def test_what_a_user_means_is_understood_or_answered(tokbench_command, words, code, part):
+    found, out, err = tokbench_command(*words)
+    assert found == code and part in (err if code else out) and err.count("\n") == (code == 2)
+
+
+def test_a_metric_may_be_called_by_its_column(tokbench_command, tiny, tmp_path):
+    run = tmp_path / "run"
+    assert tokbench_command("run", *QUICK, "--out", run)[0] == 0
+    assert tokbench_command("table", run, "--sort", "latency_ms")[0] == 0
+    assert tokbench_command("plot", run, "--x", "latency_ms", "--out", tmp_path / "x.svg")[0] == 0
+    code, _, err = tokbench_command("pick", run, "--max-drop", "-1")
+    assert code == 2 and "--max-drop must be a number of 0 or more, not -1" in err
+    code, _, err = tokbench_command("table", run, "--filter", "drp<1")
+    assert code == 2 and err.count("'drop'") == 1
+
+
+def test_without_answers_the_plot_sets_flops_against_speed(tokbench_command, tiny, tmp_path):
+    run = tmp_path / "run"
+    code, out, err = tokbench_command("run", *QUICK, "--only", "flops,speed", "--out", run)
+    assert (code, err) == (0, "") and (run / "pareto.png").is_file() and out.rstrip().endswith("pareto.png")
+
+
+def test_a_closed_output_and_a_folder_that_is_gone_are_no_traceback(tmp_path):
+    table = f"{sys.executable} -m tokbench table {Path(__file__).parents[1] / 'results' / 'reference'}"
+    gone = f"mkdir {tmp_path}/gone && cd {tmp_path}/gone && rmdir {tmp_path}/gone && {table}"
+    for shell, words in ((f"{table} >&-", ""), (gone, "tokbench: the current folder no longer exists")):
+        done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=False)
+        assert words in done.stderr and done.stderr.count("\n") <= 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tokbench import list_methods
-from tokbench.catalogue import CONTROLS, built_in
+from tokbench.catalogue import CONTROLS, built_in, catalogue
 from tokbench.config import (
     DEFAULT_LIMIT,
     DEFAULT_METHODS,
@@ -276,14 +276,19 @@ def test_the_catalogue_read_from_source_is_the_registry():
     for name, method in own.items():
         assert (found[name].paper, found[name].parameters) == (method.paper, method().parameters())
         assert found[name].summary == (method.__doc__ or "").strip().splitlines()[0]
+    assert {entry.name: entry.needs for entry in catalogue()} == {name: found[name].needs for name in METHODS}
+    assert found["ppt"].needs == ("keys", "values", "class attention") and found["random"].needs == ()
+    assert found["ats"].needs[-1].startswith("images") and found["tofu"].needs == ("keys", "images for auto")
 
 
 def test_the_controls_are_the_methods_that_say_so():
     assert {entry.name for entry in built_in() if entry.paper.startswith("control")} == CONTROLS
 
 
-def test_the_default_grid_has_one_method_of_each_kind_and_the_controls():
-    assert {*DEFAULT_METHODS} < set(list_methods())
+def test_the_default_grid_has_the_most_used_methods_and_the_full_one_every_method():
+    assert set(DEFAULT_METHODS) < set(list_methods())
+    full = Grid.from_toml(Path(__file__).parents[1] / "benchmarks" / "bundled.toml")
+    assert {method.name for method in full.methods} == {*list_methods()} - {"free"}
     assert [method.name for method in Grid.default().methods] == ["none", *DEFAULT_METHODS]
 
 

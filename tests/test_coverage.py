@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from timm.models import Eva, VisionTransformer
+from survey import coverage
 
 import tokbench
-from tokbench import coverage, models
+from tokbench import models
+from tokbench.fusion.patch import REDUCED_MODELS
+from tokbench.measure._model import resolve_input_size
 
 COVERAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
 METHODS = [name for name in tokbench.list_methods() if name != "none"]
@@ -50,19 +52,24 @@ def with_output(model) -> tuple:
 
 
 def images(model) -> torch.Tensor:
-    return torch.rand(2, 3, *model.patch_embed.img_size, dtype=next(model.parameters()).dtype)
+    return torch.rand(2, *resolve_input_size(model, None), dtype=next(model.parameters()).dtype)
 
 
 def give_twins(model) -> None:
-    """Let pairs of patch tokens be equal, with one rotary embedding for all patches where the model has any."""
-    embedded = model._pos_embed(model.patch_embed(images(model)))
-    tokens, rope = embedded if isinstance(embedded, tuple) else (embedded, None)
-    tokens = torch.randn_like(tokens)
+    """Let pairs of patch tokens be equal, with one place for all patches, as far as attention looks at places."""
+    tokens = torch.randn(2, coverage.SIDE**2 + model.num_prefix_tokens, model.embed_dim, dtype=torch.float64)
     tokens[:, model.num_prefix_tokens + 1 :: 2] = tokens[:, model.num_prefix_tokens :: 2]
-    if rope is not None:
-        rope = rope[..., :1, :].expand_as(rope)
-    model._pos_embed = lambda x: (tokens, rope) if isinstance(model, Eva) else tokens
-    model.patch_embed.forward = lambda x: x
+
+    def one_place(block, args, options):
+        if options.get("rope") is not None:
+            options["rope"] = options["rope"][..., :1, :].expand_as(options["rope"])
+        return (tokens if block is model.blocks[0] else args[0], *args[1:]), options
+
+    for block in model.blocks:
+        block.register_forward_pre_hook(one_place, with_kwargs=True)
+        table = getattr(block.attn, "relative_position_bias_table", None)
+        if table is not None:
+            table.data[:-3] = table.data[0]  # of patches; then the class token's ways
 
 
 def test_no_other_module_of_timm_knows_these_classes():
@@ -71,15 +78,15 @@ def test_no_other_module_of_timm_knows_these_classes():
         name
         for name, module in modules.items()
         for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, (VisionTransformer, Eva))
+        if inspect.isclass(value) and issubclass(value, tuple(REDUCED_MODELS))
     }
-    assert knowing == set(models.VIT_MODULES)
+    assert knowing | set(models.OWN_MODULES) == set(models.VIT_MODULES)
 
 
 def test_every_architecture_is_in_the_survey(tried):
     names = [name for one in tried for name in one.names]
     assert sorted(names) == sorted(coverage.architectures()) and len(names) > 250
-    assert {one.structure[0] for one in tried} == {"VisionTransformer", "VisionTransformerDistilled", "Eva"}
+    assert {one.structure[0] for one in tried} == {kind.__name__ for kind in REDUCED_MODELS}
 
 
 def test_a_structure_is_supported_by_every_method_or_by_none(tried):
@@ -151,4 +158,4 @@ def test_the_committed_table_is_that_of_this_timm(tried):
     text = COVERAGE.read_text()
     if f"timm {timm.__version__} " not in text:
         pytest.skip(f"the table is not of timm {timm.__version__}; constraints.txt pins the one it is of")
-    assert text == coverage.table(tried), "run: python -m tokbench.coverage docs/coverage.md"
+    assert text == coverage.table(tried), "run: python benchmarks/coverage.py docs/coverage.md"

@@ -90,7 +90,7 @@ def ground(folder: Path) -> Iterator[None]:
         patches.setattr(tokbench.models, "load_model", runner.load_model)
         patches.setattr(tokbench.data, "open_dataset", runner.open_dataset)
         patches.setattr(half_pass, "SAVE_SECONDS", 0)
-        patches.setattr(runner, "_draw", lambda table, folder: [])
+        patches.setattr(runner, "_draw", lambda *_: [])
         assert call(*GO_ON, "whole")[0] == 0
         read = Source.__getitem__
 

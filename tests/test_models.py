@@ -195,7 +195,11 @@ def test_an_unknown_model_is_refused_with_close_matches(offline):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("resnet50", "ResNet"), ("beit_base_patch16_224", "Beit"), ("naflexvit_base_patch16_gap", "NaFlexVit")],
+    [
+        ("resnet50", "ResNet"),
+        ("swin_tiny_patch4_window7_224", "SwinTransformer"),
+        ("pit_s_224", "PoolingVisionTransformer"),
+    ],
 )
 def test_a_model_that_is_no_plain_vit_is_refused_before_anything_is_downloaded(name, kind, offline):
     assert f"model {name!r}: {kind} is not a plain ViT" in complaint(name)
@@ -234,7 +238,7 @@ def test_model_names_are_vits_with_weights():
     names = model_names()
     assert names[0] == "bundled"
     assert {"deit_small_patch16_224.fb_in1k", "vit_small_patch16_dinov3.lvd1689m"} <= set(names)
-    assert not any(name.startswith(("resnet", "beit_", "swin")) for name in names)
+    assert not any(name.startswith(("resnet", "pit_", "swin")) for name in names)
     assert model_names("bund") == ["bundled"]
     assert set(model_names("deit_*tiny*")) == {name for name in model_names("deit_") if "tiny" in name}
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 from made_run import changed, make_run
+from stand_ins import plain_records
 
 from tokbench.errors import UserError
+from tokbench.measure.stats import median_ratio_interval
 from tokbench.report.html import plot_data
 from tokbench.report.plots import plot_pareto
 from tokbench.report.tables import render_table
@@ -48,7 +50,7 @@ def test_a_cell_has_its_figures_in_the_units_of_the_labels(cells: list[Cell]) ->
     assert [cell.is_baseline for cell in cells] == [True, False, False, False, False]
     tome = cells[1]
     assert tome.value("gflops") == pytest.approx(0.3) and tome.value("flops_ratio") == 0.75
-    assert tome.value("top1") == pytest.approx(79.8) and tome["agreement"] == Figure(90) and tome.tokens[-1] == 100
+    assert tome.value("top1") == pytest.approx(79.8) and tome["agreement"] == Figure(90) and tome.tokens_final == 100
     assert tome["drop"] == Figure(0.2, -0.3, 0.7) and tome.images == 1000 and tome.machine == "A CPU"
 
 
@@ -59,6 +61,14 @@ def test_a_table_has_a_row_per_cell_and_a_column_per_figure(run: Path) -> None:
     assert table.loc[2, "top1_paired_low"] == pytest.approx(77.0)
     assert table.loc[2, "top1_low"] == pytest.approx(76.0)
     assert table["tokens_final"].to_list() == [100] * 5
+
+
+def test_tokens_that_are_means_over_images_are_read_and_shown_in_whole_ones(run: Path) -> None:
+    folder = RunFolder.open(run)
+    for record in [record for record in folder.records() if record.method == "tome"]:
+        folder.append(record.plain() | {"tokens": [197, 100.6]})
+    cell = next(cell for cell in load_cells([run]) if cell.method == "tome")
+    assert cell.tokens == (197, 100.6) and cell.tokens_final == 101
 
 
 def test_a_figure_is_one_row_of_metrics(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,3 +226,19 @@ def test_a_cell_that_failed_early_stays_with_its_run(run: Path) -> None:
 def test_a_metric_that_is_not_there_is_one_line(cells: list[Cell]) -> None:
     with pytest.raises(UserError, match="no metric 'gflop'. Did you mean 'gflops'"):
         pareto_front(cells, "gflop", "top1")
+
+
+def test_the_committed_figures_follow_from_the_committed_timings() -> None:
+    records = plain_records(Path(__file__).parents[1] / "results" / "reference")
+    timed = {record["cell"]: record for record in records if record["kind"] == "speed"}
+    base = timed["bundled/none"]
+    for record in timed.values():
+        for name, above, below in (
+            ("speedup", base["seconds"], record["seconds"]),
+            ("latency_speedup", base["latency_seconds"], record["latency_seconds"]),
+            ("efficiency", record.get("free_seconds"), record["seconds"]),
+        ):
+            if above:
+                figures = [record[name], record[f"{name}_low"], record[f"{name}_high"]]
+                assert figures == pytest.approx(median_ratio_interval(above, below))
+    assert len(timed) == 17

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def source(monkeypatch) -> Source:
     monkeypatch.setattr(half_pass, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(runner, "_draw", lambda table, folder: [])
+    monkeypatch.setattr(runner, "_draw", lambda *_: [])
     return stand_in(monkeypatch, Source())
 
 
@@ -209,9 +209,20 @@ def test_the_unreduced_model_must_answer_as_before(source, tmp_path):
     with pytest.raises(RunStopped, match="predictions differ among images 10 to 20"):
         runner.run(small_grid(TOME, RANDOM), tmp_path / "run")
     assert "tiny/random/8" not in {r["cell"] for r in plain_records(folder.path) if r["kind"] == "accuracy"}
-    path.write_bytes(b"PK")
+    path.write_bytes(b"no archive")
     with pytest.raises(RunStopped, match="predictions in .* cannot be read"):
         runner.run(small_grid(TOME, RANDOM), tmp_path / "run")
+
+
+@pytest.mark.parametrize("cell", ["tiny/none", "tiny/tome/8"])
+def test_answers_that_were_deleted_are_measured_again(source, tmp_path, cell):
+    runner.run(small_grid(TOME), tmp_path / "run")
+    path = RunFolder.open(tmp_path / "run").prediction_path(cell)
+    before = Predictions.load(path)
+    path.unlink()
+    runner.run(small_grid(TOME), tmp_path / "run")
+    assert np.array_equal(Predictions.load(path).predicted, before.predicted)
+    assert [r["cell"] for r in plain_records(tmp_path / "run") if r["kind"] == "accuracy"].count(cell) == 2
 
 
 def test_a_cell_must_be_what_it_was(source, tmp_path):

@@ -12,18 +12,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from made_run import changed
 from stand_ins import CLASSES, IMAGES, Listener, Source, plain_records, small_grid, stand_in, tiny_model
 from timm.models.vision_transformer import VisionTransformer
 
 from tokbench import resolve
 from tokbench.check.compare import check
 from tokbench.config import Grid, MethodSpec, ModelSpec, PlannedCell, RunOptions
+from tokbench.data import load_batches
 from tokbench.data.labels import DataWarning
 from tokbench.errors import RunStopped, UserError
 from tokbench.fusion.core import METHODS, Method
+from tokbench.fusion.patch import tokens_per_block
 from tokbench.measure import speed
 from tokbench.measure.environment import Disturbance
-from tokbench.measure.flops import FlopCount
+from tokbench.measure.flops import FlopCount, count_flops
 from tokbench.measure.speed import SpeedResult
 from tokbench.report.findings import findings
 from tokbench.report.pick import pick_cells
@@ -68,7 +71,7 @@ def test_a_run_measures_every_cell_and_writes_records_in_order(source, tmp_path)
     assert list(table["cell"]) == cells
     assert table[["gflops", "top1", "throughput", "speedup", "agreement", "drop"]].notna().all(axis=None)
     assert folder.manifest.plain()["grid"]["options"]["batch_size"] == 10
-    assert {"machine", "packages", "started"} <= folder.manifest.keys()
+    assert {"machine", "packages", "started"} <= folder.manifest.plain().keys()
     assert (tmp_path / "run" / "pareto.png").stat().st_size > 10_000
     assert listener.told[-1] == ("finished", 3, ["pareto.png"])
     assert not listener.warnings
@@ -112,7 +115,7 @@ def test_predictions_lie_beside_the_records_and_agree_with_them(source, tmp_path
         (("flops",), {"flops"}, []),
         (("accuracy",), {"accuracy"}, []),
         (("accuracy", "flops"), {"flops", "accuracy"}, ["pareto.png"]),
-        (("flops", "speed"), {"flops", "speed"}, []),
+        (("flops", "speed"), {"flops", "speed"}, ["pareto.png"]),
     ],
 )
 def test_only_what_is_asked_for_is_measured(source, tmp_path, only, kinds, plots):
@@ -146,7 +149,7 @@ def test_the_unreduced_model_is_counted_once_for_all_cells(source, tmp_path, mon
     counted = []
     for module in (bench, resolve):
         real = module.count_flops
-        spy = lambda model, *size, real=real: counted.append(hasattr(model, "fusion")) or real(model, *size)  # noqa: E731
+        spy = lambda model, *size, real=real, **on: counted.append(hasattr(model, "fusion")) or real(model, *size, **on)  # noqa: E731
         monkeypatch.setattr(module, "count_flops", spy)
     grid = small_grid(MethodSpec("tome", ("flops:0.8", "flops:0.6")), MethodSpec("topk", ("flops:0.6",)), only=only)
     runner.run(grid, tmp_path / "run")
@@ -244,7 +247,7 @@ def test_labels_that_do_not_match_are_said_loudly(source, tmp_path, monkeypatch)
 
 def test_operators_without_a_count_are_said(source, tmp_path, monkeypatch):
     count = FlopCount(total=10, by_module={}, by_operator={}, unsupported={"aten::fft": 2})
-    monkeypatch.setattr(bench, "count_flops", lambda model, size: count)
+    monkeypatch.setattr(bench, "count_flops", lambda model, size, **on: count)
     with pytest.warns(UserWarning, match="too low.*aten::fft"):
         runner.run(small_grid(only=("flops",)), tmp_path / "run")
 
@@ -490,7 +493,9 @@ def test_logits_that_are_not_finite_are_counted_told_and_never_agree(source, tmp
     assert records[1]["agreement"] == (IMAGES - 3) / IMAGES
     assert sum("NaN or infinite logits for 3 of 24 images" in text for text in listener.warnings) == 3
     assert list(table["nonfinite"]) == [3, 3, 3]
-    assert "tome 8: NaN or infinite logits for 3 images, which count as wrong" in render_table(table, "md")
+    assert "tome 8: NaN or infinite logits for 3 images, which count as wrong" in render_table(
+        load_cells([tmp_path / "run"]), "md"
+    )
 
 
 def test_a_cell_that_answers_with_nan_only_has_no_image_right(source, tmp_path, monkeypatch):
@@ -507,6 +512,19 @@ def test_a_cell_that_answers_with_nan_only_has_no_image_right(source, tmp_path, 
     row = runner.run(grid, tmp_path / "run", progress=listener).set_index("cell").loc["tiny/lost/8"]
     assert row[["top1", "top5", "agreement", "drop", "nonfinite"]].tolist() == [0, 0, 0, 100, IMAGES]
     assert any("tiny/lost/8 gives NaN or infinite logits for 24 of 24" in text for text in listener.warnings)
+
+
+def test_where_tokens_depend_on_the_image_all_is_measured_on_the_runs_images(source, tmp_path):
+    runner.run(small_grid(MethodSpec("ats", ("keep:0.5@1",))), tmp_path / "run")
+    records = {record.kind: record for record in RunFolder.open(tmp_path / "run").records()[1::2]}
+    model = resolve.apply(tiny_model(), "ats", "keep:0.5@1")
+    images = next(iter(load_batches(source, 8, workers=0))).images
+    count = count_flops(model, images=images)
+    with torch.inference_mode():
+        model(images)
+    assert set(records) == {"flops", "accuracy", "speed"}
+    assert records["flops"].flops == count.total and records["flops"].plain().get("flops_spread", 0.0) == count.spread
+    assert all(record.tokens == tokens_per_block(model) for record in records.values())
 
 
 @pytest.fixture
@@ -569,10 +587,11 @@ def test_a_backbone_is_compared_by_its_features(source, tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr(runner, "load_model", headless)
-    table = runner.run(small_grid(only=("flops", "accuracy")), tmp_path / "run").set_index("cell")
+    grid = small_grid(MethodSpec("random", ("16",)), only=("flops", "accuracy"))
+    table = runner.run(grid, tmp_path / "run").set_index("cell")
     assert table[["top1", "agreement", "kl"]].isna().all(axis=None)
     assert table.loc["tiny/none", "similarity"] == pytest.approx(1)
-    assert 0 < table.loc["tiny/random/8", "similarity"] < 1
+    assert 0 < table.loc["tiny/random/16", "similarity"] < 1
     base = table.loc["tiny/none"]
     assert base["knn_top1_low"] < base["knn_top1"] == 100 and base["knn_drop"] == 0  # each class has its own channel
     drops = 100 - table["knn_top1"]
@@ -610,13 +629,13 @@ def test_a_baseline_without_fused_attention_is_said(source, tmp_path, monkeypatc
 
     monkeypatch.setattr(runner, "load_model", unfused)
     listener = Listener()
-    table = runner.run(small_grid(only=("flops", "speed")), tmp_path / "run", progress=listener)
+    runner.run(small_grid(only=("flops", "speed")), tmp_path / "run", progress=listener)
+    cells = load_cells([tmp_path / "run"])
     assert any("fused attention is off" in text for text in listener.warnings)
-    assert "Fused attention was off" in render_table(table, "md")
+    assert "Fused attention was off" in render_table(cells, "md")
     speeds = [record for record in plain_records(tmp_path / "run") if record["kind"] == "speed"]
     assert all(record["attention_kernels"] == ["flash_attention_for_cpu"] for record in speeds)  # of the other blocks
-    fused = {"fused_attention": "on"}
-    assert "Fused attention was off" not in render_table(table.assign(**fused), "md")
+    assert "Fused attention was off" not in render_table(changed(cells, fused_attention="on"), "md")
 
 
 def test_a_cell_that_fails_in_latency_alone_is_the_one_that_failed(source, tmp_path, monkeypatch):
@@ -636,9 +655,9 @@ def test_a_cell_that_fails_in_latency_alone_is_the_one_that_failed(source, tmp_p
 def test_a_folder_removed_while_its_plot_is_drawn_is_said_to_be_gone(source, tmp_path, monkeypatch):
     real = runner._draw
 
-    def remove_and_draw(table, folder):
+    def remove_and_draw(cells, folder, tell):
         shutil.rmtree(folder)
-        return real(table, folder)
+        return real(cells, folder, tell)
 
     monkeypatch.setattr(runner, "_draw", remove_and_draw)
     with pytest.raises(RunStopped, match="was removed while running"):

@@ -49,7 +49,8 @@ def main() -> NoReturn:
         with ending_at_once():
             _require_current_folder()
             code = app(args=sys.argv[1:] or ["--help"], prog_name="tokbench", standalone_mode=False)
-            sys.stdout.flush()
+            if sys.stdout:  # None where it is closed
+                sys.stdout.flush()
     except RunStopped as error:
         complain(str(error))
         code = 3
@@ -532,7 +533,11 @@ def list_(
         case "models":
             from tokbench.models import model_names
 
-            print("\n".join(model_names(pattern)))
+            names = model_names(pattern)
+            if not names:
+                families = dict.fromkeys(name.partition("_patch")[0] for name in model_names())
+                raise UserError(f"no model is called {pattern!r}.{nearest(pattern, families)}")
+            print("\n".join(names))
         case "methods":
             from tokbench.config import describe_methods
 

@@ -112,6 +112,7 @@ class MethodSpec:
     def __post_init__(self) -> None:
         if self.name == "none" and (self.schedules or self.params):
             raise ValueError("method 'none' is the unreduced model: it takes no schedules and no parameters")
+        object.__setattr__(self, "name", self.name.lower())  # papers write ToMe
         object.__setattr__(self, "params", dict(sorted(self.params.items())))
         for text in self.schedules:
             parse_schedule(text)

@@ -48,7 +48,7 @@ class Progress:
         warnings.warn(text, stacklevel=2)
 
     def note(self, text: str) -> None:
-        """Something worth knowing, and no reason for doubt."""
+        """Something worth knowing that is no fault."""
 
     def finished(self, cells: list[Cell], plots: list[Path]) -> None:
         """The run is over; these are its cells, and `plots` are the files drawn."""
@@ -146,7 +146,7 @@ class LiveProgress(Progress):
         self._say(f"Warning: {text}", style="bold red")
 
     def note(self, text: str) -> None:
-        self._say(f"Note: {text}")
+        self._say(text)
 
     def finished(self, cells: list[Cell], plots: list[Path]) -> None:
         from tokbench.report.tables import print_table

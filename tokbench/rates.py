@@ -10,6 +10,7 @@ from typing import Any
 from tokbench.errors import UserError
 from tokbench.fusion.core import Method
 from tokbench.fusion.diffrate import DiffRate
+from tokbench.measure._model import resolve_input_size
 from tokbench.schedules import Schedule
 
 
@@ -26,7 +27,7 @@ def look_up(model: Any, method: Method, schedule: Schedule) -> tuple[Method, Sch
         budgets = {float(budget): rates for budget, rates in entry["budgets"].items()}
         # A fine-tuned MAE has its architecture from the plain ViT, and averages its tokens.
         made_for = (entry["architecture"], entry["global_pool"], (224, 224))
-        if (architecture, model.global_pool, tuple(model.patch_embed.img_size)) != made_for:
+        if (architecture, model.global_pool, resolve_input_size(model, None)[1:]) != made_for:
             continue
         if schedule.values[0] not in budgets:
             known = ", ".join(f"diffrate:{budget}" for budget in entry["budgets"])

@@ -78,6 +78,8 @@ def parse_schedule(text: str | int | Schedule) -> Schedule:
         if not _is_number(text):
             example = GRAMMAR[text][0] if text in GRAMMAR else "constant:13"
             hint = nearest(text, GRAMMAR) if text not in GRAMMAR else ""
+            if all(map(_is_count, text.split(","))):
+                hint = f" Several schedules are several flags: --schedule {' --schedule '.join(text.split(','))}."
             raise ScheduleError(f"schedule '{text}': expected KIND:VALUES, such as '{example}'.{hint}")
     if kind not in GRAMMAR:
         raise ScheduleError(

@@ -99,9 +99,9 @@ def subsets(run: Run, limit: int | None) -> dict[str, Subset]:
 
 
 def _subset(run: Run, grid: Grid, spec: ModelSpec, model: nn.Module, limit: int | None) -> Subset:
-    source = data.open_dataset(grid.data, model, limit=grid.options.limit)
+    source = data.open_dataset(grid.data, model, limit=grid.options.limit, labels=grid.options.labels)
     _require_same(run, spec, "data_fingerprint", source.fingerprint, f"images of data '{grid.data}'")
-    wanted = source if limit is None else data.open_dataset(grid.data, model, limit=limit)
+    wanted = source if limit is None else data.open_dataset(grid.data, model, limit=limit, labels=grid.options.labels)
     if len(wanted) < (limit or 0) or not np.isin(wanted.indices, source.indices).all():
         raise UserError(f"--limit {limit}: the run {run.path} has only {len(source):,} images")
     skipped = run.skipped(spec.label)

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers.attention import Attention, AttentionRope
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
-from timm.models.eva import EvaBlock, EvaBlockPostNorm
+from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
@@ -29,13 +30,13 @@ class Fusion:
     prefix: int
     grid: tuple[int, int]
     has_class_token: bool
-    rotary: bool = False
+    positional: bool = False
     trace: bool = False
     checks: bool = False  # each plan before it is carried out: not while anything is timed
     state: State = field(default_factory=State)
 
     def begin(self, x: Tensor) -> None:
-        self.state = State(rotary=self.rotary)
+        self.state = State(positional=self.positional)
         with torch.autocast(x.device.type, enabled=False):
             self.state.begun = self.method.begin(x, self.prefix, self.grid)
         if self.method.counts_by_image:
@@ -92,13 +93,25 @@ class Fusion:
     def rope(self, table: Tensor | None) -> Tensor | None:
         """The rotary embedding of the patch tokens as they now are: each token's row of the model's own table.
 
-        table: (T₀, D), or (H, T₀, D) where heads differ. Returns it as it is while nothing was reduced, after that
-        one for each image: (B, 1, T, D) or (B, H, T, D).
+        table: (T₀, D), or (H, T₀, D) where heads differ, or one of these for each image, all alike. As it is while
+        nothing was reduced, after that one for each image: (B, 1, T, D) or (B, H, T, D).
         """
         if table is None or self.state.origin is None:
             return table
+        table = table[0] if table.ndim == 4 else table
         rows = self.state.origin[:, self.prefix :] - self.prefix
         return table[rows].unsqueeze(1) if table.ndim == 2 else table[:, rows].transpose(0, 1)
+
+    def rows_and_columns(self, bias: Tensor) -> Tensor:
+        """The position bias of the tokens as they now are: each token's row and column of the model's own.
+
+        bias: (H, N₀, N₀) or (1, H, N₀, N₀). As it is while nothing was reduced, after that one for each image:
+        (B, H, N, N).
+        """
+        origin = self.state.origin
+        if origin is None:
+            return bias
+        return bias.flatten(0, -3)[:, origin.unsqueeze(2), origin.unsqueeze(1)].transpose(0, 1)
 
     def view(
         self,
@@ -108,8 +121,10 @@ class Fusion:
         heads: Callable[[], tuple[Tensor, Tensor]],
         values: Callable[[], Tensor],
         rope: Tensor | None = None,
+        bias: Callable[[], Tensor] | None = None,
     ) -> View:
-        """What the method may look at: x (B, N, C), this block's queries, keys and values, and the model's rope."""
+        """What the method may look at: x (B, N, C), this block's queries, keys and values, the model's rope, and what
+        gives the tokens' position bias."""
         rope = self.rope(rope)
         return View(
             x=x,
@@ -120,6 +135,7 @@ class Fusion:
             heads=heads,
             values=values,
             rotate=None if rope is None else partial(rotate, attention, rope),
+            bias=bias,
             scale=attention.scale,
             has_class_token=self.has_class_token,
             grid=self.grid,
@@ -177,7 +193,7 @@ def tapped(module: nn.Module) -> Tensor | None:
 
 def tapped_modules(attention: Any, needs_values: bool) -> list[nn.Module]:
     """Where to listen in to a timm attention: queries, keys, and what values are part of."""
-    joint = attention.v_proj if attention.qkv is None else attention.qkv
+    joint = attention.v_proj if attention.qkv is None else getattr(attention, "joint", attention.qkv)
     return [attention.q_norm, attention.k_norm, *([joint] if needs_values else [])]
 
 
@@ -213,13 +229,31 @@ def project_values(attention: Any, x: Tensor) -> Tensor:
 
 
 def _project(attention: Any, x: Tensor, parts: slice) -> Tensor:
-    """Some of the three parts of a joint qkv projection: (B, N, parts·H·d)."""
+    """Some of the three parts of a joint qkv projection: (B, N, parts·H·d). Parts nobody asked for are not computed,
+    unless the projection is more than a weight and a bias: then it is called, for only it knows what it does."""
     width = attention.num_heads * attention.head_dim
     rows = slice(parts.start * width, parts.stop * width)
-    bias = attention.qkv.bias
-    if getattr(attention, "q_bias", None) is not None:  # EVA keeps a bias of its own, of zeros for the keys
-        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
-    return F.linear(x, attention.qkv.weight[rows], None if bias is None else bias[rows])
+    own = None
+    if getattr(attention, "q_bias", None) is not None:  # EVA and BEiT keep a bias of their own, of zeros for the keys
+        own = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])[rows]
+    if is_plain(attention.qkv):
+        bias = attention.qkv.bias[rows] if own is None and attention.qkv.bias is not None else own
+        return F.linear(x, attention.qkv.weight[rows], bias)
+    projected = attention.qkv(x)[..., rows]
+    return projected if own is None else projected + own
+
+
+def is_plain(projection: nn.Module) -> bool:
+    """Whether a module does what its weight and its bias say, so that they may be used without calling it."""
+    hooks = [
+        hook
+        for kind in ("forward_pre", "forward", "backward_pre", "backward")
+        for hook in getattr(projection, f"_{kind}_hooks").values()
+        # Those only write down where a trace is, or what passed.
+        if not (type(hook).__module__.startswith("fvcore.") or isinstance(hook, Tap))
+    ]
+    own_weight = isinstance(projection, nn.Linear) and type(projection.weight) is nn.Parameter
+    return type(projection) is nn.Linear and own_weight and "forward" not in vars(projection) and not hooks
 
 
 def _heads(attention: Any, projected: Tensor) -> Tensor:
@@ -227,7 +261,28 @@ def _heads(attention: Any, projected: Tensor) -> Tensor:
     return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
 
-class _Reduced:
+class ReducedAttentionBase:
+    """timm's attention, which can also be given its matrix. It is called for either: what is hooked onto it runs."""
+
+    def forward(self, x: Tensor, *args: Any, matrix: Tensor | None = None, **options: Any) -> Tensor:
+        if matrix is not None:
+            return attend_with(self, x, matrix)
+        return super().forward(x, *args, **options)  # type: ignore[misc]
+
+
+class ReducedAttention(ReducedAttentionBase, Attention):
+    """timm's usual attention."""
+
+
+class ReducedAttentionRope(ReducedAttentionBase, AttentionRope):
+    """timm's attention with rotary embeddings."""
+
+
+class ReducedEvaAttention(ReducedAttentionBase, EvaAttention):  # type: ignore[misc]
+    """EVA's attention."""
+
+
+class ReducedBlockBase:
     """The part that reduced blocks share. `fusion` and `index` are set by patch.py."""
 
     fusion: Fusion
@@ -276,7 +331,7 @@ class _Reduced:
         view = self.view_ahead(x, rope)
         with torch.autocast(x.device.type, enabled=False):
             view.attend_with(self.fusion.method.reshape_attention(view.attention()))
-        view.x = self.add_attention(x, attend_with(self.attn, normed, view.attention()))
+        view.x = self.add_attention(x, self.attn(normed, matrix=view.attention()))
         return view
 
     def view_behind(self, before: Tensor, x: Tensor, rope: Tensor | None) -> View:
@@ -292,7 +347,7 @@ class _Reduced:
             own = passed if self.attn.qkv is None else passed.chunk(3, dim=-1)[2]
             return for_every_head(_heads(self.attn, own), self.attn.num_heads)
 
-        return self.fusion.view(x, self.index, self.attn, heads, values, rope)
+        return self.view_of(x, heads, values, rope)
 
     def view_ahead(self, x: Tensor, rope: Tensor | None) -> View:
         """A view of tokens x (B, N, C) that this block's attention has not seen: it has to be computed for them."""
@@ -303,6 +358,11 @@ class _Reduced:
         def values() -> Tensor:
             return project_values(self.attn, self.before_attention(x))
 
+        return self.view_of(x, heads, values, rope)
+
+    def view_of(
+        self, x: Tensor, heads: Callable[[], tuple[Tensor, Tensor]], values: Callable[[], Tensor], rope: Tensor | None
+    ) -> View:
         return self.fusion.view(x, self.index, self.attn, heads, values, rope)
 
     def reduce_first(self, x: Tensor, r: int, rope: Tensor | None) -> Tensor:
@@ -310,7 +370,7 @@ class _Reduced:
         x, matrix = self.fusion.reduce(self.view_ahead(x, rope), r)
         if matrix is None:
             return super().forward(x, **self.bias(x, rope))  # type: ignore[misc]
-        return self.add_mlp(self.add_attention(x, attend_with(self.attn, self.before_attention(x), matrix)))
+        return self.add_mlp(self.add_attention(x, self.attn(self.before_attention(x), matrix=matrix)))
 
     def before_attention(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -322,7 +382,7 @@ class _Reduced:
         raise NotImplementedError
 
 
-class ReducedBlock(_Reduced, Block):
+class ReducedBlock(ReducedBlockBase, Block):
     """timm's pre-norm block."""
 
     def before_attention(self, x: Tensor) -> Tensor:
@@ -335,7 +395,7 @@ class ReducedBlock(_Reduced, Block):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
-class ReducedResPostBlock(_Reduced, ResPostBlock):
+class ReducedResPostBlock(ReducedBlockBase, ResPostBlock):
     """timm's post-norm block."""
 
     def before_attention(self, x: Tensor) -> Tensor:
@@ -348,7 +408,7 @@ class ReducedResPostBlock(_Reduced, ResPostBlock):
         return x + self.drop_path2(self.norm2(self.mlp(x)))
 
 
-class ReducedEvaBlock(_Reduced, EvaBlock):  # type: ignore[misc]
+class ReducedEvaBlock(ReducedBlockBase, EvaBlock):  # type: ignore[misc]
     """timm's pre-norm EVA block: rotary embedding, SwiGLU, scaled branches."""
 
     def before_attention(self, x: Tensor) -> Tensor:
@@ -362,7 +422,7 @@ class ReducedEvaBlock(_Reduced, EvaBlock):  # type: ignore[misc]
         return x + self.drop_path2(out if self.gamma_2 is None else self.gamma_2 * out)
 
 
-class ReducedEvaBlockPostNorm(_Reduced, EvaBlockPostNorm):  # type: ignore[misc]
+class ReducedEvaBlockPostNorm(ReducedBlockBase, EvaBlockPostNorm):  # type: ignore[misc]
     """timm's post-norm EVA block."""
 
     before_attention = ReducedResPostBlock.before_attention
@@ -375,4 +435,9 @@ REDUCED_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
     ResPostBlock: ReducedResPostBlock,
     EvaBlock: ReducedEvaBlock,
     EvaBlockPostNorm: ReducedEvaBlockPostNorm,
+}
+REDUCED_ATTENTIONS: dict[type[nn.Module], type[nn.Module]] = {
+    Attention: ReducedAttention,
+    AttentionRope: ReducedAttentionRope,
+    EvaAttention: ReducedEvaAttention,
 }

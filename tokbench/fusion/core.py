@@ -208,11 +208,12 @@ class View:
     x: (B, N, C) residual stream: `prefix` tokens, then `patches`. queries, keys, which `heads` gives: (B, H, N, d) of
     this block's attention, after any q/k norm and before any rotation; keys may have fewer heads, each shared by
     several of the queries'. values() are (B, H, N, d); projected anew, but for methods that set `needs_values`. rotate:
-    what a rotary model does to queries or keys before it compares them. size: (B, N), None where all are 1; log_size:
-    (B, N) where the block's attention uses it. block counts from 0. token_map: (B, N₀), where each of the model's first
-    tokens is now, −1 dropped; only for methods that set `needs_map`. grid: (rows, columns) of patches at the start.
-    begun: what the method's `begin` gave. Methods that set `counts_by_image` find images filled up (`padded`) with
-    tokens of size 0, and in `nominal` the patch tokens there would be if each block had removed what was asked for.
+    what a rotary model does to queries or keys before it compares them. bias() is what the model adds to the logits for
+    where tokens are, (B or 1, H, N, N) or (H, N, N). size: (B, N), None where all are 1; log_size: (B, N) where the
+    block's attention uses it. block counts from 0. token_map: (B, N₀), where each of the model's first tokens is now,
+    −1 dropped; only for methods that set `needs_map`. grid: (rows, columns) of patches at the start. begun: what the
+    method's `begin` gave. Methods that set `counts_by_image` find images filled up (`padded`) with tokens of size 0,
+    and in `nominal` the patch tokens there would be if each block had removed what was asked for.
     """
 
     x: Tensor
@@ -228,6 +229,7 @@ class View:
     size: Tensor | None = None
     log_size: Tensor | None = None
     rotate: Callable[[Tensor], Tensor] | None = None
+    bias: Callable[[], Tensor] | None = None
     token_map: Tensor | None = None
     begun: Any = None
     nominal: int = 0
@@ -253,7 +255,7 @@ class View:
         return self.keys.to(score_dtype(self.keys)).mean(1)
 
     def attention(self) -> Tensor:
-        """A = softmax(Q Kᵀ/√d, + log s where the block uses it): (B, H, N, N), computed once."""
+        """A = softmax(Q Kᵀ/√d, + log s and a position bias where the block uses them): (B, H, N, N), computed once."""
         if self._attention is None:
             self._attention = self._rows(self._rotated(self.queries), self.log_size)
         return self._attention
@@ -273,6 +275,8 @@ class View:
         precise = score_dtype(self.keys)
         keys = for_every_head(self._rotated(self.keys), queries.shape[1])
         logits = (queries.to(precise) * self.scale) @ keys.to(precise).mT
+        if self.bias is not None:
+            logits += self.bias()[..., : queries.shape[2], :]
         if log_size is not None:
             logits += log_size[:, None, None, :]
         return logits.softmax(-1)
@@ -459,12 +463,16 @@ class State:
 
     size: Tensor | None = None  # (B, N), None while every token is one patch
     token_map: Tensor | None = None  # (B, N₀), kept when traced or when the method needs it
-    rotary: bool = False  # whether the model has rotary embeddings
-    origin: Tensor | None = None  # (B, N), the first token whose rotary embedding each one has, None for its own
+    positional: bool = False  # whether attention looks at where tokens are: rotary embeddings, or a position bias
+    origin: Tensor | None = None  # (B, N), the first token whose place each one has, None for its own
     tokens: list[int | Tensor] = field(default_factory=list)  # after each block, prefix included; (B,) by image
     count: Tensor | None = None  # (B,), once images differ
     nominal: int | None = None  # tokens if all were removed that were asked for, where images differ
     begun: Any = None  # what the method's `begin` gave
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which torch refuses to make of a tensor that gradients flow through, as they do to sizes."""
+        return {name: one.detach() if isinstance(one, Tensor) else one for name, one in vars(self).items()}
 
     def advance(self, plan: Assignment, tokens: int, tracks_size: bool, dtype: torch.dtype) -> None:
         """Bring sizes and map up to date with a plan that was carried out on `tokens` tokens."""
@@ -482,7 +490,7 @@ class State:
                 past = torch.arange(plan.kept.shape[1], device=plan.kept.device) >= plan.count.unsqueeze(1)
                 size = size.masked_fill(past, 0)
         self.size, self.count = size, plan.count
-        if self.rotary:
+        if self.positional:
             self.origin = plan.kept if self.origin is None else self.origin.gather(1, plan.kept)
         if self.token_map is not None:
             moved = plan.target(tokens).gather(1, self.token_map.clamp_min(0))

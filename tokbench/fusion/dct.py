@@ -18,8 +18,8 @@ from tokbench.fusion.core import Assignment, Method, View, after_prefix, registe
 class DCT(Method):
     """Drop the r highest frequencies of the sequence of patch tokens: a cosine transform, cut off, transformed back.
 
-    No token survives as such. In the token map, and for rotary embeddings, an output token stands for the stretch of
-    the sequence that it is the resampled value of.
+    No token survives as such. In the token map, and where attention looks at places, an output token stands for the
+    stretch of the sequence that it is the resampled value of.
     """
 
     name = "dct"

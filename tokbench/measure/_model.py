@@ -23,8 +23,8 @@ def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 def resolve_input_size(model: nn.Module, input_size: int | Sequence[int] | None) -> tuple[int, int, int]:
     """(C, H, W) of one image.
 
-    `input_size` is the side of a square image, or (C, H, W), or None for the size the model was built for, read from
-    a timm model's patch embedding or pretrained configuration. Raises ValueError if neither is there.
+    `input_size` is the side of a square image, or (C, H, W), or None: what the model was built for, as a timm model
+    says where the image enters, or else its pretrained configuration. Raises ValueError when it cannot be told.
     """
     if isinstance(input_size, int):
         size: tuple[int, ...] = (_built_for(model)[0], input_size, input_size)
@@ -36,15 +36,16 @@ def resolve_input_size(model: nn.Module, input_size: int | Sequence[int] | None)
 
 
 def _built_for(model: nn.Module) -> tuple[int, ...]:
-    # Patch embedding first: with another img_size, the pretrained configuration keeps the published size.
-    embed = getattr(model, "patch_embed", None)
-    sides, proj = getattr(embed, "img_size", None), getattr(embed, "proj", None)
-    if sides is not None and isinstance(proj, nn.Conv2d):
-        return proj.in_channels, *sides
+    # Where the image enters says more than the published configuration, which a model built for another size keeps,
+    # and more than inner layers: the projection of a hybrid takes the channels of its CNN's features.
     config: Any = getattr(model, "pretrained_cfg", None) or {}
-    if "input_size" not in config:
+    published = tuple(config.get("input_size", ()))
+    sides = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    sides = sides or getattr(model, "_traits", {}).get("img_size") or published[1:]
+    channels = getattr(model, "in_chans", None) or (published[0] if published else None)
+    if not sides or channels is None:
         raise ValueError(f"cannot tell the input size of a {type(model).__name__}: pass input_size=(C, H, W)")
-    return tuple(config["input_size"])
+    return channels, *sides
 
 
 @contextmanager

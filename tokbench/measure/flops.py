@@ -48,7 +48,7 @@ _MOVEMENT = """
     index_fill index_fill_ index_put index_reduce index_reduce_ masked_select masked_scatter repeat
     repeat_interleave tile flip expand_as view_as reshape_as swapaxes swapdims movedim mT numpy_T
     eye unflatten ravel concat concatenate hstack vstack broadcast_to clone alias tril triu tril_ triu_
-    diagonal tensor_split unfold pad one_hot embedding meshgrid linspace new_ones new_tensor ones_like
+    diagonal tensor_split unfold im2col pad one_hot embedding meshgrid linspace new_ones new_tensor ones_like
     empty_like rand rand_like randn randn_like randperm scalar_tensor lift_fresh avg_pool2d max_pool2d
 """
 FREE_OPERATORS = frozenset(

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from tokbench.errors import UserError
+from tokbench.fusion.anatomy import grid_for
 
 Grid = tuple[int, int]
 Vit = VisionTransformer | Eva
@@ -61,12 +62,6 @@ def _same_numbers(a: Tensor, b: Tensor) -> bool:
     return a.numel() == b.numel() and torch.equal(a.flatten().sort().values, b.flatten().sort().values)
 
 
-def grid_of(model: Any) -> Grid:
-    """The patches (rows, columns) that a model's positions are for."""
-    rows, columns = model.patch_embed.grid_size
-    return rows, columns
-
-
 def resample_positions(
     state: dict[str, Tensor], model: Vit, native: Grid, *, interpolation: str = "bicubic", antialias: bool = True
 ) -> None:
@@ -92,7 +87,7 @@ def resample_positions(
             f"the checkpoint has positions for {count} patches, which are no square and not the {native[0]}×{native[1]}"
             " of this model: the grid they lie on cannot be told, so they cannot be brought to another input size."
         )
-    target = grid_of(model)
+    target = grid_for(model)
     if source != target:
         state["pos_embed"] = resample_abs_pos_embed(
             old, list(target), list(source), prefix, interpolation=interpolation, antialias=antialias

@@ -16,15 +16,22 @@ from huggingface_hub import hf_hub_url
 from torch import nn
 
 from tokbench.errors import UserError, nearest, shortened
+from tokbench.fusion.anatomy import grid_for, stem
 from tokbench.fusion.patch import UnsupportedModelError, require_supported
+from tokbench.measure._model import resolve_input_size
 from tokbench.models import fitting, hub
 from tokbench.models.bundled import BUNDLED, BUNDLED_WEIGHTS, build_bundled
 from tokbench.models.checkpoints import read_checkpoint
 from tokbench.models.converted import PREFIXES, convert
 from tokbench.models.converted.common import Conversion
 
-# The timm modules that build a VisionTransformer, VisionTransformerDistilled or Eva, and nothing else.
-VIT_MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "eva")
+# The modules that register ViTs with timm: their authors' weights are files to be given, which timm does not know.
+OWN_MODULES = ("t2t", "lvvit")
+# With those, the modules that build what fusion.patch.REDUCED_MODELS lists, and nothing else.
+VIT_MODULES = (
+    *("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "eva", "beit", "naflexvit"),
+    *OWN_MODULES,
+)
 # Those of them that have weights and that fusion.patch refuses, for what their blocks are.
 REFUSED = (
     "vit_dlittle_patch16_reg1_gap_256",
@@ -73,7 +80,7 @@ def load_model(
     with torch.device("meta"):
         skeleton = build()
         _require_vit(skeleton, name, input_size)
-        native = fitting.grid_of(skeleton)
+        native = grid_for(skeleton)
         if size is not None:
             build = partial(build, img_size=size)
             skeleton = build()
@@ -98,14 +105,15 @@ def load_model(
 
 
 def model_names(pattern: str = "") -> list[str]:
-    """ "bundled" and timm's ViTs that have pretrained weights, sorted. `pattern`: part of the name, or a wildcard."""
-    hidden = [f"{name}*" for name in REFUSED]
-    names = timm.list_models(module=VIT_MODULES, pretrained=True, exclude_filters=hidden)
-    if pattern:
-        glob = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
-        wanted = set(timm.list_models(glob, module=VIT_MODULES, pretrained=True))
-        names = [name for name in names if name in wanted]
-    return ([BUNDLED] if pattern in BUNDLED else []) + names
+    """ "bundled", T2T-ViT and LV-ViT, which need a --checkpoint, and timm's ViTs that have pretrained weights.
+
+    pattern: part of the name, or a wildcard.
+    """
+    glob = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+    own = timm.list_models(glob, module=OWN_MODULES)
+    timms = timm.list_models(glob, module=VIT_MODULES, pretrained=True)
+    hidden = tuple(f"{name}." for name in REFUSED)
+    return ([BUNDLED] if pattern in BUNDLED else []) + own + [name for name in timms if not name.startswith(hidden)]
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -184,8 +192,7 @@ def _require_vit(model: Any, name: str, input_size: int | None) -> None:
         require_supported(model)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"model {name!r}: {error}") from error
-    embed: Any = model.patch_embed
-    patch = embed.feat_ratio()
+    patch = stem(model).feat_ratio()
     if input_size is not None and input_size % patch:
         below = input_size // patch * patch
         fits = f"{below} or {below + patch}" if below else f"{patch}"
@@ -203,12 +210,8 @@ def _require_memory(skeleton: nn.Module, name: str) -> None:
 
 
 def _describe_input(model: Any) -> None:
-    channels = model.pretrained_cfg["input_size"][0]
-    cfg = dict(
-        model.pretrained_cfg,
-        input_size=(channels, *model.patch_embed.img_size),
-        num_classes=model.num_classes,
-    )
+    size = resolve_input_size(model, None)
+    cfg = dict(model.pretrained_cfg, input_size=size, num_classes=model.num_classes)
     if len(cfg.get("label_names") or ()) != model.num_classes:
         cfg.pop("label_names", None)
     model.pretrained_cfg = cfg

@@ -162,9 +162,9 @@ def _require_limits(asked: Mapping[str, float]) -> None:
     if not asked:
         raise UserError(f"pick needs a limit: {', '.join(map(_option, LIMITS))}")
     for name, value in asked.items():
-        if not math.isfinite(value) or (name != "max_drop" and value <= 0):
-            above = "" if name == "max_drop" else " above 0"
-            raise UserError(f"{_option(name)} must be a number{above}, not {value:g}")
+        if not math.isfinite(value) or value < 0 or (value == 0 and name != "max_drop"):
+            least = "of 0 or more" if name == "max_drop" else "above 0"
+            raise UserError(f"{_option(name)} must be a number {least}, not {value:g}")
         if name == "min_agreement" and value > 100:
             raise UserError(f"{_option(name)} is a percentage: at most 100, not {value:g}")
 

@@ -32,7 +32,7 @@ from tokbench.report.scene import Scene, scene, side_by_side
 from tokbench.report.styles import find_theme, method_order
 from tokbench.report.text import capital, listed, plural, told_caveats, variant_name
 from tokbench.results.cell import Cell
-from tokbench.results.metrics import METRICS, find_metric
+from tokbench.results.metrics import METRICS, find_metric, metric_name
 from tokbench.results.table import PANEL, group_by, known_gain, measured_names, run_names
 
 DEFAULT_X = ("gflops", "throughput")
@@ -108,7 +108,8 @@ def _axes(cells: Sequence[Cell], x: str | Sequence[str] | None, y: str | None) -
     def have(name: str, other: str) -> bool:
         return any(cell[name] and cell[other] for cell in cells)
 
-    asked = list(dict.fromkeys(DEFAULT_X if x is None else [x] if isinstance(x, str) else x))
+    asked = list(dict.fromkeys(map(metric_name, DEFAULT_X if x is None else [x] if isinstance(x, str) else x)))
+    y = metric_name(y) if y else y
     for name in (*asked, *([y] if y else [])):
         find_metric(name)
     if y is None:

@@ -25,7 +25,7 @@ from tokbench.report.text import (
     variant_name,
 )
 from tokbench.results.cell import Cell
-from tokbench.results.metrics import GAINS, METRICS, metric_of_column
+from tokbench.results.metrics import GAINS, METRICS, metric_name, metric_of_column
 from tokbench.results.table import (
     COUNTS,
     all_columns,
@@ -328,6 +328,7 @@ def _chosen_column(name: str, fronts: Fronts, printed: bool) -> _Column:
 def _sorted(cells: list[Cell], sort: str) -> list[Cell]:
     if not sort:
         return cells
+    sort = metric_name(sort)
     if sort in _SORT_ALSO:
         return sorted(cells, key=_SORT_ALSO[sort])
     if sort not in METRICS:
@@ -379,7 +380,7 @@ def _failed(cell: Cell) -> str:
 
 
 def _tokens(cell: Cell) -> str:
-    return f"{cell.tokens[-1]:,}" if cell.tokens else _failed(cell)
+    return f"{cell.tokens_final:,}" if cell.tokens else _failed(cell)
 
 
 _READ = {
@@ -387,7 +388,7 @@ _READ = {
     "model": _Column("Model", lambda cell: cell.model, left=True),
     "method": _Column("Method", lambda cell: cell.variant, left=True),
     "schedule": _Column("Schedule", lambda cell: "" if cell.is_baseline else cell.schedule, left=True),
-    "tokens_final": _Column("Tokens", _tokens, value=lambda cell: cell.tokens[-1] if cell.tokens else None),
+    "tokens_final": _Column("Tokens", _tokens, value=lambda cell: cell.tokens_final),
 }
 
 

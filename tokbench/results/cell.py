@@ -86,7 +86,7 @@ class Cell:
         run: what the run is called in a table.
         schedule, id: as they were written when the cell was first recorded.
         variant: the method as the command line writes it: `tome:prop_attn=false`.
-        tokens: left after each block, prefix included.
+        tokens: left after each block, prefix included; their mean over images where these differ.
         figures: by the names in `results.metrics.METRICS`, those that were measured.
         also: figures that are no metrics, by their columns.
         weights: "trained" or "random".
@@ -106,7 +106,7 @@ class Cell:
     also: Mapping[str, float]
     resolved: str | None = None
     calibrated: Mapping[str, Any] | None = None
-    tokens: tuple[int, ...] = ()
+    tokens: tuple[float, ...] = ()
     images: int | None = None
     batch_size: int | None = None
     skipped: int | None = None
@@ -146,6 +146,11 @@ class Cell:
     def variant(self) -> str:
         values = {name: value if isinstance(value, str) else json.dumps(value) for name, value in self.params.items()}
         return self.method + (":" if values else "") + ",".join(f"{name}={value}" for name, value in values.items())
+
+    @property
+    def tokens_final(self) -> int | None:
+        """Tokens left after the last block, in whole ones."""
+        return round(self.tokens[-1]) if self.tokens else None
 
     @property
     def is_baseline(self) -> bool:

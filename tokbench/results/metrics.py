@@ -228,6 +228,11 @@ GAINS = {
 }
 
 
+def metric_name(name: str) -> str:
+    """The name in `METRICS` of a metric given by it or by its column (`latency_ms`); what is neither comes back."""
+    return metric_of_column(name) or name
+
+
 def find_metric(name: str) -> Metric:
     """The metric of that name. Raises UserError with the nearest names."""
     if name not in METRICS:

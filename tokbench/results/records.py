@@ -21,6 +21,7 @@ Number = Annotated[float, Field(gt=-1e300, lt=1e300)]
 Positive = Annotated[float, Field(gt=0, lt=1e300)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+Mean = Annotated[float, Field(ge=0, lt=2**63)]
 _ENDS = TypeAdapter(dict[str, Number], config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
@@ -44,7 +45,7 @@ class Record(_Stored):
     schedule: str
     resolved: str | None = None
     calibrated: dict[str, Any] | None = None
-    tokens: list[Count] | None = None
+    tokens: list[Count | Mean] | None = None
     weights: str | None = None
     weights_sha256: str | None = None
     input_size: list[Count] | None = None

@@ -36,8 +36,7 @@ PANEL = ("model", "weights_sha256", "input_size", "data", "data_fingerprint")
 _DESCRIBED: dict[str, Callable[[Cell], Any]] = {
     **{name: operator.attrgetter(name) for name in ("run", "model", "method", "variant")},
     "params": lambda cell: json.dumps(cell.params, sort_keys=True),
-    **{name: operator.attrgetter(name) for name in ("schedule", "resolved", "is_baseline")},
-    "tokens_final": lambda cell: cell.tokens[-1] if cell.tokens else None,
+    **{name: operator.attrgetter(name) for name in ("schedule", "resolved", "is_baseline", "tokens_final")},
 }
 _CONDITIONS: dict[str, Callable[[Cell], Any]] = {
     **{

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import traceback
 import warnings
 from dataclasses import dataclass, field
@@ -17,8 +18,9 @@ from tokbench.calibrate import CALIBRATION_IMAGES, COUNTED_IMAGES, wants_images
 from tokbench.config import ModelSpec, PlannedCell, RunOptions
 from tokbench.data import ImageSource, ImageStream, load_batches
 from tokbench.errors import BaselineFailed, RunStopped, one_line
+from tokbench.fusion.anatomy import grid_for
 from tokbench.fusion.core import METHODS, make_method
-from tokbench.fusion.patch import fork, rehearse, tokens_per_block
+from tokbench.fusion.patch import fork, rehearse, tokens_per_block, watch
 from tokbench.measure._model import release_memory
 from tokbench.measure.flops import count_flops
 from tokbench.measure.kernels import attention_kernels
@@ -186,7 +188,9 @@ class Bench:
 
     def _make(self, cell: PlannedCell, base: VisionTransformer, identity: dict[str, Any]) -> Runnable:
         model = fork(base)
-        if not cell.is_baseline:
+        if cell.is_baseline:
+            watch(model)
+        else:
             images = self.images(CALIBRATION_IMAGES) if looks_at_images(cell) else None
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", FlopsWarning)
@@ -289,7 +293,8 @@ class Bench:
 def _speed_limit(model: VisionTransformer, base: VisionTransformer) -> VisionTransformer | None:
     """The control `free` with the tokens per block of a model that has made a forward pass."""
     fusion = getattr(model, "fusion", None)
-    tokens = [round(after) for after in (tokens_per_block(base)[0], *tokens_per_block(model))]
+    unreduced = math.prod(grid_for(base)) + base.num_prefix_tokens
+    tokens = [unreduced, *(round(after) for after in tokens_per_block(model))]
     if fusion is None or fusion.method.speed_only or tokens[-1] == tokens[0]:
         return None
     removals = ",".join(str(before - after) for before, after in itertools.pairwise(tokens))

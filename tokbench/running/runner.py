@@ -34,7 +34,7 @@ from tokbench.results.cell import Cell, RecordIndex, key_of
 from tokbench.results.conditions import agreed
 from tokbench.results.folder import RunFolder, fresh_path, is_run, new_run_path, removed, require_free
 from tokbench.results.records import SCHEMA, Manifest, Session
-from tokbench.results.table import frame, known_gain, load_cells, measured
+from tokbench.results.table import frame, load_cells
 from tokbench.running.answers import measure_accuracy
 from tokbench.running.bench import Bench, Subject, looks_at_images
 from tokbench.running.timing import time_cells
@@ -110,7 +110,7 @@ def run(
             _measure(bench)
         try:
             cells = load_cells([folder.path])
-            plots = _draw(cells, folder.path)
+            plots = _draw(cells, folder.path, progress.note)
         except UserError as error:
             kept = "; what was measured is kept." if is_run(path) else ""
             raise RunStopped(f"{str(error).rstrip('.')}{kept}") from error
@@ -269,12 +269,9 @@ def _continued(folder: RunFolder, manifest: Manifest, grown: Collection[str]) ->
     return folder
 
 
-def _draw(cells: list[Cell], folder: Path) -> list[Path]:
-    """The Pareto plot of what was measured: none without answers, and without a cost to set it against."""
-    from tokbench.report.plots import DEFAULT_X, plot_pareto
+def _draw(cells: list[Cell], folder: Path, tell: Callable[[str], None]) -> list[Path]:
+    """The Pareto plot of what was measured; none, and why, where there is nothing to set against anything."""
+    from tokbench.report.plots import plot_run
 
-    known = measured(cells)
-    costs = [name for name in DEFAULT_X if name in known]
-    if not costs or known_gain(cells) not in known:
-        return []
-    return [plot_pareto(cells, folder / "pareto.png", x=costs)]
+    drawn = plot_run(cells, folder / "pareto.png", tell)
+    return [drawn] if drawn else []

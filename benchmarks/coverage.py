@@ -1,7 +1,8 @@
 """Which of timm's Vision Transformers the methods work on: a table, made by trying.
 
-`python -m tokbench.coverage [FILE]` builds every architecture of timm's ViT modules without weights, groups those of
-equal structure, builds one of each small, runs every method in it, and writes what came out (default: to the screen).
+`python benchmarks/coverage.py [FILE]` builds every architecture of timm's ViT modules, and of tokbench's own, without
+weights, groups those of equal structure, builds one of each small, runs every method in it, and writes what came out
+(default: to the screen).
 """
 
 from __future__ import annotations
@@ -16,13 +17,18 @@ import timm
 import timm.models
 import torch
 from timm.layers.patch_embed import PatchEmbed
+from timm.models.beit import Block as BeitBlock
 from timm.models.eva import EvaBlock
+from timm.models.naflexvit import NaFlexEmbeds
 from timm.models.vision_transformer import Block
 from torch import nn
 
 from tokbench.errors import UserError
-from tokbench.fusion.patch import UnsupportedModelError, remove, tokens_per_block
+from tokbench.fusion.anatomy import has_class_token, stem, takes_any_size
+from tokbench.fusion.patch import REDUCED_MODELS, UnsupportedModelError, remove, tokens_per_block
+from tokbench.measure._model import resolve_input_size
 from tokbench.models import VIT_MODULES
+from tokbench.models.stems import Stem
 from tokbench.resolve import apply, list_methods
 
 Structure = tuple[str, ...]
@@ -48,7 +54,8 @@ def structures() -> dict[Structure, list[str]]:
 def build_shape(name: str) -> Any:
     """An architecture on the meta device, cut to two blocks where its blocks are alike."""
     # Drawing weights takes most of the time, even where there is nothing to draw.
-    options: dict[str, Any] = {} if timm.models.is_model_in_modules(name, ["eva"]) else {"weight_init": "skip"}
+    draws = timm.models.is_model_in_modules(name, ["eva", "beit", "naflexvit"])
+    options: dict[str, Any] = {} if draws else {"weight_init": "skip"}
     with torch.device("meta"):
         try:
             return timm.create_model(name, depth=SHAPE_DEPTH, **options)
@@ -62,15 +69,15 @@ def build_small(name: str, **options: Any) -> nn.Module:
     Weights are of ordinary size, unlike timm's fresh ones, which hardly let one token differ from the next.
     """
     shape = build_shape(name)
-    options = dict(depth=DEPTH, img_size=SIDE * shape.patch_embed.feat_ratio(), num_classes=7) | options
-    if isinstance(shape.patch_embed, PatchEmbed):
+    options = dict(depth=DEPTH, img_size=SIDE * stem(shape).feat_ratio(), num_classes=7) | options
+    if isinstance(stem(shape), PatchEmbed | NaFlexEmbeds | Stem):
         options = dict(embed_dim=96, num_heads=4) | options
     if len(shape.blocks) > SHAPE_DEPTH:
         options["num_kv_heads"] = (4, 2, 2, 4) if _shares_keys(shape) else (4,) * DEPTH
     model: nn.Module = timm.create_model(name, **options)
     with torch.no_grad():
         for part, parameter in model.named_parameters():
-            if "patch_embed" in part or "rope" in part:
+            if part.startswith(("patch_embed.", "embeds.", "rope.")):
                 continue
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
@@ -82,25 +89,35 @@ def build_small(name: str, **options: Any) -> nn.Module:
 def describe(model: Any) -> Structure:
     """What of a model matters to token fusion, in words; models that are described alike are built alike."""
     block = model.blocks[-1]
-    further = model.num_prefix_tokens - (model.cls_token is not None)
+    further = model.num_prefix_tokens - has_class_token(model)
     kind = "distillation token" if hasattr(model, "dist_token") else "register"
-    pooling = {"map": "attention", "avg": "average"}.get(model.global_pool, model.global_pool)
+    pooling = {"map": "attention", "avg": "average", "": "dense"}.get(model.global_pool, model.global_pool)
+    learned = getattr(model, "pos_embed", None) is not None or getattr(stem(model), "pos_embed_type", "none") != "none"
     everything = " of all tokens" if getattr(model, "pool_include_prefix", False) else ""
     parts = [
         type(model).__name__,
-        type(block).__name__ if type(block) not in (Block, EvaBlock) else "",
-        "class token" if model.cls_token is not None else "no class token",
+        type(block).__name__ if type(block) not in (Block, EvaBlock, BeitBlock) else "",
+        "class token" if has_class_token(model) else "no class token",
         f"{further} {kind}{'s' if further > 1 else ''}" if further else "",
         f"{pooling} pooling{everything}",
-        "convolutional stem" if not isinstance(model.patch_embed, PatchEmbed) else "",
-        "any input size" if model.dynamic_img_size else "",
-        "no position embedding" if model.pos_embed is None else "",
+        _describe_stem(stem(model)),
+        "any input size" if takes_any_size(model) else "",
+        "no position embedding" if not learned else "",
+        "position bias" if getattr(getattr(block, "attn", None), "window_size", None) else "",
         type(model.rope).__name__ if getattr(model, "rope", None) is not None else "",
         "pre-norm" if not _is_identity(getattr(model, "norm_pre", None)) else "",
         *_describe_block(block),
         "shared keys" if _shares_keys(model) else "",
     ]
     return tuple(part for part in parts if part)
+
+
+def _describe_stem(embed: nn.Module) -> str:
+    if isinstance(embed, Stem):
+        return " of ".join(
+            type(part).__name__ for part in (embed, getattr(embed, "attention1", None)) if part is not None
+        )
+    return "" if isinstance(embed, PatchEmbed | NaFlexEmbeds) else "convolutional stem"
 
 
 def _describe_block(block: Any) -> list[str]:
@@ -117,7 +134,7 @@ def _describe_block(block: Any) -> list[str]:
     return [
         type(attention).__name__ if type(attention).__name__ != "Attention" else "",
         *parts,
-        "q/k norm" if not _is_identity(attention.q_norm) else "",
+        "q/k norm" if not _is_identity(getattr(attention, "q_norm", None)) else "",
         "attention norm" if not _is_identity(getattr(attention, "norm", None)) else "",
         "gate" if getattr(attention, "gate", None) is not None else "",
         "separate q, k, v" if attention.qkv is None else "",
@@ -160,7 +177,7 @@ def survey() -> list[Tried]:
 
 def try_method(model: Any, method: str) -> str:
     """Run a method in a small model: "" if it removes tokens and gives finite logits, else the reason it refuses."""
-    images = torch.rand(2, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, *resolve_input_size(model, None), generator=torch.Generator().manual_seed(0))
     try:
         apply(model, method, 5)
     except UnsupportedModelError as error:
@@ -187,13 +204,14 @@ def table(tried: list[Tried]) -> str:
         rows.append(f"| {kind} | {', '.join(features)} | `{one.names[0]}` | {counts} | {outcome} |")
     names = ", ".join(f"`{name}`" for one in tried if one.refusals for name in one.names)
     running, known = (sum(len(one.names) for one in group) for group in (works, tried))
+    *classes, last = (f"`{kind.__name__}`" for kind in REDUCED_MODELS)
     return f"""# Coverage
 
 Every method runs on {running} of the {known} architectures in \
-timm {timm.__version__} whose class is `VisionTransformer`, `VisionTransformerDistilled` or `Eva`; \
+timm {timm.__version__} whose class is {", ".join(classes)} or {last}, T2T-ViT and LV-ViT included; \
 {sum(one.with_weights for one in works)} of them have published weights. Architectures of equal structure share a row. \
 The smallest of each was built with {SIDE}×{SIDE} patches and {DEPTH} blocks, and every method of \
-`tokbench list methods` was run in it. Made by `python -m tokbench.coverage docs/coverage.md`.
+`tokbench list methods` was run in it. Made by `python benchmarks/coverage.py docs/coverage.md`.
 
 Refused, as is any other class: {names}.
 
