@@ -31,6 +31,14 @@ class Source(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.count
 
+    def limited(self, limit: int | None) -> Source:
+        """The first ones, as of a stream; the fingerprint tells how many."""
+        if limit is None or limit >= self.count:
+            return self
+        part = Source(limit)
+        part.fingerprint = f"{limit:064d}"
+        return part
+
     def __getitem__(self, index: int):
         self.read.append(index)
         image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(index))
@@ -60,7 +68,7 @@ def tiny_model() -> VisionTransformer:
 def stand_in(monkeypatch, source: Source) -> Source:
     """Put the tiny model and these images behind every name; speed takes no time."""
     monkeypatch.setattr(runner, "load_model", lambda name, checkpoint, input_size: tiny_model())
-    monkeypatch.setattr(runner, "open_dataset", lambda spec, model, limit, labels=None: source)
+    monkeypatch.setattr(runner, "open_dataset", lambda spec, model, limit, labels=None: source.limited(limit))
     monkeypatch.setattr(timing, "SPEED_SECONDS_PER_CELL", 0.001)
     quiet = Disturbance(0.0, None, ())
     monkeypatch.setattr(timing, "Watch", lambda device: SimpleNamespace(look=lambda: None, stop=lambda: quiet))

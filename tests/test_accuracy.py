@@ -14,10 +14,12 @@ from scipy.special import softmax
 from scipy.stats import entropy, pearsonr
 from torch import Tensor, nn
 
-from tokbench.measure import accuracy
+from tokbench.measure import neighbors
 from tokbench.measure._model import is_out_of_memory
 from tokbench.measure.accuracy import evaluate
+from tokbench.measure.neighbors import Neighbors
 from tokbench.measure.stats import correlation_interval
+from tokbench.results import predictions
 from tokbench.results.predictions import ARRAYS, Predictions, join
 from tokbench.running.records import accuracy_fields
 
@@ -401,6 +403,44 @@ def test_archives_that_hold_no_answers_are_refused(tmp_path: Path, monkeypatch) 
         Predictions.load(path)
     path.unlink()
     path.write_bytes(whole)
-    monkeypatch.setattr(accuracy, "LARGEST_ARCHIVE", 100)
+    monkeypatch.setattr(predictions, "LARGEST_ARCHIVE", 100)
     with pytest.raises(ValueError, match="unpacked it would be larger than"):
         Predictions.load(path)
+
+
+def test_k_nn_is_dinos_on_the_other_images() -> None:
+    features, labels = random_logits(60, 5), torch.arange(60) % 4
+    labels[7], features[11, 2] = -1, float("nan")
+    unit = features.double().numpy() / np.linalg.norm(features.double().numpy(), axis=1, keepdims=True)
+    expected = []
+    for image in range(60):
+        others = [i for i in range(60) if i not in (7, 11, image)]
+        nearest = sorted(others, key=lambda i: -unit[image] @ unit[i])[:20]
+        votes = np.zeros(4)
+        for i in nearest:
+            votes[labels[i]] += np.exp(unit[image] @ unit[i] / 0.07)
+        expected.append(-2 if image == 7 else -1 if image == 11 else int(votes.argmax()))
+    models = {"none": Table(features), "cell": Table(features.flip(1))}
+    keeps = Neighbors(60, 2)
+    found = evaluate(models, numbered(labels.tolist()), device=CPU, classifier=False, neighbors=keeps)
+    assert found["none"].neighbor.tolist() == expected == found["cell"].neighbor.tolist()
+    fields = accuracy_fields(found["cell"], found["none"])
+    right = sum(a == b for a, b in zip(expected, labels.tolist(), strict=True))
+    assert (fields["knn_top1"], fields["knn_images"], fields["knn_drop"]) == (right / 59, 59, 0)
+    assert fields["knn_drop_low"] < 0 < fields["knn_drop_high"] and "top1" not in fields
+    perfect = Predictions(**{**vars(found["none"]), "neighbor": np.where(labels < 0, -2, labels)})
+    assert accuracy_fields(found["cell"], perfect)["knn_drop"] == pytest.approx(100 * (1 - right / 59))
+    unlabelled = evaluate(models, numbered([-1] * 60), device=CPU, classifier=False, neighbors=Neighbors(60, 2))["none"]
+    assert "knn_top1" not in accuracy_fields(unlabelled, unlabelled)
+
+
+def test_features_of_too_many_images_are_thinned_evenly(monkeypatch) -> None:
+    features, labels = random_logits(60, 5), torch.arange(60) % 4
+    monkeypatch.setattr(neighbors, "LARGEST_BYTES", 60 * 5 * 2 // 3 + 1)
+    keeps = Neighbors(60, 1)
+    for start in range(0, 60, 7):
+        keeps.add("none", features[start : start + 7])
+    found = keeps.classes("none", labels)
+    assert keeps.step == 3 and (found == -2).sum() == 40
+    unit = torch.nn.functional.normalize(features[::3], dim=1).half()
+    assert found[::3].tolist() == neighbors.weighted_knn(unit, labels[::3]).tolist()

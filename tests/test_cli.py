@@ -15,7 +15,10 @@ from stand_ins import Source, stand_in
 
 import tokbench
 from tokbench import progress
+from tokbench.config import Grid
+from tokbench.results.folder import RunFolder
 from tokbench.running import bench, timing
+from tokbench.running.unfinished import find_unfinished
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,6 +150,33 @@ def test_an_interrupted_run_says_what_is_kept(tokbench_command, tiny, tmp_path, 
 
     monkeypatch.setattr(sys, "stderr", Gone())
     assert tokbench_command("run", *QUICK)[0] == 130
+
+
+def test_a_new_run_says_that_an_unfinished_one_of_the_same_grid_is_there(tokbench_command, tiny, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(timing, "measure_speed", interrupt)
+        assert tokbench_command("run", *QUICK)[0] == 130
+    (left,) = Path("results").iterdir()
+    (Path("results") / "broken").mkdir()
+    (Path("results") / "broken" / "manifest.json").write_text("{")
+    words = " ".join(map(str, QUICK))
+    told = (
+        f"tokbench: {left} is an unfinished run of this grid (4 of 6 measurements); this begins a new one, and to "
+        f"continue that: tokbench run {words} --out {left}\n"
+    )
+    flops = ("--only", "flops")
+    assert tokbench_command("run", *QUICK, *flops)[2] == ""  # another grid
+    assert tokbench_command("run", *QUICK, *flops)[2] == "" == tokbench_command("run", *QUICK, "--fresh", *flops)[2]
+    with RunFolder.held(left):  # another process is at it
+        assert find_unfinished(Grid.from_dict(RunFolder.open(left).manifest.grid.plain())) is None
+    code, _, err = tokbench_command("run", *QUICK)
+    assert (code, err) == (0, told)
+    assert tokbench_command("run", *QUICK, "--out", left)[2] == ""
+    assert find_unfinished(Grid.from_dict(RunFolder.open(left).manifest.grid.plain())) is None
 
 
 def test_the_command_that_continues_names_the_folder_that_was_made(tokbench_command, tiny, tmp_path, monkeypatch):
@@ -317,7 +347,10 @@ def test_the_package_runs_as_a_module():
         [sys.executable, "-m", "tokbench", "run", "--only", "foo"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert done.stderr == "tokbench: only[0]: unknown word 'foo'; use 'flops', 'accuracy' or 'speed'. Did you mean 'flops'?\n"
+    assert (
+        done.stderr
+        == "tokbench: only[0]: unknown word 'foo'; use 'flops', 'accuracy' or 'speed'. Did you mean 'flops'?\n"
+    )
 
 
 @pytest.mark.parametrize("words", [("run", "--out"), ("run", "--fresh", "--out"), ("run", "--plugin"), ("table",)])

@@ -26,7 +26,7 @@ from tokbench import data
 from tokbench.bundled.clutter import CLASSES, compose, draw_layout, read_idx
 from tokbench.data import ImageSource, ImageStream, batches, load_batches, open_dataset, timm_readers
 from tokbench.data.decoding import ImageError, decode
-from tokbench.data.labels import label_classes
+from tokbench.data.labels import label_classes, label_numbers
 from tokbench.errors import RunStopped, UserError
 
 BUNDLED = Path(data.__file__).parents[1] / "bundled"
@@ -358,9 +358,11 @@ def test_what_only_order_tells_is_said(folders, classes, words, tmp_path, caplog
     assert words in source.warnings[0].text and words in caplog.text
 
 
-def test_a_model_without_classifier_gets_images_without_labels(tmp_path, caplog):
+def test_a_model_without_classifier_gets_the_classes_of_the_data(tmp_path, caplog):
     source = open_dataset(str(make_folder(tmp_path, {"a": 1, "b": 1})), vit(0))
-    assert labels(source) == [-1, -1]
+    assert labels(source) == [0, 1]
+    numbered = label_numbers(vit(0), "data")
+    assert [numbered(label) for label in (7, "3", -2, None, "cat")] == [7, 3, -1, -1, -1]
     assert [warning.code for warning in source.warnings] == ["no_classes"] and "no classifier" in caplog.text
 
 

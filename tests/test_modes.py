@@ -225,6 +225,8 @@ def test_intermediate_features_have_the_tokens_that_each_block_leaves_and_no_gri
     for ask in ({}, {"output_fmt": "NCHW"}):
         with pytest.raises(tokbench.UserError, match="ask for output_fmt='NLC'"):
             model.forward_intermediates(images, **ask)
+    with pytest.raises(tokbench.UserError, match="get_intermediate_layers: .* forward_intermediates"):
+        model.get_intermediate_layers(images, 2)
     final, features = model.forward_intermediates(images, None, False, False, False, "NLC")
     assert [f.shape[1] + model.num_prefix_tokens for f in features] == tokbench.tokens_per_block(model)
     torch.testing.assert_close(final, model.forward_features(images))

@@ -98,6 +98,12 @@ def failed(found: Check) -> set[tuple[str, str]]:
     return {(verdict.gate, verdict.cell) for verdict in found.verdicts if not verdict.passed}
 
 
+def test_a_plugin_that_changed_is_noted(make_run):
+    runs = [make_run(name, plugins={"mine.py": digest, name: "ef" * 32}) for name, digest in (("a", "ab"), ("b", "cd"))]
+    assert check(*runs).notes == ["the plugin mine.py is another one than the baseline's"]
+    assert not check(runs[0], runs[0]).notes
+
+
 def edited(method: str, kind: str, **fields: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def change(record: dict[str, Any]) -> dict[str, Any]:
         return record | fields if (record["method"], record["kind"]) == (method, kind) else record

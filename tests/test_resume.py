@@ -233,6 +233,50 @@ def test_a_cell_must_be_what_it_was(source, tmp_path):
         runner.run(small_grid(TOME), tmp_path / "run")
 
 
+def test_more_images_measure_accuracy_again_and_keep_the_rest(source, tmp_path, monkeypatch):
+    dynamic = MethodSpec("ats", ("keep:0.5@1",))  # its FLOPs depend on the images
+    grid = small_grid(TOME, dynamic, MethodSpec("free", ("8",)))
+    runner.run(grid, tmp_path / "whole", options=RunOptions(device="cpu", batch_size=10))
+    few, all_ = (RunOptions(device="cpu", batch_size=10, limit=limit) for limit in (12, None))
+    runner.run(grid, tmp_path / "run", options=few)
+    before = plain_records(tmp_path / "run")
+    source.read.clear()
+    listener = Listener()
+    stop_at(monkeypatch, source, 21, grid, tmp_path / "run")
+    table = runner.run(grid, tmp_path / "run", options=all_, progress=listener)
+    added = plain_records(tmp_path / "run")[len(before) :]
+    assert sorted((record["kind"], record["method"]) for record in added) == [
+        ("accuracy", "ats"), ("accuracy", "none"), ("accuracy", "tome"), ("flops", "ats"), ("speed", "ats"),
+    ]  # fmt: skip
+    for cell in ("tiny/none", "tiny/tome/8"):
+        answers = [RunFolder.open(tmp_path / run).prediction_path(cell) for run in ("run", "whole")]
+        assert answers[0].read_bytes() == answers[1].read_bytes()
+    assert set(table["data_fingerprint"]) == {source.fingerprint} and set(table["images"].dropna()) == {IMAGES}
+    assert RunFolder.open(tmp_path / "run").manifest.conditions.models["tiny"].images == IMAGES
+    source.read.clear()
+    runner.run(grid, tmp_path / "run", options=all_)
+    assert not source.read
+    with pytest.raises(UserError, match="data was 24 images of blobs and is 12 of blobs"):
+        runner.run(grid, tmp_path / "run", options=few)
+
+
+def test_half_a_pass_over_fewer_images_is_forgotten(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "count", 20)
+    stop_at(monkeypatch, source, 15, small_grid(TOME), tmp_path / "run")
+    part, larger = source, Source()
+    larger.fingerprint = "e" * 64
+    notes = []
+    monkeypatch.setattr(Listener, "note", lambda self, text: notes.append(text))
+    monkeypatch.setattr(runner, "open_dataset", lambda *a, limit, labels: part if limit == 20 else larger)
+    table = runner.run(small_grid(TOME), tmp_path / "run", progress=Listener())
+    assert notes[0].startswith("tiny: 24 images instead of 20, so accuracy is measured again on all of them")
+    assert larger.read == list(range(IMAGES)) and set(table["images"]) == {IMAGES}
+    source.fingerprint = "d" * 64  # more images, and the first ones are others
+    monkeypatch.setattr(runner, "open_dataset", lambda *a, limit, labels: part if limit == 24 else Source(30))
+    with pytest.raises(UserError, match="data was 24 images of blobs and is 30 of blobs"):
+        runner.run(small_grid(TOME), tmp_path / "run")
+
+
 def other_weights(monkeypatch, source):
     def load(*args, **kwargs):
         model = tiny_model()

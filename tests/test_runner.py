@@ -297,7 +297,9 @@ def test_progress_counts_cells_images_and_rounds(source, tmp_path):
     told = [event for event in listener.told if event[0] != "finished"]
     assert told[:4] == [("phase", "tiny: counting FLOPs", 3), ("advance", 1), ("advance", 2), ("advance", 3)]
     assert told[4:8] == [("phase", "tiny: accuracy", IMAGES), ("advance", 10), ("advance", 20), ("advance", 24)]
-    assert told[8:11] == [("phase", "tiny: warming up for speed", None), ("phase", "tiny: speed", 5), ("advance", 1)]
+    # Three cells on a batch and on one image, and the speed limit that two of them share.
+    warm = [("phase", "tiny: warming up for speed", 7), *(("advance", done) for done in range(1, 8))]
+    assert told[8:18] == [*warm, ("phase", "tiny: speed", 5), ("advance", 1)]
 
 
 def test_options_can_be_given_apart_from_the_grid(source, tmp_path):
@@ -590,6 +592,12 @@ def test_a_backbone_is_compared_by_its_features(source, tmp_path, monkeypatch):
     assert table[["top1", "agreement", "kl"]].isna().all(axis=None)
     assert table.loc["tiny/none", "similarity"] == pytest.approx(1)
     assert 0 < table.loc["tiny/random/16", "similarity"] < 1
+    base = table.loc["tiny/none"]
+    assert base["knn_top1_low"] < base["knn_top1"] == 100 and base["knn_drop"] == 0  # each class has its own channel
+    drops = 100 - table["knn_top1"]
+    assert table["knn_drop"].tolist() == pytest.approx(drops.tolist()) and table["knn_drop_high"].notna().all()
+    record = next(own for own in plain_records(tmp_path / "run") if own["kind"] == "accuracy")
+    assert record["knn_images"] == IMAGES and not (tmp_path / "run" / "partial").exists()
     with pytest.raises(UserError, match="similarity"):
         plot_pareto(load_cells([tmp_path / "run"]), tmp_path / "top1.png", y="top1")
 
@@ -603,7 +611,9 @@ def test_compiled_models_are_timed_and_eager_ones_judged(source, tmp_path, monke
     )
     grid = small_grid(MethodSpec("tome", ("8",)))
     grid = dataclasses.replace(grid, options=dataclasses.replace(grid.options, compile=True))
-    runner.run(grid, tmp_path / "run")
+    listener = Listener()
+    runner.run(grid, tmp_path / "run", progress=listener)
+    assert ("phase", "tiny: compiling", 5) in listener.told
     assert judged == [0] and len(compiled) == 3  # the unreduced model, the cell and its speed limit
     folder = RunFolder.open(tmp_path / "run")
     assert [record["compiled"] for record in plain_records(folder.path) if record["kind"] == "speed"] == [True, True]

@@ -219,3 +219,48 @@ def test_runs_that_hold_nothing_are_named(run: Path, tmp_path: Path) -> None:
     assert told == [f"{empty} holds no records, and so is not shown."]
     with pytest.raises(UserError, match="nothing to show: .*empty holds no records"):
         load_shown([empty], told.append)
+
+
+def test_chosen_columns_come_in_their_order_in_every_format(cells: list[Cell]) -> None:
+    names = ["method", "schedule", "top1", "drop", "speedup"]
+    lines = render_table(cells, "md", columns=names).splitlines()
+    assert [line for line in lines if line.startswith("| ")][:3] == [
+        "| Method | Schedule | Top-1 % | Drop [95 %] | Speed-up |",
+        "| none |  | **80.0** |  | 1.00× |",
+        "| tome | constant:8 | **79.8** | 0.2 [−0.3, 0.7] n.s. | 1.30× |",
+    ]
+    assert render_table(cells, "csv", columns=["throughput", "method", "front"]).splitlines()[:2] == [
+        "throughput,method,front", "100.0,none,both",
+    ]  # fmt: skip
+    assert json.loads(render_table(cells, "json", columns=["params", "top1_low"]))[4] == {
+        "params": {"seed": 1}, "top1_low": pytest.approx(68),
+    }  # fmt: skip
+    narrow = Console(width=30, file=io.StringIO(), color_system=None)
+    print_table(narrow, cells, columns=["images", "run", "speedup_low", "front"])
+    text = narrow.file.getvalue()  # type: ignore[attr-defined]
+    assert "images" in text and "speedup low" in text and "1.29" in text and "both" in text
+
+
+def test_a_k_nn_drop_has_its_interval(cells: list[Cell]) -> None:
+    backbone = changed(cells, figures={"knn_top1": Figure(61.0, 58, 64), "knn_drop": Figure(1.04, 0.2, 1.9)})
+    markdown = render_table(backbone, "md", columns=["method", "knn_top1", "knn_drop"])
+    assert "| tome | 61.0 | 1.0 [0.2, 1.9] |" in markdown and "| none | 61.0 |  |" in markdown
+    assert "k-NN: top-1 by the 20 nearest other images" in markdown
+
+
+def test_latex_of_chosen_columns_names_methods_as_the_plots_do(cells: list[Cell]) -> None:
+    latex = render_table(cells, "tex", columns=["method", "schedule", "drop"])
+    assert "ToMe & r=8 & 0.2 [$-$0.3, 0.7] n.s. \\\\" in latex and "unreduced &  & " in latex
+    assert "keep 0.7@3,6,9" in latex and "FLOPs are" not in latex and "n.s.: cannot be told" in latex
+    assert "tome & constant:8" in render_table(cells, "tex")
+
+
+def test_columns_that_cannot_be_are_one_line(cells: list[Cell]) -> None:
+    for wrong, answer in {
+        "top2": "no column 'top2'. Did you mean 'top5' or 'top1'",
+        "": "no column ''. Try method, schedule",
+        "similarity": "no cell here has similarity; measured: .*top1",
+    }.items():
+        for format in ("rich", "csv", "json", "tex"):
+            with pytest.raises(UserError, match=answer):
+                render_table(cells, format, columns=["method", wrong])

@@ -167,7 +167,9 @@ def run(
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Measure accuracy on N images (default: 1,000 bundled ones, else all)."),
+        typer.Option(
+            metavar="N", help="Measure accuracy on N images; may grow later (default: 1,000 bundled ones, else all)."
+        ),
     ] = None,
     only: Annotated[
         str | None, typer.Option(metavar="MEASURES", help="Some of flops,accuracy,speed (default: all).")
@@ -218,12 +220,29 @@ def run(
         print(chosen.describe())
         return
 
+    if out is None and not fresh:
+        from tokbench.running.unfinished import find_unfinished
+
+        if left := find_unfinished(chosen):
+            complain(
+                f"{left.path} is an unfinished run of this grid ({left.done} of {left.measurements} measurements); "
+                f"this begins a new one, and to continue that: {_command(left.path)}"
+            )
     earlier = out if out and not fresh and is_run(out) else None
     with _live_progress(Console(), out, earlier) as progress:
         from tokbench.running.runner import run as run_grid
 
         run_grid(chosen, out, progress=progress, fresh=fresh)
     raise typer.Exit(3 if progress.failures else 0)
+
+
+def _command(out: Path | None) -> str:
+    """This command line as it continues the run in `out`; None for the --out that it has."""
+    words = [word for word in sys.argv[1:] if word != "--fresh"]
+    if out:
+        end = words.index("--") if "--" in words else len(words)
+        words[end:end] = ["--out", str(out)]
+    return shlex.join(["tokbench", *words])
 
 
 @contextmanager
@@ -240,11 +259,8 @@ def _live_progress(
 
     def kept() -> str:
         progress.abandon()
-        words = [word for word in sys.argv[1:] if word != "--fresh"]
-        if progress.folder and progress.folder.path != out:
-            end = words.index("--") if "--" in words else len(words)
-            words[end:end] = ["--out", str(progress.folder.path)]
-        return progress.kept(shlex.join(["tokbench", *words]) if continuable else "", earlier)
+        made = progress.folder.path if progress.folder and progress.folder.path != out else None
+        return progress.kept(_command(made) if continuable else "", earlier)
 
     with ending_after_unwinding(kept), progress:
         yield progress
@@ -307,6 +323,10 @@ def table(
         ),
     ] = None,
     pareto: Annotated[bool, typer.Option("--pareto", help="Only the Pareto front.")] = False,
+    columns: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="These only, in this order, as in method,schedule,top1,drop,speedup."),
+    ] = None,
 ) -> None:
     """Print the cells of one or more runs as a table."""
     from rich.console import Console
@@ -315,12 +335,13 @@ def table(
     from tokbench.results.table import load_shown
 
     cells, filters = load_shown(runs, complain), filter or ()
+    names = None if columns is None else [name.strip() for name in columns.split(",")]
     if format == "rich":
         console = Console()
         piped = not console.is_terminal and "COLUMNS" not in os.environ
-        print_table(console, cells, sort, pareto, filters=filters, every_column=piped)
+        print_table(console, cells, sort, pareto, filters=filters, columns=names, every_column=piped)
     else:
-        print(render_table(cells, format, sort, pareto, filters=filters), end="")
+        print(render_table(cells, format, sort, pareto, filters=filters, columns=names), end="")
 
 
 @app.command()

@@ -148,6 +148,11 @@ def _compare(before: Run, after: Run, limits: Limits) -> Check:
         check.verdicts += _judge_cost(old.cell, new.cell)
         if limits.max_slowdown is not None:
             check.verdicts += _judge_speed(old.cell, new.cell, limits.max_slowdown)
+    check.notes += [
+        f"the plugin {name} is another one than the baseline's"
+        for name, digest in after.folder.manifest.plugins.items()
+        if before.folder.manifest.plugins.get(name, digest) != digest
+    ]
     for run in (before, after):
         check.notes += [f"{run.path}: {text}" for text in told_caveats([own.cell for own in run.cells])]
     known = {new for old, new in pairs if old.kinds}

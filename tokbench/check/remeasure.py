@@ -85,7 +85,7 @@ def subsets(run: Run, limit: int | None) -> dict[str, Subset]:
     if limit and not run.has("accuracy"):
         raise UserError(f"--limit {limit}: the run {run.path} has not measured accuracy")
     chosen: dict[str, Subset] = {}
-    for grid in run.grids:
+    for grid in reversed(run.grids):  # a run that was continued may have grown: the last session saw all images
         for spec in grid.models:
             label = printable(spec.label)
             if label not in chosen and run.known(spec.label, "weights_sha256") is not None:

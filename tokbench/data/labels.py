@@ -95,12 +95,17 @@ class Labelling:
         return self.outputs if self.classes is None else len(self.classes)
 
     def __call__(self, label: int | str | None) -> int:
-        """The model's class, −1 for none. Raises ValueError for a label that is no class of the model's."""
-        if label is None or self.outputs < 2:
+        """The model's class, −1 for none; the data's own for a model without a classifier.
+
+        Raises ValueError for a label that is no class of the model's.
+        """
+        if label is None or self.outputs == 1:
             return -1
         if isinstance(label, str) and not label.lstrip("-").isdecimal():
-            return self.names.number(label)
+            return self.names.number(label) if self.outputs else -1
         number = int(label)
+        if not self.outputs:
+            return max(number, -1)
         if number >= self.num_classes:
             raise ValueError(f"its label is {number}, and there are {self.num_classes} classes")
         return -1 if number < 0 else number if self.classes is None else self.numbers[number]
@@ -165,8 +170,8 @@ def _match(classes: list[str], names: ModelNames, count: int, what: str) -> tupl
 
 def _no_classes(count: int, what: str) -> DataWarning:
     """What is said of a model of no or one output."""
-    reason = "has one output, which is no choice between classes" if count else "has no classifier"
-    return DataWarning("no_classes", f"the model {reason}, so the images of {what} go without labels")
+    text = f"the model has one output, which is no choice between classes, so the images of {what} go without labels"
+    return DataWarning("no_classes", text if count else f"the model has no classifier, so there is no top-1 on {what}")
 
 
 def class_count(model: nn.Module) -> int:

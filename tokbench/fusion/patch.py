@@ -78,6 +78,13 @@ class _Reduced:
             )
         return super().forward_intermediates(x, *args, **options)  # type: ignore[misc]
 
+    def get_intermediate_layers(self, x: Tensor, *args: Any, **options: Any) -> Any:
+        """Refused: its callers count on every patch's token."""
+        raise UserError(
+            "get_intermediate_layers: each block leaves fewer tokens; ask for "
+            "forward_intermediates(…, output_fmt='NLC', intermediates_only=True) and place them with tokbench.token_map"
+        )
+
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """timm's pooling that knows that a token may stand for several patches."""
         pooled = self.pool_by_size(x, self.global_pool if pool_type is None else pool_type)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokbench.measure._model import evaluation_mode, is_out_of_memory, release_memory
+from tokbench.measure.neighbors import Neighbors
 from tokbench.results.predictions import Predictions, join
 
 
@@ -20,6 +21,7 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     classifier: bool = True,
     among: Sequence[int] | None = None,
+    neighbors: Neighbors | None = None,
     batch_sizes: dict[str, int] | None = None,
     on_batch: Callable[[dict[str, Predictions]], None] | None = None,
     on_failure: Callable[[str, Exception], None] | None = None,
@@ -30,8 +32,9 @@ def evaluate(
     be on `device` and take `dtype` already: images are moved there, models never. They run in eval mode, and
     have their own modes back afterwards. The first model is the one that all are compared with; `classifier` False
     says that what comes out are features and not logits. `among` are the classes to choose from (ascending, all labels
-    among them): the other logits are left out, as in what is published for ImageNet-A and -R. `on_batch` is given what
-    the models answered to each batch.
+    among them): the other logits are left out, as in what is published for ImageNet-A and -R. `neighbors`
+    keeps features, which then tell what k-NN makes of each image. `on_batch` is given what the models answered to each
+    batch.
     A model that runs out of memory gets half as many images at a time from there on; `batch_sizes` says, by name,
     how many each may get at most, and is kept up to date.
     A model that raises is reported to `on_failure`, left out from there on, and missing from the result;
@@ -49,7 +52,7 @@ def evaluate(
             if not is_out_of_memory(error) or len(images) == 1:
                 raise
         else:
-            return _answers(running, reference, moved, labels, classifier, chosen, batch_sizes, on_failure)
+            return _answers(running, reference, moved, labels, classifier, chosen, neighbors, batch_sizes, on_failure)
         release_memory(torch.device(device))
         half = (len(images) + 1) // 2
         batch_sizes.update({name: min(batch_sizes.get(name, half), half) for name in running})
@@ -63,7 +66,11 @@ def evaluate(
                 on_batch(parts[-1])
     if not parts:
         raise ValueError("there are no images to evaluate on")
-    return {name: join(part[name] for part in parts) for name in running}
+    results = {name: join(part[name] for part in parts) for name in running}
+    if neighbors is not None:
+        for name, own in results.items():
+            own.neighbor[:] = neighbors.classes(name, torch.from_numpy(own.label)).numpy()
+    return results
 
 
 def _answers(
@@ -73,6 +80,7 @@ def _answers(
     labels: Tensor,
     classifier: bool,
     among: Tensor | None,
+    neighbors: Neighbors | None,
     batch_sizes: dict[str, int],
     on_failure: Callable[[str, Exception], None] | None,
 ) -> dict[str, Predictions]:
@@ -89,6 +97,8 @@ def _answers(
                 output = output[:, among.to(output.device)]
             if name == reference:
                 compared = output
+            if neighbors is not None:
+                neighbors.add(name, output)
             if not classifier:
                 answers[name] = _without_classes(output, labels) | _distance(output, compared, classifier)
             elif output.shape[1] == 1:

@@ -72,6 +72,7 @@ def measure_speed(
     latency_of: Collection[str] = (),
     warmup: int = 3,
     seed: int = 0,
+    on_warm: Callable[[int], None] | None = None,
     on_round: Callable[[int, int], None] | None = None,
     on_failure: Callable[[str, Exception], None] | None = None,
 ) -> list[SpeedResult]:
@@ -95,6 +96,8 @@ def measure_speed(
             launches.
         warmup: uncounted passes of every model before; a few more estimate its speed.
         seed: of the images and of the order of turns.
+        on_warm: called with the number of warm-ups that are done: one a model, which compiles it where it compiles, and
+            one more for each of `latency_of`.
         on_round: called with the rounds done and planned.
         on_failure: called with a model that raises, which is then left out; without `on_failure`, and for the first
             model, the exception propagates.
@@ -128,14 +131,22 @@ def measure_speed(
                     on_failure(name, error)
         return figures
 
+    warm = 0
+
+    def warmed(name: str, images: Tensor) -> float:
+        nonlocal warm
+        estimate = _warm_up(models[name], images, warmup)
+        warm += 1
+        if on_warm is not None:
+            on_warm(warm)
+        return estimate
+
     def turn(name: str) -> float:
         return _seconds(models[name], images, iterations[name])
 
     with torch.inference_mode(), evaluation_mode(models.values()), _short_collections():
-        estimates = each(models, lambda name: _warm_up(models[name], images, warmup))
-        single = each(
-            (name for name in models if name in latency_of), lambda name: _warm_up(models[name], image, warmup)
-        )
+        estimates = each(models, lambda name: warmed(name, images))
+        single = each((name for name in models if name in latency_of), lambda name: warmed(name, image))
         estimates = {name: estimates[name] for name in running}
         planned, iterations = plan(estimates, MOST_ROUNDS if rounds is None else rounds, seconds)
         if rounds is None and planned > FEWEST_ROUNDS + PILOT_ROUNDS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -14,10 +14,21 @@ from rich.table import Table
 from rich.text import Text
 
 from tokbench.errors import UserError, nearest
-from tokbench.report.text import capital, figure_text, interval, not_significant, told_caveats
+from tokbench.report.text import (
+    capital,
+    figure_text,
+    interval,
+    not_significant,
+    number,
+    short_schedule,
+    told_caveats,
+    variant_name,
+)
 from tokbench.results.cell import Cell
-from tokbench.results.metrics import GAINS, METRICS, metric_name
+from tokbench.results.metrics import GAINS, METRICS, metric_name, metric_of_column
 from tokbench.results.table import (
+    COUNTS,
+    all_columns,
     columns_of,
     comparable,
     filter_cells,
@@ -52,6 +63,8 @@ _SORT_ALSO: dict[str, Callable[[Cell], Any]] = {
 class Fronts:
     """Who is on which front, among all cells of a table whatever is shown of them."""
 
+    names = (*(f"front_{x}" for x in FRONTS.values()), "front_by", "front")
+
     def __init__(self, cells: Sequence[Cell]) -> None:
         self._members: dict[str, set[Cell]] = {x: set() for x in FRONTS.values()}
         self.gain: dict[Cell, str] = {}
@@ -69,7 +82,8 @@ class Fronts:
 
     def columns(self, cell: Cell) -> dict[str, Any]:
         """The same for files."""
-        return {**{f"front_{x}": cell in own for x, own in self._members.items()}, "front_by": self.gain[cell]}
+        on = {f"front_{x}": cell in own for x, own in self._members.items()}
+        return {**on, "front_by": self.gain[cell], "front": self.word(cell)}
 
 
 @dataclass(frozen=True)
@@ -152,6 +166,7 @@ def render_table(
     pareto: bool = False,
     *,
     filters: Sequence[str] = (),
+    columns: Sequence[str] | None = None,
     width: int | None = None,
 ) -> Any:
     """Cells as a table: a rich Table for "rich", else text.
@@ -164,11 +179,13 @@ def render_table(
         sort: a metric (best first), or model, method, schedule, tokens_final; "" keeps the order of the runs.
         pareto: only members of a front, and the unreduced models.
         filters: conditions as of `filter_cells`; who is on a front does not depend on them.
+        columns: names of metrics, of columns of `load_table`, or "front": these only, in this order. LaTeX then has
+            methods and schedules as the plots name them.
         width: characters to fill, the terminal's when None; the least important columns go where all do not
             fit (`rich` only).
 
-    Raises UserError for an unknown format, sort column or filter, for filters that no cell meets, and for a metric or a
-    front that cells were to be chosen or sorted by and that none has.
+    Raises UserError for an unknown format, sort column, column or filter, for filters that no cell meets, and for a
+    metric or a front that cells were to be chosen or sorted by, or that was to be shown, and that none has.
     """
     if format not in FORMATS:
         raise UserError(f"no table format {format!r}; there are {', '.join(FORMATS)}.{nearest(format, FORMATS)}")
@@ -185,17 +202,24 @@ def render_table(
     chosen = _sorted(filter_cells(chosen, filters), sort)
     if before and not chosen:
         raise UserError(f"no cell meets {' and '.join(filters)}; there are {_some_cells(before)}.")
+    names = None if columns is None else [_known_column(name, chosen) for name in columns]
     match format:
         case "csv":
-            more = {name: [fronts.columns(cell)[name] for cell in chosen] for name in _front_columns()}
+            more = {name: [fronts.columns(cell)[name] for cell in chosen] for name in fronts.names}
             table = frame(chosen).assign(**more)
+            table = table.drop(columns="front") if names is None else table[names]
             texts = table.select_dtypes(object).columns
             table[texts] = table[texts].map(_harmless)
             return table.to_csv(index=False, lineterminator="\n")
         case "json":
             rows = [columns_of(cell) | {"params": dict(cell.params)} | fronts.columns(cell) for cell in chosen]
+            kept = [name for name in rows[0] if name != "front"] if names is None and rows else names or ()
+            rows = [{name: row[name] for name in kept} for row in rows]
             return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
-    sheet = _Sheet.of(chosen, fronts)
+    if names is None:
+        sheet = _Sheet.of(chosen, fronts)
+    else:
+        sheet = _Sheet(chosen, fronts, [_chosen_column(name, fronts, printed=format == "tex") for name in names])
     if format == "rich":
         fitting = sheet.fitting(width or rich.get_console().width)
         return _rich(fitting, [column.name for column in sheet.columns if column not in fitting.columns])
@@ -247,6 +271,7 @@ def print_table(
     pareto: bool = False,
     *,
     filters: Sequence[str] = (),
+    columns: Sequence[str] | None = None,
     every_column: bool = False,
 ) -> None:
     """Print a table of `render_table` on a console: the columns that fit, or every one.
@@ -255,7 +280,7 @@ def print_table(
     last digits would be another one.
     """
     width = _ALL if every_column else console.width
-    table = render_table(cells, "rich", sort, pareto, filters=filters, width=width)
+    table = render_table(cells, "rich", sort, pareto, filters=filters, columns=columns, width=width)
     console.width = max(console.width, table.min_width or 0)
     console.print(table)
 
@@ -265,8 +290,39 @@ def _harmless(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
-def _front_columns() -> list[str]:
-    return [*(f"front_{x}" for x in FRONTS.values()), "front_by"]
+def _known_column(name: str, cells: Sequence[Cell]) -> str:
+    """The column that a name stands for: a metric's, or that of the name itself."""
+    column = METRICS[name].columns[0] if name in METRICS else name
+    options = dict.fromkeys([*METRICS, *all_columns(), *Fronts.names])
+    if column not in options:
+        raise UserError(f"no column {name!r}.{nearest(name, options) or ' Try method, schedule, tokens_final, top1.'}")
+    metric = metric_of_column(column)
+    if metric and cells and not any(cell[metric] for cell in cells):
+        raise UserError(f"no cell here has {name}; measured: {measured_names(cells)}.")
+    return column
+
+
+def _chosen_column(name: str, fronts: Fronts, printed: bool) -> _Column:
+    """A column for reading that was asked for. printed: names as in plots."""
+    if metric := metric_of_column(name):
+        return replace(_figures(metric)[0], rank=0)
+    if printed and name in ("method", "variant"):
+        return _Column("Method", lambda cell: variant_name(cell.method, cell.variant), left=True)
+    if printed and name == "schedule":
+        return _Column("Schedule", lambda cell: short_schedule(cell.schedule), left=True)
+    if name in _READ:
+        return _READ[name]
+    row = fronts.columns if name in Fronts.names else columns_of
+    interval_of = next((metric for metric in METRICS.values() if name in metric.columns), None)
+    digits = None if interval_of is None else interval_of.digits
+
+    def text(cell: Cell) -> str:
+        value = row(cell)[name]
+        if value is None:
+            return ""
+        return str(value) if digits is None else number(value, digits)
+
+    return _Column(name.replace("_", " "), text, left=name not in COUNTS and interval_of is None)
 
 
 def _sorted(cells: list[Cell], sort: str) -> list[Cell]:
@@ -294,17 +350,10 @@ def _some_cells(cells: Sequence[Cell]) -> str:
 
 def _columns(cells: Sequence[Cell], fronts: Fronts) -> list[_Column]:
     """All columns for reading, in their order."""
-    columns = [
-        _Column("Method", lambda cell: cell.variant, left=True),
-        _Column("Schedule", lambda cell: "" if cell.is_baseline else cell.schedule, left=True),
-    ]
-    if len({cell.model for cell in cells}) > 1:
-        columns.insert(0, _Column("Model", lambda cell: cell.model, left=True))
-    if len({cell.run for cell in cells}) > 1:
-        columns.insert(0, _Column("Run", lambda cell: cell.run, left=True))
+    columns = [_READ[name] for name in ("run", "model") if len({getattr(cell, name) for cell in cells}) > 1]
+    columns += [_READ["method"], _READ["schedule"]]
     placed = {metric.place: _figures(name) for name, metric in METRICS.items() if metric.place is not None}
-    tokens = _Column("Tokens", _tokens, rank=4, value=lambda cell: cell.tokens_final)
-    placed[_TOKENS] = [tokens]
+    placed[_TOKENS] = [replace(_READ["tokens_final"], rank=4)]
     columns += [column for place in sorted(placed) for column in placed[place]]
     return [*columns, _Column("Front", fronts.word, left=True, rank=0.4)]
 
@@ -315,6 +364,8 @@ def _figures(name: str) -> list[_Column]:
     head, text = metric.short, lambda cell: figure_text(cell, name) or _failed(cell)
     if name == "drop":
         head, text = "Drop [95 %]", _drop
+    elif name == "knn_drop":
+        head, text = "k-NN drop [95 %]", lambda cell: "" if cell.is_baseline else figure_text(cell, name, bounds=True)
     elif name == "speedup":
         head, text = metric.short, lambda cell: figure_text(cell, name, unit="×") or _failed(cell)
     falls = metric.better == "higher"
@@ -330,6 +381,15 @@ def _failed(cell: Cell) -> str:
 
 def _tokens(cell: Cell) -> str:
     return f"{cell.tokens_final:,}" if cell.tokens else _failed(cell)
+
+
+_READ = {
+    "run": _Column("Run", lambda cell: cell.run, left=True),
+    "model": _Column("Model", lambda cell: cell.model, left=True),
+    "method": _Column("Method", lambda cell: cell.variant, left=True),
+    "schedule": _Column("Schedule", lambda cell: "" if cell.is_baseline else cell.schedule, left=True),
+    "tokens_final": _Column("Tokens", _tokens, value=lambda cell: cell.tokens_final),
+}
 
 
 def _drop(cell: Cell) -> str:
@@ -375,13 +435,13 @@ def _notes(sheet: _Sheet) -> list[str]:
     runs = {run: name for run, name in run_names(cells).items() if run != name}
     if len(runs) > 1:
         notes.append(f"Runs: {', '.join(f'{run} ({name})' for run, name in runs.items())}.")
-    if any(cell["gflops"] for cell in cells):
+    if "gflops" in shown and any(cell["gflops"] for cell in cells):
         notes.append("FLOPs are multiply-adds, per image.")
-    if any(cell["drop"] for cell in cells):
+    if "drop" in shown and any(cell["drop"] for cell in cells):
         notes.append(
             "Drop: points of top-1 lost against `none` (negative: gained), same images, with its 95 % interval."
         )
-    if any(not_significant(cell) for cell in cells if not cell.is_baseline):
+    if "drop" in shown and any(not_significant(cell) for cell in cells if not cell.is_baseline):
         notes.append("n.s.: cannot be told from no drop.")
     for gain in dict.fromkeys(sheet.fronts.gain[cell] for cell in cells if sheet.fronts.word(cell)):
         notes.append(

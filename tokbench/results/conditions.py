@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,11 @@ def differences(before: Manifest, after: Manifest, baseline: Path, has_speed: bo
     return Differences(told, settings, _caveats(settings, then, baseline, has_speed))
 
 
-def agreed(before: Manifest, now: Manifest, what: str) -> Conditions:
+def agreed(before: Manifest, now: Manifest, what: str, grown: Collection[str] = ()) -> Conditions:
     """The conditions to go on under: those of the run `before`, and those of models and data that are new in `now`.
 
-    `what` names the run. Raises UserError that names every difference between what both have.
+    `what` names the run. grown: models whose images are those of before and more. Raises UserError that names every
+    difference between what both have.
     """
     if before.conditions is None or now.conditions is None:
         raise UserError(f"{what} was made by an older tokbench, and cannot be continued; --fresh begins a new run.")
@@ -70,7 +71,7 @@ def agreed(before: Manifest, now: Manifest, what: str) -> Conditions:
     models = dict(before.conditions.models)
     for label, model in now.conditions.models.items():
         known = models.get(label, ModelConditions())
-        found += _model_differences(label, known, model)
+        found += _model_differences(label, known, model, label in grown)
         models[label] = ModelConditions(
             **{**known.plain(), **{k: v for k, v in model.plain().items() if v is not None}}
         )
@@ -79,7 +80,7 @@ def agreed(before: Manifest, now: Manifest, what: str) -> Conditions:
     return before.conditions.model_copy(update={"models": models})
 
 
-def _model_differences(label: str, was: ModelConditions, now: ModelConditions) -> Iterable[str]:
+def _model_differences(label: str, was: ModelConditions, now: ModelConditions, grown: bool) -> Iterable[str]:
     def differ(name: str) -> bool:
         return None not in (getattr(was, name), getattr(now, name)) and getattr(was, name) != getattr(now, name)
 
@@ -87,6 +88,8 @@ def _model_differences(label: str, was: ModelConditions, now: ModelConditions) -
         yield f"the weights of model {label!r} were {was.weights_sha256:.12}… and are {now.weights_sha256:.12}…"
     if differ("input_size"):
         yield f"the input size of model {label!r} was {was.input_size} and is {now.input_size}"
+    if grown:
+        return
     if differ("data") or differ("images"):
         yield f"data was {was.images:,} images of {was.data} and is {now.images:,} of {now.data}"
     elif differ("data_fingerprint"):

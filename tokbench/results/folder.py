@@ -37,6 +37,7 @@ MANIFEST = "manifest.json"
 RECORDS = "records.jsonl"
 # Which images no cell saw, and why, by model.
 SKIPPED = "skipped.json"
+RESULTS = Path("results")
 _LOCK, _OWNER = ".lock", ".owner.json"
 _LONGEST_LINE = 2**26
 _TEMPORARY = ".tokbench.tmp"  # nobody else names files so: repair removes those that a crash left
@@ -281,7 +282,7 @@ def _new_path(first: Path) -> Path:
     return path
 
 
-def new_run_path(root: str | Path = "results", label: str = "run") -> Path:
+def new_run_path(root: str | Path = RESULTS, label: str = "run") -> Path:
     """A folder under `root` that does not exist yet: local time, then `label`. Nothing is created."""
     words = re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-.")[:60] or "run"
     return _new_path(Path(root) / f"{datetime.now():%Y%m%d-%H%M%S}-{words}")
@@ -368,7 +369,7 @@ def _links(folder: Path) -> Iterator[Path]:
     return (path for path in itertools.chain(own, below) if path.is_symlink())
 
 
-def _runs_in(folder: Path) -> list[Path]:
+def runs_in(folder: Path) -> list[Path]:
     """The runs in a folder, the newest last."""
     if not folder.is_dir():
         return []
@@ -377,12 +378,12 @@ def _runs_in(folder: Path) -> list[Path]:
 
 def _no_run_message(path: Path) -> str:
     if not path.exists():
-        runs = _runs_in(path.parent)
+        runs = runs_in(path.parent)
         hint = nearest(path.name, [run.name for run in runs])
         if not hint and runs:
             hint = f" The newest run in {path.parent} is {runs[-1].name!r}."
         return f"no run folder {path}.{hint}"
-    inside = _runs_in(path) if path.is_dir() else []
+    inside = runs_in(path) if path.is_dir() else []
     if inside:
         return f"{path} is no run folder (it has no {MANIFEST}), but holds runs; the newest is {inside[-1]}."
     return f"{path} is no run folder: it has no {MANIFEST}."

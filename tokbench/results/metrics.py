@@ -197,6 +197,15 @@ METRICS: dict[str, Metric] = {
         interval=_ends("similarity"), bars=_IMAGES, place=6,
         note="Cosine: of the features with those of `none`; 1 is the same direction.",
     ),
+    "knn_top1": Metric(
+        "k-NN top-1 of the features (%)", "k-NN %", "higher", 2, "knn_top1", " %", 100, interval=_ends("knn_top1"),
+        bars=_IMAGES, of_images=True, place=6.1, rank=0.2,
+        note="k-NN: top-1 by the 20 nearest other images, weighted by exp(cosine / 0.07).",
+    ),
+    "knn_drop": Metric(
+        "k-NN top-1 drop (points)", "k-NN drop", "lower", 2, "knn_drop", interval=_ends("knn_drop"), bars=_DIFFERENCE,
+        of_images=True, place=6.2, rank=0.3,
+    ),
     "output_shift": Metric(
         "Shift of the one output (standard deviations)", "Shift σ", "lower", 4, "output_shift",
         interval=_ends("output_shift"), bars=_IMAGES, place=7, rank=8,

@@ -31,6 +31,8 @@ class Predictions:
     classifier, of which nothing else is known; NaN for all others, and where either is not finite.
     `output` (n,) float32 is the one output of a model that has no more (a score, a logit), which chooses no class;
     NaN for all others, and where it is not finite.
+    `neighbor` (n,) int64 is the class that k-NN gives the image by the features of the others, for models without a
+    classifier; −1 where they are not finite, −2 where it was not asked for.
     `classifies` tells whether there are classes at all: not for a model without a classifier or of one output.
     """
 
@@ -41,12 +43,14 @@ class Predictions:
     divergence: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
     similarity: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
     output: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    neighbor: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     classifies: bool = True
 
     def __post_init__(self) -> None:
         for name in _LATER:
             if len(getattr(self, name)) != len(self.label):
-                object.__setattr__(self, name, np.full(len(self.label), np.nan, np.float32))
+                nothing = np.int64(-2) if _KINDS[name] == "i" else np.float32(np.nan)
+                object.__setattr__(self, name, np.full(len(self.label), nothing))
 
     @property
     def labeled(self) -> bool:
@@ -131,9 +135,9 @@ ARRAYS = tuple(own.name for own in fields(Predictions) if own.name != "classifie
 """The fields of Predictions with one entry per image."""
 _KINDS = {
     "label": "i", "predicted": "i", "label_probability": "f", "top5": "b", "divergence": "f", "similarity": "f",
-    "output": "f",
+    "output": "f", "neighbor": "i",
 }  # fmt: skip
-_LATER = ("divergence", "similarity", "output")  # which archives of earlier versions lack
+_LATER = ("divergence", "similarity", "output", "neighbor")  # which archives of earlier versions lack
 
 
 def join(parts: Iterable[Predictions]) -> Predictions:

@@ -93,6 +93,9 @@ class AccuracyRecord(Record):
     agreement: Share | None = None
     kl: Number | None = None
     similarity: Number | None = None
+    knn_top1: Share | None = None
+    knn_drop: Number | None = None
+    knn_images: Count | None = None
     output_shift: Number | None = None
     output_correlation: Number | None = None
     batch_size: Count | None = None

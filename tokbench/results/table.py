@@ -49,7 +49,7 @@ _CONDITIONS: dict[str, Callable[[Cell], Any]] = {
     "cell": operator.attrgetter("id"),
     "error": operator.attrgetter("error"),
 }  # fmt: skip
-_COUNTS = frozenset({"tokens_final", "images", "batch_size", "skipped", "nonfinite"})
+COUNTS = frozenset({"tokens_final", "images", "batch_size", "skipped", "nonfinite"})
 
 
 def figure_columns() -> list[str]:
@@ -85,7 +85,7 @@ def frame(cells: Sequence[Cell]) -> pd.DataFrame:
     import pandas as pd
 
     table = pd.DataFrame([columns_of(cell) for cell in cells], columns=all_columns())
-    kinds = {name: "Int64" if name in _COUNTS else object for name in (*_DESCRIBED, *_CONDITIONS)}
+    kinds = {name: "Int64" if name in COUNTS else object for name in (*_DESCRIBED, *_CONDITIONS)}
     return table.astype({**kinds, "is_baseline": bool, **dict.fromkeys(figure_columns(), float)})
 
 
@@ -130,6 +130,8 @@ def _cell(key: CellKey, kinds: Mapping[str, Record], run: str, machine: Machine 
     fields: dict[str, Any] = {}
     for record in kinds.values():
         fields.update({name: value for name, value in record if value is not None})
+    if "accuracy" in kinds:  # a run that grew measured the other kinds on fewer images
+        fields["data_fingerprint"] = kinds["accuracy"].data_fingerprint
     first, failure = next(iter(kinds.values())), kinds.get("failure")
     named = {name: fields.get(name) for name in _CONDITIONS if name in Cell.__dataclass_fields__}
     also = {
@@ -173,6 +175,10 @@ def _share_conditions(cells: list[Cell]) -> list[Cell]:
         }
         shared[model] = {name: values.pop() for name, values in known.items() if len(values) == 1}
         shared[model].setdefault("compiled", "no")  # of what was never timed it says nothing
+        if len(seen := {cell.data_fingerprint for cell in mine if "accuracy" in cell.kinds}) == 1:
+            # Where a run grew, what has no accuracy still names the fewer images.
+            unseen = {cell for cell in mine if "accuracy" not in cell.kinds}
+            cells = [replace(cell, data_fingerprint=[*seen][0]) if cell in unseen else cell for cell in cells]
     return [
         replace(cell, **{name: value for name, value in shared[cell.model].items() if getattr(cell, name) is None})
         for cell in cells
@@ -242,7 +248,7 @@ def _split_condition(condition: str) -> tuple[str, str, str]:
 
 
 def _test(column: str, sign: str, value: str, condition: str) -> Callable[[Any], bool]:
-    if column not in figure_columns() and column not in _COUNTS:
+    if column not in figure_columns() and column not in COUNTS:
         if sign != "=":
             raise UserError(f"filter {condition!r}: {column} is text, which compares with = only.")
         return lambda found: fnmatchcase(str("" if found is None else found).lower(), value.lower())

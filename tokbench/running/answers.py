@@ -14,6 +14,7 @@ from tokbench.config import RunOptions
 from tokbench.data import ImageSource, ImageStream
 from tokbench.errors import RunStopped
 from tokbench.measure.accuracy import evaluate
+from tokbench.measure.neighbors import Neighbors
 from tokbench.results.folder import SKIPPED
 from tokbench.results.predictions import Predictions, join
 from tokbench.running.bench import Bench, Runnable
@@ -27,7 +28,7 @@ def measure_accuracy(bench: Bench) -> None:
     source = bench.subject.source
     assert source is not None
     file = PassFile(bench.folder, bench.subject.spec.label)
-    half = None if source.streaming else file.load()
+    half = file.load() if _continues(bench, source) else None
     while any(bench.lacks(runnable.cell, "accuracy") for runnable in bench.running):
         reference, *others = bench.running
         members = [reference, *(other for other in others if bench.lacks(other.cell, "accuracy"))]
@@ -37,6 +38,11 @@ def measure_accuracy(bench: Bench) -> None:
             _pass_over_images(bench, source, members, half or HalfPass(), file)
         file.remove()
         half = None
+
+
+def _continues(bench: Bench, source: ImageSource | ImageStream) -> bool:
+    """Whether half a pass is kept: a stream cannot seek, and features are too large to keep."""
+    return not source.streaming and bench.subject.model.num_classes > 0
 
 
 def _pass_over_images(
@@ -61,7 +67,7 @@ def _pass_over_images(
         if before is not None:
             _require_same_answers(before, own, seen, repr(str(bench.folder.path)))
         seen += len(own.label)
-        if not source.streaming:
+        if _continues(bench, source):
             file.add(HalfPass(reader.end, answers, dict(batch_sizes), reader.skipped_since()))
         bench.progress.advance(reader.end)
 
@@ -69,6 +75,9 @@ def _pass_over_images(
     first = next(batches, None)
     if first is None and not half.answers:
         raise RunStopped(f"none of the {len(source):,} images of {source.name} can be decoded: nothing to measure.")
+    neighbors = None
+    if not bench.subject.model.num_classes and not any(w.code == "no_labels" for w in source.warnings):
+        neighbors = Neighbors(len(source), len(members))
     results = dict(half.answers)
     if first is not None:
         try:
@@ -79,6 +88,7 @@ def _pass_over_images(
                 dtype=bench.dtype,
                 classifier=bench.subject.model.num_classes > 0,
                 among=source.among,
+                neighbors=neighbors,
                 batch_sizes=batch_sizes,
                 on_batch=keep,
                 on_failure=lambda cell_id, error: bench.drop(cell_id, "accuracy", error),
@@ -87,7 +97,9 @@ def _pass_over_images(
             file.save()
             raise
         results = {name: join([half.answers[name], own] if half.answers else [own]) for name, own in rest.items()}
-    _record_answers(bench, source, members, results, reader, batch_sizes)
+    thinned = neighbors is not None and neighbors.step > 1
+    caveats = [f"k-NN is of one in {neighbors.step} images, as features fill memory"] if neighbors and thinned else []
+    _record_answers(bench, source, members, results, reader, batch_sizes, caveats)
 
 
 def _record_answers(
@@ -97,6 +109,7 @@ def _record_answers(
     results: dict[str, Predictions],
     reader: Reader,
     batch_sizes: dict[str, int],
+    caveats: list[str],
 ) -> None:
     label, reference = bench.subject.spec.label, members[0]
     baseline = results[reference.cell.id]
@@ -109,7 +122,7 @@ def _record_answers(
                 f"{len(reader.skipped)} of {len(source):,} images of {source.name} cannot be decoded, and no cell "
                 f"of {label} saw them: {bench.folder.path / SKIPPED} names them"
             )
-    caveats = [warning.text for warning in source.warnings]
+    caveats = [*(warning.text for warning in source.warnings), *caveats]
     if at_chance_level(baseline, source.num_classes):
         chance = f"{label} gets {baseline.top1():.1%} of {source.name} right, which is chance level"
         caveats.append(chance)

@@ -28,7 +28,7 @@ from tokbench.progress import Progress
 from tokbench.resolve import FlopsWarning, apply
 from tokbench.results.cell import RecordIndex
 from tokbench.results.folder import RunFolder
-from tokbench.results.records import FailureRecord
+from tokbench.results.records import FailureRecord, Record
 from tokbench.running.records import flops_fields
 from tokbench.schedules import parse_schedule
 
@@ -63,7 +63,8 @@ def counts_by_image(model: Any) -> bool:
     return hasattr(model, "fusion") and model.fusion.method.counts_by_image
 
 
-def calibrates(cell: PlannedCell) -> bool:
+def looks_at_images(cell: PlannedCell) -> bool:
+    """Whether a cell's FLOPs and speed depend on the images."""
     return not cell.is_baseline and wants_images(make_method(cell.method.name, **cell.method.params))
 
 
@@ -125,8 +126,15 @@ class Bench:
         if kind == "accuracy" and not cell.is_baseline and METHODS[cell.method.name].speed_only:
             return False
         record = self.index.find(cell.key, kind)
-        lost = kind == "accuracy" and record is not None and not self.folder.prediction_path(record.cell).is_file()
-        return kind in self.options.only and (record is None or lost)
+        return kind in self.options.only and (record is None or not self.holds(cell, record))
+
+    def holds(self, cell: PlannedCell, record: Record) -> bool:
+        """Whether a cell's record says what would be measured now: its answers are there, and of all images."""
+        if record.kind == "accuracy" and not self.folder.prediction_path(record.cell).is_file():
+            return False
+        source = self.subject.source
+        grown = source is not None and record.data_fingerprint not in (None, source.fingerprint)
+        return not grown or (record.kind != "accuracy" and not looks_at_images(cell))
 
     def waiting(self) -> list[PlannedCell]:
         """The cells of which something is not measured yet."""
@@ -170,8 +178,9 @@ class Bench:
         """Raise RunStopped if the cell no longer is what an earlier session measured."""
         for kind in self.options.only:
             before = self.index.find(runnable.cell.key, kind)
+            held = before is not None and self.holds(runnable.cell, before)
             for name in ("resolved", "tokens"):
-                if before and getattr(before, name) != runnable.identity.get(name):
+                if held and getattr(before, name) != runnable.identity.get(name):
                     raise RunStopped(
                         f"{runnable.cell.id} is not what it was: {name} were {getattr(before, name)} and are "
                         f"{runnable.identity.get(name)}. Has the code of the method changed? --fresh begins a new run."
@@ -182,7 +191,7 @@ class Bench:
         if cell.is_baseline:
             watch(model)
         else:
-            images = self.images(CALIBRATION_IMAGES) if calibrates(cell) else None
+            images = self.images(CALIBRATION_IMAGES) if looks_at_images(cell) else None
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", FlopsWarning)
                 whole = self._unreduced_flops if parse_schedule(cell.schedule).kind == "flops" else None

@@ -43,6 +43,11 @@ def accuracy_fields(predictions: Predictions, baseline: Predictions) -> dict[str
     if predictions.classifies:
         agree = (predictions.predicted == baseline.predicted) & (baseline.predicted >= 0)
         fields |= _with_ends("agreement", float(np.mean(agree)), *wilson(int(agree.sum()), len(agree)))
+    asked = (predictions.neighbor > -2) & (baseline.neighbor > -2)
+    if asked.any():
+        right, right_before = (own.neighbor[asked] == own.label[asked] for own in (predictions, baseline))
+        fields |= _with_ends("knn_top1", float(right.mean()), *wilson(int(right.sum()), len(right)))
+        fields |= _with_ends("knn_drop", *paired_drop(right_before, right)) | {"knn_images": len(right)}
     for name, interval in output_shift(predictions, baseline).items():
         fields |= _with_ends(name, *interval)
     distances = (("kl", predictions.divergence, 0, inf), ("similarity", predictions.similarity, -1, 1))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -36,7 +36,7 @@ from tokbench.results.folder import RunFolder, fresh_path, is_run, new_run_path,
 from tokbench.results.records import SCHEMA, Manifest, Session
 from tokbench.results.table import frame, load_cells
 from tokbench.running.answers import measure_accuracy
-from tokbench.running.bench import Bench, Subject, calibrates
+from tokbench.running.bench import Bench, Subject, looks_at_images
 from tokbench.running.timing import time_cells
 from tokbench.schedules import parse_schedule
 
@@ -85,20 +85,29 @@ def run(
         subjects = [_load(spec, grid, options) for spec in grid.models]
         batch_size = _batch_size(options, device, folder)
         manifest = _manifest(grid, options, device, subjects, batch_size)
-        folder = _continued(folder, manifest) if folder else RunFolder.create(path, manifest.plain())
+        grown = _grown(folder.manifest, grid, options, subjects) if folder else {}
+        folder = _continued(folder, manifest, grown) if folder else RunFolder.create(path, manifest.plain())
         records = folder.records()
         index = RecordIndex(records)
         count = sum(len(subject.cells) for subject in subjects)
         progress.started(folder, count, count * len(options.only))
+        for text in grown.values():
+            progress.note(text)
         for subject in subjects:
             subject.cells = [cell.named_as(index) for cell in subject.cells]
+        benches = [Bench(subject, folder, options, device, progress, index, batch_size) for subject in subjects]
         if records:
-            asked = {cell.key for subject in subjects for cell in subject.cells}
+            asked = {cell.key: (bench, cell) for bench in benches for cell in bench.subject.cells}
+            found = ((record, *asked.get(key_of(record), (None, None))) for record in records)
             progress.continued(
-                [record for record in records if key_of(record) in asked and record.kind in options.only]
+                [
+                    record
+                    for record, bench, cell in found
+                    if bench and cell and record.kind in options.only and bench.holds(cell, record)
+                ]
             )
-        for subject in subjects:
-            _measure(Bench(subject, folder, options, device, progress, index, batch_size))
+        for bench in benches:
+            _measure(bench)
         try:
             cells = load_cells([folder.path])
             plots = _draw(cells, folder.path, progress.note)
@@ -166,8 +175,8 @@ def _load(spec: ModelSpec, grid: Grid, options: RunOptions) -> Subject:
             check_schedule(parse_schedule(cell.schedule), len(model.blocks))
         if not cell.is_baseline:
             make_method(cell.method.name, **cell.method.params).require_depth(len(model.blocks))
-    looks_at_images = "accuracy" in options.only or any(calibrates(cell) for cell in cells)
-    source = open_dataset(grid.data, model, limit=options.limit, labels=options.labels) if looks_at_images else None
+    wants_images = "accuracy" in options.only or any(looks_at_images(cell) for cell in cells)
+    source = open_dataset(grid.data, model, limit=options.limit, labels=options.labels) if wants_images else None
     return Subject(spec, model, weights_sha256(model), resolve_input_size(model, None), source, cells)
 
 
@@ -223,12 +232,37 @@ def installed_commit() -> dict[str, Any] | None:
     return {"commit": commit} if isinstance(commit, str) else None
 
 
-def _continued(folder: RunFolder, manifest: Manifest) -> RunFolder:
-    """The run with this session added to its manifest. Raises UserError if it was measured under other conditions."""
+def _grown(before: Manifest, grid: Grid, options: RunOptions, subjects: list[Subject]) -> dict[str, str]:
+    """The models whose images are those of earlier sessions and more, and what that means in words.
+
+    Accuracy is measured again on all of these images: the new ones lie between the old, and a calibration is of all.
+    """
+    known = before.conditions.models if before.conditions else {}
+    grown = {}
+    for subject in subjects:
+        was, source, label = known.get(subject.spec.label), subject.source, subject.spec.label
+        if was is None or source is None or was.images is None or was.images >= len(source):
+            continue
+        part = open_dataset(grid.data, subject.model, limit=was.images, labels=options.labels)
+        if (part.name, part.fingerprint) == (was.data, was.data_fingerprint):
+            grown[label] = (
+                f"{label}: {len(source):,} images instead of {was.images:,}, so accuracy is measured again on all of "
+                "them; FLOPs and speed are kept where they do not depend on the images"
+            )
+    return grown
+
+
+def _continued(folder: RunFolder, manifest: Manifest, grown: Collection[str]) -> RunFolder:
+    """The run with this session added to its manifest. Raises UserError if it was measured under other conditions.
+
+    grown: models that are shown more images than before.
+    """
     before = folder.manifest
-    conditions = agreed(before, manifest, f"the run {str(folder.path)!r}")
+    conditions = agreed(before, manifest, f"the run {str(folder.path)!r}", grown)
     session = Session(**{name: getattr(manifest, name) for name in ("started", "grid", "command", "git", "plugins")})
     folder.repair()
+    for label in grown:
+        folder.remove_partial(label)  # half a pass over fewer images
     plugins = {**before.plugins, **manifest.plugins}
     more = {"conditions": conditions, "plugins": plugins, "continued": [*before.continued, session]}
     folder.write_manifest(before.model_copy(update=more))

@@ -34,7 +34,6 @@ def time_cells(bench: Bench) -> None:
         return
     if not bench.is_fused:
         bench.progress.warn("fused attention is off (TIMM_FUSED_ATTN?): speed-ups are over a slower model than timm's")
-    bench.phase("warming up for speed", None)
     reference, size = bench.running[0], _batch_size(bench)
     asked = size
     timed: _Timed | None = None
@@ -101,6 +100,7 @@ def _batch_size(bench: Bench) -> int:
         return earlier
     if bench.options.batch_size != "auto" or bench.device.type != "cuda":
         return bench.batch_size
+    bench.phase("finding the largest batch", None)
     size = LARGEST_BATCH
     for member in list(bench.running):
         with _dropping(bench, member):
@@ -117,6 +117,8 @@ def _time(bench: Bench, members: list[Runnable], size: int, watch: Watch) -> _Ti
                     compile_model(model)
         members = [member for member in members if member in bench.running]
     limits = {member.limit_name: member.limit for member in members if member.limit is not None}
+    # A model is compiled as it is first shown a batch, and those of cells again for a single image.
+    bench.phase("compiling" if bench.options.compile else "warming up for speed", 2 * len(members) + len(limits))
 
     def fail(name: str, error: Exception) -> None:
         if is_out_of_memory(error) and size > 1:
@@ -140,6 +142,7 @@ def _time(bench: Bench, members: list[Runnable], size: int, watch: Watch) -> _Ti
         images=images,
         seconds=SPEED_SECONDS_PER_CELL * (len(members) + len(limits)),
         latency_of=[member.cell.id for member in members],
+        on_warm=bench.progress.advance,
         on_round=advance,
         on_failure=fail,
     )
