@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import timm.data
 import torch
+from kinds import slowly
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -150,7 +151,7 @@ def test_the_mean_of_merged_patches_is_that_of_all_they_stand_for():
         torch.testing.assert_close(out, torch.cat([one[0], whole]))
 
 
-@pytest.mark.parametrize("method", tokbench.list_methods())
+@pytest.mark.parametrize("method", slowly(tokbench.list_methods()))
 def test_every_method_works_in_a_converted_model(method, hf, tmp_path):
     make(hf, "Dinov2WithRegistersForImageClassification", tmp_path)
     model: Any = load_model(f"hf:{tmp_path}")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from kinds import slowly
 from survey import coverage
 
 import tokbench
@@ -99,7 +100,7 @@ def test_a_structure_is_supported_by_every_method_or_by_none(tried):
             assert "side by side" in reason or "difference of two attentions" in reason
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slowly(METHODS))
 def test_tokens_are_removed_as_asked(method, supported):
     for structure, model, x, _ in supported:
         tokens = coverage.SIDE**2 + model.num_prefix_tokens
@@ -111,7 +112,7 @@ def test_tokens_are_removed_as_asked(method, supported):
         tokbench.remove(model)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slowly(METHODS))
 def test_removing_nothing_is_the_unreduced_model_bit_for_bit(method, supported):
     for structure, model, x, expected in supported:
         with torch.inference_mode():
