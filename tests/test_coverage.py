@@ -108,7 +108,11 @@ def test_tokens_are_removed_as_asked(method, supported):
         with torch.inference_mode():
             assert tokbench.apply(model, method, 5)(x).isfinite().all(), structure
         left = [tokens - sum(each[: block + 1]) for block in range(4)]
-        assert tokbench.tokens_per_block(model) == left, structure
+        tokens = tokbench.tokens_per_block(model)
+        if method == "ats":  # a mean over images, that may lose more
+            assert all(mean <= most for mean, most in zip(tokens, left, strict=True)), structure
+        else:
+            assert tokens == left, structure
         tokbench.remove(model)
 
 

@@ -37,7 +37,7 @@ from tokbench.fusion.core import METHODS
 from tokbench.models import load_model
 from tokbench.report.tables import render_table
 from tokbench.results.folder import MANIFEST, RECORDS, SKIPPED
-from tokbench.results.table import load_table
+from tokbench.results.table import load_cells
 from tokbench.running import half_pass, runner
 from tokbench.schedules import GRAMMAR, parse_schedule
 
@@ -496,9 +496,9 @@ def test_records(rows, tail):
     text = "".join(f"{row}\n" for row in rows).encode(errors="surrogatepass")
     (run / "records.jsonl").write_bytes(text + tail)
     try:
-        table = load_table(run)
+        cells = load_cells([run])
         for form in ("md", "json", "csv", "tex"):
-            render_table(table, form)
+            render_table(cells, form)
     except UserError as error:
         assert str(run) in str(error) and "\n" not in str(error)
 

@@ -180,11 +180,11 @@ def test_a_run_skips_the_same_images_for_every_cell_and_lists_them(animals, tmp_
     listed = json.loads((run.path / "skipped.json").read_text())["tiny"]
     assert {Path(image["name"]).name for image in listed} == {name for name, good in kinds.items() if not good}
     for record in run.records():
-        assert (record["skipped"], record["images"]) == (bad, len(kinds) - bad)
-        assert len(Predictions.load(run.prediction_path(record["cell"])).label) == record["images"]
+        assert (record.skipped, record.images) == (bad, len(kinds) - bad)
+        assert len(Predictions.load(run.prediction_path(record.cell)).label) == record.images
     more = replace(grid, methods=(MethodSpec("random", ("8",)),))
     runner.run(more, tmp_path / "run", options=options)
-    assert {record["skipped"] for record in run.records()} == {bad}
+    assert {record.skipped for record in run.records()} == {bad}
 
     with pytest.raises(RunStopped, match=r"images of .* cannot be decoded, more than 5 %: the first is .*--max-bad"):
         runner.run(grid, tmp_path / "strict", options=replace(options, max_bad=5))

@@ -68,7 +68,7 @@ def test_an_eva_compiles_without_a_graph_break(method, kind):
         torch.testing.assert_close(compile_model(model, backend="aot_eager")(x), expected)
 
 
-@pytest.mark.parametrize("method", slowly(METHODS))
+@pytest.mark.parametrize("method", slowly(name for name in METHODS if name != "ats"))  # whose FLOPs need images
 def test_every_operator_in_an_eva_is_counted(method):
     model = eva()
     whole = tokbench.count_flops(model)

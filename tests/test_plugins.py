@@ -165,7 +165,7 @@ WRONG_PLANS = {
 def test_wrong_plans_fail_alone_and_say_why(tmp_path, monkeypatch, tokbench_command, one_thread):
     """Some would not fail by themselves, but look fast, or end the command as if all were well."""
     source = stand_in(monkeypatch, Source())
-    monkeypatch.setattr("tokbench.running.runner._draw", lambda table, folder: [])
+    monkeypatch.setattr("tokbench.running.runner._draw", lambda *_: [])
     plans = "".join(f"PLANS[{name!r}] = {before!r}\n" for name, (before, _, _) in WRONG_PLANS.items())
     results = "".join(f"RESULTS[{name!r}] = {given!r}\n" for name, (_, given, _) in WRONG_PLANS.items() if given)
     (tmp_path / "mine.py").write_text(MINE + plans + results)

@@ -15,7 +15,6 @@ from tokbench.errors import printable
 from tokbench.results.cell import Cell
 from tokbench.results.folder import RECORDS, RunFolder
 from tokbench.results.records import FailureRecord, Record
-from tokbench.results.table import cells_of
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -191,6 +190,7 @@ class LiveProgress(Progress):
 
     def _render(self) -> RenderableType:
         from tokbench.report.tables import render_table
+        from tokbench.results.table import cells_of
 
         table = render_table(cells_of(self._records), "rich", width=self._console.width)
         table.caption = None
