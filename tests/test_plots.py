@@ -469,3 +469,9 @@ def test_labels_of_lines_lie_beside_them() -> None:
             low, high = spot.box[1 - axis], spot.box[3 - axis]
             assert (low > 150) != (high < 150)
             assert spot.box[axis] >= 0 and spot.box[axis + 2] <= FRAME[axis + 2]
+
+
+def test_official_weights_that_came_as_a_file_are_asked_to_be_named(cells: list[Cell], tmp_path: Path) -> None:
+    mine = [replace(cell, key=replace(cell.key, model="deit_small_patch16_224@best")) for cell in cells]
+    with pytest.raises(UserError, match="run it with --label deit_small_patch16_224.fb_in1k"):
+        plot_pareto(mine, tmp_path / "a.png", published=True)

@@ -167,7 +167,11 @@ def _unpublished(model: str, names: Sequence[str], y: str) -> str:
     there = f"only {', '.join(known)}" if known else (
         f"only for {', '.join(dict.fromkeys(row.models[0] for row in PUBLISHED))}"
     )  # fmt: skip
-    return f"no paper printed {y} against {' or '.join(names)} for {model}, {there}"
+    name, at, _ = model.partition("@")
+    official = next((row.models[0] for row in PUBLISHED if at and name in row.models), "")
+    # A file's hash would tell, but nobody publishes one; its owner can.
+    hint = f"; if the checkpoint holds the official weights, run it with --label {official}" if official else ""
+    return f"no paper printed {y} against {' or '.join(names)} for {model}, {there}{hint}"
 
 
 def _draw(rows: Sequence[Mapping[str, Scene]], y: str, art: Art, published: bool, linear: bool) -> Figure:
