@@ -1,9 +1,9 @@
-"""Damage valid images of every format at random, and decode each: it comes out as an image or is reported as bad.
+"""Damage valid images of every format at random and decode them: each must be decoded or reported as bad.
 
     python benchmarks/bad_images.py --mutations 5000
 
-Decoding happens in a process of its own with bounded memory, so that a crash, a hang (60 s without an image) or a
-flood of memory is seen, with the image that did it, and not suffered. Exit code 1 when there was any.
+Decoding runs in a separate process with bounded memory, so that a crash, a hang (60 s without an image) or excessive
+memory is reported with the image that caused it. Exit code 1 if there is any.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from multiprocessing.connection import Connection
 import numpy as np
 from PIL import Image
 
-from tokbench.images import ImageError, decode
+from tokbench.data.decoding import ImageError, decode
 
 GIBIBYTE = 2**30
 
 
 def seeds() -> dict[str, bytes]:
-    """Small valid files: every format that is decoded, in several modes and compressions."""
+    """Small valid files in every supported format, in several modes and compressions."""
     pixels = np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8)
     colour = Image.fromarray(pixels)
     exif = Image.Exif()
@@ -57,7 +57,7 @@ def seeds() -> dict[str, bytes]:
 
 
 def mutate(content: bytes, dice: random.Random) -> bytes:
-    """One to four damages: cut, bytes changed or bits flipped anywhere or in the header, bytes put in or taken out."""
+    """Damage a file one to four times: truncate, change bytes, flip bits, insert, delete or repeat bytes."""
     data = bytearray(content)
     for _ in range(dice.randint(1, 4)):
         size = max(1, len(data))
@@ -79,7 +79,7 @@ def mutate(content: bytes, dice: random.Random) -> bytes:
 
 
 def outcome(content: bytes) -> str:
-    """`decoded`, `bad`, or what else happened, which must not."""
+    """`decoded`, `bad`, or a description of what must not happen."""
     try:
         image = decode(io.BytesIO(content), "mutant")
     except ImageError as error:
@@ -96,7 +96,7 @@ def _serve(pipe: Connection, memory: int) -> None:
 
 
 def try_all(mutations: int, seed: int = 0, patience: float = 60.0) -> tuple[collections.Counter[str], list[str], int]:
-    """(how often each outcome, the bad surprises, the most memory in KiB) of so many mutants."""
+    """(count of each outcome, descriptions of failures, peak memory in KiB) of `mutations` mutants."""
     dice, counts, surprises, most = random.Random(seed), collections.Counter[str](), [], 0
     files = list(seeds().items())
     context = multiprocessing.get_context("fork")

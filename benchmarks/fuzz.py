@@ -1,9 +1,9 @@
-"""Generate inputs of every kind that tests/test_fuzz.py knows, by the thousand, and count what came of them.
+"""Generate many inputs of every kind in tests/test_fuzz.py and count the outcomes.
 
     python benchmarks/fuzz.py --examples 1000
 
-Prints, for each kind, how many were tried, how long that took, and the exit codes by command. Every input must lead to
-an answer or to one line; the first that does not is printed, smallest form first, and the exit code is 1.
+For each kind, prints the number of inputs, the time, and the exit codes by command. Every input must give a result or
+one line of error. The first that does not is printed in its smallest form, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, settings
 
 
 def fuzz(kind: str, test: Callable[[], None], outcomes: Counter[tuple[str, int]]) -> bool:
-    """Try one kind of input; whether all went well. What happened is printed."""
+    """Try one kind of input and print the outcome; returns whether all inputs passed."""
     outcomes.clear()
     tried = 0
     inner = test.hypothesis.inner_test  # type: ignore[attr-defined]
@@ -56,7 +56,7 @@ if __name__ == "__main__":
     checks = list(HealthCheck)
     settings.register_profile("long", max_examples=asked.examples, deadline=None, suppress_health_check=checks)
     settings.load_profile("long")
-    import test_fuzz  # its tests take the profile that is loaded
+    import test_fuzz  # after the profile is loaded, because its tests take it at import
 
     kinds = {name[5:]: test for name, test in vars(test_fuzz).items() if hasattr(test, "hypothesis")}
     wanted = {

@@ -1,9 +1,9 @@
-"""Kill a real run (SIGKILL) at random moments, continue it with the same command, compare it with an undisturbed one.
+"""Kill a real run (SIGKILL) at random moments, continue it, and compare it with an undisturbed run.
 
     python benchmarks/kill_and_resume.py --kills 20
 
-Every session is a process of its own, forked from one that has imported PyTorch but not yet used it, so that kills hit
-work and not imports. Predictions, counts, FLOPs and token counts must come out the same, bit for bit; timings may not.
+Every session is a process forked from one that has imported PyTorch but not used it, so that kills hit work and not
+imports. Predictions, counts, FLOPs and token counts must be identical, bit for bit; timings may differ.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ import numpy as np
 import tokbench.cli
 import tokbench.running.runner  # noqa: F401  (imported once, here, for all sessions)
 
-# What a speed record has that cannot differ from run to run.
+# The fields of a speed record that do not depend on timings.
 TIMELESS = {"schema", "kind", "cell", "model", "weights_sha256", "method", "params", "schedule", "resolved", "tokens"}
 TIMELESS |= {"input_size", "data", "data_fingerprint", "dtype", "device", "weights", "fused_attention", "batch_size"}
 
 
 def session(words: list[str], log: Path, save_seconds: float) -> multiprocessing.process.BaseProcess:
-    """Start `tokbench` with these words in a process of its own."""
+    """Start `tokbench` with these arguments in a new process."""
 
     def work() -> None:
-        import tokbench.running.resume
+        import tokbench.running.half_pass
 
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        tokbench.running.resume.SAVE_SECONDS = save_seconds
+        tokbench.running.half_pass.SAVE_SECONDS = save_seconds
         sys.argv = ["tokbench", *words]
         tokbench.cli.main()
 
@@ -49,7 +49,7 @@ def session(words: list[str], log: Path, save_seconds: float) -> multiprocessing
 
 
 def figures(run: Path) -> dict[str, Any]:
-    """All that must not depend on interruptions: a record for each cell and measurement, and each prediction."""
+    """Everything that interruptions must not change: a record for each cell and measurement, and the predictions."""
     lines = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
     found: dict[str, Any] = {f"{record['kind']} {record['cell']}": strip(record) for record in lines}
     if len(found) != len(lines):
@@ -68,9 +68,9 @@ def strip(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def kill_and_resume(folder: Path, words: list[str], kills: int, seed: int = 0, save_seconds: float = 0.2) -> list[str]:
-    """Kill runs of `tokbench run WORDS` so many times; what each left is compared. What happened comes back, in lines.
+    """Kill and continue runs of `tokbench run WORDS` until there are `kills` kills; returns what happened, in lines.
 
-    Raises AssertionError when a run that was killed and continued differs from the undisturbed one.
+    Raises AssertionError if a run that was killed and continued differs from the undisturbed one.
     """
     dice, told = random.Random(seed), []
     log = folder / "log.txt"

@@ -1,9 +1,8 @@
-"""Run one grid several times and tell how often its intervals overlap: `python benchmarks/repeat.py [GRID.toml]`.
+"""Run one grid several times and print how often its intervals overlap: `python benchmarks/repeat.py [GRID.toml]`.
 
-A benchmark that is worth its name gives the same answer again. Each run is a process of its own, as a user's would be.
-Predictions, FLOPs and tokens must be identical; of speed-up, efficiency and latency every cell's 95 % interval is held
-against the same cell's in every other run. Two intervals that each miss the truth one time in twenty can miss each
-other as well, but not more than about one time in twenty. `--limit` images are judged.
+Each run is a separate process. Predictions, FLOPs and tokens must be identical. For speed-up, efficiency and latency,
+every cell's 95 % interval is compared with the same cell's in every other run: two valid intervals rarely miss each
+other, at most about one time in twenty.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from tokbench.report.metrics import load_table
-from tokbench.store import RunFolder
+from tokbench.results.folder import RunFolder
+from tokbench.results.table import load_table
 
 EXACT = ("top1", "top5", "drop", "agreement", "kl", "gflops", "tokens_final")
 INTERVALS = {
@@ -44,7 +43,7 @@ def main() -> None:
         for folder in folders:
             command = [sys.executable, "-m", "tokbench", "run", "--limit", str(asked.limit), "--out", str(folder)]
             subprocess.run([*command, *([asked.grid] if asked.grid else [])], check=True, stdout=subprocess.DEVNULL)
-        tables = [load_table([folder]).set_index("cell") for folder in folders]
+        tables = [load_table(folder).set_index("cell") for folder in folders]
         differing = [
             name for name in EXACT if any(not tables[0][name].equals(other[name]) for other in tables[1:])
         ] + different_predictions(folders)
@@ -55,7 +54,7 @@ def main() -> None:
 
 
 def different_predictions(folders: list[Path]) -> list[str]:
-    """The archives of predictions that differ in any array from the first run's."""
+    """The prediction archives with any array that differs from the first run's."""
     first, *others = (RunFolder.open(folder) for folder in folders)
     differing = []
     for path in sorted((first.path / "predictions").iterdir()):
@@ -67,7 +66,7 @@ def different_predictions(folders: list[Path]) -> list[str]:
 
 
 def overlaps(tables: list[pd.DataFrame]) -> Table:
-    """Per metric: pairs of intervals of one cell, how many overlap, and how far apart their middles lie."""
+    """Per metric: pairs of intervals of the same cell, how many overlap, and the distance between their medians."""
     shown = Table("Metric", "Cells", "Pairs", "Overlap", "Share", "Median distance", "Largest")
     for metric, (value, low, high) in INTERVALS.items():
         pairs = [

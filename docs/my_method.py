@@ -1,4 +1,4 @@
-"""A method of one's own: keep the tokens with the longest keys, and merge each other one into the most similar."""
+"""An example plugin: keep the tokens with the longest keys, and merge every other one into the most similar."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from tokbench.fusion.core import Assignment, Method, View, pick, register_method
 @register_method
 @dataclass(frozen=True)
 class LongKeys(Method):
-    """`power` bends how much more a token with a long key weighs in a merge; 0 is a plain mean over patches."""
+    """In a merge, a token weighs its key's length to the power of `power`; 0 is a plain mean over patches."""
 
     name = "long-keys"  # for --method long-keys, or --method long-keys:power=2.0
     paper = "docs/my_method.py"
@@ -19,13 +19,13 @@ class LongKeys(Method):
     power: float = 1.0
 
     def plan(self, view: View, r: int) -> Assignment:
-        """r of the patch tokens go, in every image of the batch; prefix tokens come first and stay."""
+        """Remove r patch tokens from every image of the batch; prefix tokens come first and stay."""
         keys = view.mean_keys()  # (B, N, d): this block's keys, averaged over heads
         length = keys.norm(dim=-1)
         ranked = length[:, view.prefix :].argsort(dim=-1, descending=True, stable=True) + view.prefix
         stay, go = ranked[:, :-r].sort(dim=-1).values, ranked[:, -r:]
 
-        # Where each token that goes ends up: the number of its output token, which come in the order of `kept`.
+        # The output token that each removed token joins; output tokens are in the order of `kept`.
         similar = pick(keys, go) @ torch.nn.functional.normalize(pick(keys, stay), dim=-1).mT
         slot = view.prefix + similar.argmax(dim=-1)
 

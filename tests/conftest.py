@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
+from stand_ins import Source, stand_in
 
 from tokbench import cli, interrupts, plugins
 from tokbench.fusion.core import METHODS
@@ -78,3 +79,9 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def source(monkeypatch):
+    """The tiny model and its images behind every name."""
+    return stand_in(monkeypatch, Source())

@@ -11,12 +11,17 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import softmax
-from scipy.stats import entropy
+from scipy.stats import entropy, pearsonr
 from torch import Tensor, nn
 
-from tokbench.measure import accuracy
+from tokbench.measure import neighbors
 from tokbench.measure._model import is_out_of_memory
-from tokbench.measure.accuracy import ARRAYS, Predictions, evaluate, join
+from tokbench.measure.accuracy import evaluate
+from tokbench.measure.neighbors import Neighbors
+from tokbench.measure.stats import correlation_interval
+from tokbench.results import predictions
+from tokbench.results.predictions import ARRAYS, Predictions, join
+from tokbench.running.records import accuracy_fields
 
 CPU = torch.device("cpu")
 
@@ -95,7 +100,7 @@ def test_unlabelled_images_are_never_correct() -> None:
     assert answers.correct.tolist() == [True, False, True]
     assert answers.top5.tolist() == [True, False, True]
     assert np.isnan(answers.label_probability).tolist() == [False, True, False]
-    assert answers.top1() == pytest.approx(2 / 3)
+    assert answers.top1() == 1
 
 
 def test_logits_that_are_not_finite_are_never_correct() -> None:
@@ -291,6 +296,60 @@ def test_answers_that_are_all_nan_are_told_from_those_of_a_model_without_classes
         assert answers.top1() == 0
 
 
+def test_a_model_of_one_output_is_told_by_how_far_it_moves() -> None:
+    unreduced = torch.tensor([[-1.0], [0.0], [1.0], [2.0], [3.0], [float("nan")]])
+    tables = {"none": unreduced, "moved": unreduced + 0.5, "turned": -unreduced, "deaf": torch.zeros(6, 1)}
+    found = evaluate({name: Table(table) for name, table in tables.items()}, numbered([0, 1, -1, 0, 1, 0]), device=CPU)
+    assert not any(answers.classifies or answers.labeled and answers.top1() for answers in found.values())
+    assert found["none"].nonfinite() == 1 and found["deaf"].nonfinite() == 0
+    spread = np.std([-1, 0, 1, 2, 3], ddof=1)
+    fields = {name: accuracy_fields(answers, found["none"]) for name, answers in found.items()}
+    assert all(not own.keys() & {"top1", "drop", "agreement", "kl", "similarity"} for own in fields.values())
+    assert fields["none"]["output_shift"] == 0 and fields["none"]["output_correlation"] == pytest.approx(1)
+    assert fields["moved"]["output_shift"] == pytest.approx(0.5 / spread)
+    assert fields["turned"]["output_correlation"] == pytest.approx(-1)
+    assert fields["turned"]["output_shift"] == pytest.approx(np.mean([2, 0, 2, 4, 6]) / spread)
+    assert (
+        fields["turned"]["output_shift_low"] < fields["turned"]["output_shift"] < fields["turned"]["output_shift_high"]
+    )
+    assert "output_correlation" not in fields["deaf"]  # it says the same of every image
+
+
+def test_the_interval_of_a_correlation_is_fishers() -> None:
+    first = np.arange(20.0)
+    second = first + 8 * np.sin(7 * first)
+    r, low, high = correlation_interval(first, second)
+    assert r == pytest.approx(pearsonr(first, second).statistic)
+    expected = pearsonr(first, second).confidence_interval(0.95)
+    assert (low, high) == pytest.approx((expected.low, expected.high))
+
+
+def test_answers_are_chosen_among_some_classes_as_if_the_model_had_no_others() -> None:
+    logits, labels, among = random_logits(30, 12), [2, 5, 9, 11, -1] * 6, [2, 5, 9, 11]
+    models = {"none": Table(logits), "cell": Table(logits.roll(1, dims=1))}
+    few = {name: Table(model.logits[:, among]) for name, model in models.items()}
+    found = evaluate(models, numbered(labels), device=CPU, among=among)["cell"]
+    expected = evaluate(few, numbered([among.index(n) if n >= 0 else -1 for n in labels]), device=CPU)["cell"]
+    assert found.label.tolist() == labels and found.predicted.tolist() == [among[n] for n in expected.predicted]
+    for name in ("label_probability", "top5", "divergence"):
+        assert np.array_equal(getattr(found, name), getattr(expected, name), equal_nan=True)
+
+
+def test_images_without_a_label_count_in_no_accuracy_and_no_interval() -> None:
+    logits = random_logits(40, 3)
+    labels = logits.argmax(dim=1)
+    labels[::4] = (labels[::4] + 1) % 3
+    labels[1::2] = -1
+    models = {"none": Table(logits), "cell": Table(logits.roll(1, dims=1))}
+    every = evaluate(models, numbered(labels.tolist()), device=CPU)
+    few = {name: answers.with_label() for name, answers in every.items()}
+    told, expected = (accuracy_fields(answers["cell"], answers["none"]) for answers in (every, few))
+    assert (told.pop("images"), told.pop("unlabelled")) == (40, 20) and expected.pop("images") == 20
+    of_all = {name for name in told if name.startswith(("agreement", "kl"))}
+    assert {k: v for k, v in told.items() if k not in of_all} == {k: v for k, v in expected.items() if k not in of_all}
+    assert every["none"].top1() == 0.5 == few["none"].correct.mean()
+
+
 def test_archives_from_before_there_were_divergences_are_read(tmp_path: Path) -> None:
     own = evaluate({"a": Table(random_logits(5, 4))}, numbered([0] * 5), device=CPU)["a"]
     old = ("label", "predicted", "label_probability", "top5")
@@ -344,6 +403,44 @@ def test_archives_that_hold_no_answers_are_refused(tmp_path: Path, monkeypatch) 
         Predictions.load(path)
     path.unlink()
     path.write_bytes(whole)
-    monkeypatch.setattr(accuracy, "LARGEST_ARCHIVE", 100)
+    monkeypatch.setattr(predictions, "LARGEST_ARCHIVE", 100)
     with pytest.raises(ValueError, match="unpacked it would be larger than"):
         Predictions.load(path)
+
+
+def test_k_nn_is_dinos_on_the_other_images() -> None:
+    features, labels = random_logits(60, 5), torch.arange(60) % 4
+    labels[7], features[11, 2] = -1, float("nan")
+    unit = features.double().numpy() / np.linalg.norm(features.double().numpy(), axis=1, keepdims=True)
+    expected = []
+    for image in range(60):
+        others = [i for i in range(60) if i not in (7, 11, image)]
+        nearest = sorted(others, key=lambda i: -unit[image] @ unit[i])[:20]
+        votes = np.zeros(4)
+        for i in nearest:
+            votes[labels[i]] += np.exp(unit[image] @ unit[i] / 0.07)
+        expected.append(-2 if image == 7 else -1 if image == 11 else int(votes.argmax()))
+    models = {"none": Table(features), "cell": Table(features.flip(1))}
+    keeps = Neighbors(60, 2)
+    found = evaluate(models, numbered(labels.tolist()), device=CPU, classifier=False, neighbors=keeps)
+    assert found["none"].neighbor.tolist() == expected == found["cell"].neighbor.tolist()
+    fields = accuracy_fields(found["cell"], found["none"])
+    right = sum(a == b for a, b in zip(expected, labels.tolist(), strict=True))
+    assert (fields["knn_top1"], fields["knn_images"], fields["knn_drop"]) == (right / 59, 59, 0)
+    assert fields["knn_drop_low"] < 0 < fields["knn_drop_high"] and "top1" not in fields
+    perfect = Predictions(**{**vars(found["none"]), "neighbor": np.where(labels < 0, -2, labels)})
+    assert accuracy_fields(found["cell"], perfect)["knn_drop"] == pytest.approx(100 * (1 - right / 59))
+    unlabelled = evaluate(models, numbered([-1] * 60), device=CPU, classifier=False, neighbors=Neighbors(60, 2))["none"]
+    assert "knn_top1" not in accuracy_fields(unlabelled, unlabelled)
+
+
+def test_features_of_too_many_images_are_thinned_evenly(monkeypatch) -> None:
+    features, labels = random_logits(60, 5), torch.arange(60) % 4
+    monkeypatch.setattr(neighbors, "LARGEST_BYTES", 60 * 5 * 2 // 3 + 1)
+    keeps = Neighbors(60, 1)
+    for start in range(0, 60, 7):
+        keeps.add("none", features[start : start + 7])
+    found = keeps.classes("none", labels)
+    assert keeps.step == 3 and (found == -2).sum() == 40
+    unit = torch.nn.functional.normalize(features[::3], dim=1).half()
+    assert found[::3].tolist() == neighbors.weighted_knn(unit, labels[::3]).tolist()

@@ -11,11 +11,14 @@ import threading
 from pathlib import Path
 
 import pytest
-from test_runner import Source, stand_in
+from stand_ins import Source, stand_in
 
 import tokbench
 from tokbench import progress
+from tokbench.config import Grid
+from tokbench.results.folder import RunFolder
 from tokbench.running import bench, timing
+from tokbench.running.unfinished import find_unfinished
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -132,13 +135,13 @@ def test_an_interrupted_run_says_what_is_kept(tokbench_command, tiny, tmp_path, 
     command = f"tokbench run {' '.join(map(str, QUICK))} --out {run}"
     assert err == f"tokbench: interrupted; 4 of 6 measurements are kept in {run}; continue with: {command}\n"
     code, out, err = tokbench_command(*command.split()[1:])
-    assert (code, err) == (0, "") and "Continuing: 4 of 6 measurements are there" in out
+    assert (code, err) == (0, "") and "Continuing: 4 of 6 measurements already done" in out
 
     monkeypatch.setattr(runner, "load_model", interrupt)
     code, _, err = tokbench_command("run", *QUICK)
     assert (code, err) == (130, "tokbench: interrupted before anything was measured\n")
     code, _, err = tokbench_command(*command.split()[1:])
-    kept = f"interrupted before anything was added to {run}; all that is there is kept; continue with: {command}"
+    kept = f"interrupted before anything was added to {run}; its results are kept; continue with: {command}"
     assert (code, err) == (130, f"tokbench: {kept}\n")
 
     class Gone(io.StringIO):
@@ -147,6 +150,33 @@ def test_an_interrupted_run_says_what_is_kept(tokbench_command, tiny, tmp_path, 
 
     monkeypatch.setattr(sys, "stderr", Gone())
     assert tokbench_command("run", *QUICK)[0] == 130
+
+
+def test_a_new_run_says_that_an_unfinished_one_of_the_same_grid_is_there(tokbench_command, tiny, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(timing, "measure_speed", interrupt)
+        assert tokbench_command("run", *QUICK)[0] == 130
+    (left,) = Path("results").iterdir()
+    (Path("results") / "broken").mkdir()
+    (Path("results") / "broken" / "manifest.json").write_text("{")
+    words = " ".join(map(str, QUICK))
+    told = (
+        f"tokbench: {left} is an unfinished run of this grid (4 of 6 measurements); this begins a new one, and to "
+        f"continue that: tokbench run {words} --out {left}\n"
+    )
+    flops = ("--only", "flops")
+    assert tokbench_command("run", *QUICK, *flops)[2] == ""  # another grid
+    assert tokbench_command("run", *QUICK, *flops)[2] == "" == tokbench_command("run", *QUICK, "--fresh", *flops)[2]
+    with RunFolder.held(left):  # another process is at it
+        assert find_unfinished(Grid.from_dict(RunFolder.open(left).manifest.grid.plain())) is None
+    code, _, err = tokbench_command("run", *QUICK)
+    assert (code, err) == (0, told)
+    assert tokbench_command("run", *QUICK, "--out", left)[2] == ""
+    assert find_unfinished(Grid.from_dict(RunFolder.open(left).manifest.grid.plain())) is None
 
 
 def test_the_command_that_continues_names_the_folder_that_was_made(tokbench_command, tiny, tmp_path, monkeypatch):
@@ -198,7 +228,7 @@ def test_dry_run_names_the_cells_and_loads_nothing(tokbench_command, monkeypatch
         (["run", "--method", "tome:prop=1"], ["'prop'", "'prop_attn'"]),
         (["run", "--schedule", "constant:x"], ["'constant:x'", "'x'"]),
         (["run", "--method", "tome", "--schedule", "list:" + "9" * 5000], ["whole number of tokens"]),
-        (["run", "--max-bad", "101"], ["max_bad", "0 to 100"]),
+        (["run", "--max-bad", "101"], ["max_bad", "at most 100"]),
         (["run", "--schedule", "kep:0.7@3"], ["'kep'", "'keep'"]),
         (["run", "--model", "deit_smal_patch16_224"], ["'deit_smal_patch16_224'", "'deit_small_patch16_224"]),
         (["run", "--model", "resnet50"], ["'resnet50'"]),
@@ -317,7 +347,10 @@ def test_the_package_runs_as_a_module():
         [sys.executable, "-m", "tokbench", "run", "--only", "foo"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert done.stderr == "tokbench: only: unknown word 'foo'; use flops, accuracy, speed. Did you mean 'flops'?\n"
+    assert (
+        done.stderr
+        == "tokbench: only[0]: unknown word 'foo'; use 'flops', 'accuracy' or 'speed'. Did you mean 'flops'?\n"
+    )
 
 
 @pytest.mark.parametrize("words", [("run", "--out"), ("run", "--fresh", "--out"), ("run", "--plugin"), ("table",)])
@@ -334,3 +367,42 @@ def test_output_that_cannot_be_written_is_one_line():
         )
     assert done.returncode == 3
     assert done.stderr == b"tokbench: cannot write the output: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "part"),
+    [
+        (("run", "--method", "ToMe", "--schedule", "8", "--dry-run"), 0, "bundled/tome/8"),
+        (("run", "--schedule", "13,16", "--dry-run"), 2, "--schedule 13 --schedule 16"),
+        (("list", "models", "resnet999"), 2, "no model is called 'resnet999'"),
+        (("list", "models", "deit_tny"), 2, "'deit_tiny"),
+    ],
+)
+def test_what_a_user_means_is_understood_or_answered(tokbench_command, words, code, part):
+    found, out, err = tokbench_command(*words)
+    assert found == code and part in (err if code else out) and err.count("\n") == (code == 2)
+
+
+def test_a_metric_may_be_called_by_its_column(tokbench_command, tiny, tmp_path):
+    run = tmp_path / "run"
+    assert tokbench_command("run", *QUICK, "--out", run)[0] == 0
+    assert tokbench_command("table", run, "--sort", "latency_ms")[0] == 0
+    assert tokbench_command("plot", run, "--x", "latency_ms", "--out", tmp_path / "x.svg")[0] == 0
+    code, _, err = tokbench_command("pick", run, "--max-drop", "-1")
+    assert code == 2 and "--max-drop must be a number of 0 or more, not -1" in err
+    code, _, err = tokbench_command("table", run, "--filter", "drp<1")
+    assert code == 2 and err.count("'drop'") == 1
+
+
+def test_without_answers_the_plot_sets_flops_against_speed(tokbench_command, tiny, tmp_path):
+    run = tmp_path / "run"
+    code, out, err = tokbench_command("run", *QUICK, "--only", "flops,speed", "--out", run)
+    assert (code, err) == (0, "") and (run / "pareto.png").is_file() and out.rstrip().endswith("pareto.png")
+
+
+def test_a_closed_output_and_a_folder_that_is_gone_are_no_traceback(tmp_path):
+    table = f"{sys.executable} -m tokbench table {Path(__file__).parents[1] / 'results' / 'reference'}"
+    gone = f"mkdir {tmp_path}/gone && cd {tmp_path}/gone && rmdir {tmp_path}/gone && {table}"
+    for shell, words in ((f"{table} >&-", ""), (gone, "tokbench: the current folder no longer exists")):
+        done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=False)
+        assert words in done.stderr and done.stderr.count("\n") <= 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tokbench import list_methods
-from tokbench.catalogue import built_in
+from tokbench.catalogue import CONTROLS, built_in, catalogue
 from tokbench.config import (
     DEFAULT_LIMIT,
     DEFAULT_METHODS,
@@ -105,28 +105,28 @@ def test_the_grids_we_ship_are_valid(path):
         (f"data = {'[' * 5000}", ["not valid TOML", "recursion"]),
         (f"data = {'{a=' * 5000}", ["not valid TOML", "recursion"]),
         ("dta = 'x'", ["no field 'dta'", "'data'"]),
-        ("data = 3", ["data must be text", "3"]),
+        ("data = 3", ["'data' must be text, not 3"]),
         ("models = 'bundled'", ["[[models]]"]),
         ("[models]\nname = 'bundled'", ["[[models]]"]),
         ("[[models]]\nnmae = 'bundled'", ["models[0]", "no field 'nmae'", "'name'"]),
         ("[[models]]\ninput_size = 224", ["models[0]", "no name"]),
-        ("[[models]]\nname = 3", ["model name must be text"]),
+        ("[[models]]\nname = 3", ["'models[0].name' must be text"]),
         ("[[models]]\nname = 'a'\ninput_size = 'big'", ["input_size", "'big'"]),
         ("[[models]]\nname = 'a'\ninput_size = true", ["input_size", "True"]),
-        ("[[models]]\nname = 'a'\ncheckpoint = 3", ["models[0]", "checkpoint must be text"]),
+        ("[[models]]\nname = 'a'\ncheckpoint = 3", ["'models[0].checkpoint' must be text"]),
         ("[[models]]\nname = 'a'\n[[models]]\nname = 'a'", ["two models", "'a'", "label"]),
-        ("[[methods]]\nschedules = ['8']", ["methods[0]", "no name"]),
+        ("[[methods]]\nschedules = ['8']", ["'methods[0].name' is missing"]),
         ("[[methods]]\nname = 'tme'", ["unknown method 'tme'", "'tome'"]),
         ("[[methods]]\nname = 'tome'\nschedule = ['8']", ["no parameter 'schedule'"]),
-        ("[[methods]]\nname = 'tome'\nschedules = '8'", ["methods[0]", "list of texts"]),
-        ("[[methods]]\nname = 'tome'\nschedules = [8]", ["methods[0]", "list of texts"]),
+        ("[[methods]]\nname = 'tome'\nschedules = '8'", ["'methods[0].schedules' must be a list"]),
+        ("[[methods]]\nname = 'tome'\nschedules = [8]", ["'methods[0].schedules[0]' must be text"]),
         ("[[methods]]\nname = 'tome'\nschedules = ['konstant:8']", ["'konstant'", "'constant'"]),
         ("[[methods]]\nname = 'tome'\nprop_attn = 'yes'", ["prop_attn='yes'"]),
         ("[[methods]]\nname = 'none'\nschedules = ['8']", ["'none'", "no schedules"]),
-        ("options = 3", ["options must be a table"]),
+        ("options = 3", ["'options' must be a table"]),
         ("[options]\ndevcie = 'cpu'", ["options", "no field 'devcie'", "'device'"]),
         ("[options]\ndevice = 'gpu'", ["unknown device 'gpu'"]),
-        ("[options]\ndevice = 0", ["device must be text"]),
+        ("[options]\ndevice = 0", ["'options.device' must be text"]),
         ("[options]\ndtype = 'fp8'", ["dtype", "'fp8'", "'fp16'"]),
         ("[options]\nbatch_size = 0", ["batch_size", "at least 1"]),
         ("[options]\nbatch_size = 1.5", ["batch_size", "1.5"]),
@@ -134,8 +134,8 @@ def test_the_grids_we_ship_are_valid(path):
         ("[options]\nlimit = '10'", ["limit", "'10'"]),
         ("[options]\nworkers = -1", ["workers", "at least 0"]),
         ("[options]\nonly = ['acuracy']", ["only", "'accuracy'"]),
-        ("[options]\nonly = 'speed'", ["only", "list of texts"]),
-        ("[options]\nonly = []", ["only", "no measure"]),
+        ("[options]\nonly = 'speed'", ["'options.only' must be a list"]),
+        ("[options]\nonly = []", ["'options.only' must be a list of one or more"]),
     ],
 )
 def test_each_mistake_in_a_grid_is_one_line_that_names_file_and_field(toml, text, words):
@@ -231,6 +231,22 @@ def test_a_method_without_schedules_gets_some():
     assert own.schedules == DEFAULT_SCHEDULES
 
 
+def test_names_stand_for_models_and_methods():
+    grid = Grid(models=("bundled",), methods=("tome", MethodSpec("topk", ("8",))))
+    assert grid.models == (ModelSpec(),) and [method.name for method in grid.methods] == ["none", "tome", "topk"]
+    assert Grid.from_dict({"models": ["bundled"], "methods": ["tome"]}).methods == grid.methods[:2]
+    with pytest.raises(UserError, match="'name' must be text, not 3"):
+        ModelSpec(3)
+
+
+@pytest.mark.parametrize("flags", [{"label": "mine"}, {"input_size": 64}])
+def test_flags_on_models_go_with_models(flags):
+    (spec,) = Grid.from_flags(models=["a"], **flags).models
+    assert spec == ModelSpec("a", **flags)
+    with pytest.raises(UserError, match=f"--{[*flags][0].replace('_', '-')} .*none is given"):
+        Grid.from_flags(**flags)
+
+
 def test_a_grid_needs_a_model():
     with pytest.raises(UserError, match="no model"):
         Grid(models=())
@@ -260,10 +276,19 @@ def test_the_catalogue_read_from_source_is_the_registry():
     for name, method in own.items():
         assert (found[name].paper, found[name].parameters) == (method.paper, method().parameters())
         assert found[name].summary == (method.__doc__ or "").strip().splitlines()[0]
+    assert {entry.name: entry.needs for entry in catalogue()} == {name: found[name].needs for name in METHODS}
+    assert found["ppt"].needs == ("keys", "values", "class attention") and found["random"].needs == ()
+    assert found["ats"].needs[-1].startswith("images") and found["tofu"].needs == ("keys", "images for auto")
 
 
-def test_the_default_grid_has_every_method_but_the_speed_control():
-    assert {"none", *DEFAULT_METHODS, "free"} == set(list_methods())
+def test_the_controls_are_the_methods_that_say_so():
+    assert {entry.name for entry in built_in() if entry.paper.startswith("control")} == CONTROLS
+
+
+def test_the_default_grid_has_the_most_used_methods_and_the_full_one_every_method():
+    assert set(DEFAULT_METHODS) < set(list_methods())
+    full = Grid.from_toml(Path(__file__).parents[1] / "benchmarks" / "bundled.toml")
+    assert {method.name for method in full.methods} == {*list_methods()} - {"free"}
     assert [method.name for method in Grid.default().methods] == ["none", *DEFAULT_METHODS]
 
 

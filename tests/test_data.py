@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import pickle
+import resource
 import signal
 import sys
 import tarfile
@@ -13,17 +14,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
-from timm.data.imagenet_info import ImageNetInfo
+from scipy.io import savemat
+from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import DataLoader, IterableDataset
 
 from tokbench import data
 from tokbench.bundled.clutter import CLASSES, compose, draw_layout, read_idx
-from tokbench.data import ImageSource, ImageStream, load_batches, open_dataset
-from tokbench.errors import UserError
-from tokbench.images import ImageError, decode
+from tokbench.data import ImageSource, ImageStream, batches, load_batches, open_dataset, timm_readers
+from tokbench.data.decoding import ImageError, decode
+from tokbench.data.labels import label_classes, label_numbers
+from tokbench.errors import RunStopped, UserError
 
 BUNDLED = Path(data.__file__).parents[1] / "bundled"
 WNIDS = ImageNetInfo().label_names()
@@ -142,20 +146,224 @@ def test_folders_named_as_the_models_classes_take_their_numbers(tmp_path):
     assert labels(source) == [8, 0, 9]
 
 
+PLURALS = ["T-shirts", "Trousers", "Pullovers", "Dresses", "Coats", "Sandals", "Shirts", "Sneakers", "Bags", "Boots"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "torch", "hfds", "more"])
+def test_names_of_which_the_model_knows_none_are_refused_with_both_lists(kind, tmp_path):
+    names = [*PLURALS, "Hats"] if kind == "more" else PLURALS
+    folder = make_folder(tmp_path / "data", dict.fromkeys(names, 1))
+    spec = str(folder)
+    if kind == "torch":
+        spec = f"torch/image_folder:root={folder}"
+    if kind == "hfds":
+        spec = parquet(tmp_path / "rows", PLURALS, [0, 1])
+    message = complaint(spec, grey_vit())
+    assert "Bags, " in message and "T-shirt/top, Trouser, " in message and "name them as the model does" in message
+
+
+def test_names_decide_before_the_guess_that_1000_classes_are_imagenets(tmp_path):
+    own = vit(1000, label_names=[f"thing {number}" for number in range(1000)])
+    source = open_dataset(str(make_folder(tmp_path / "a", {"thing_10": 1, "Thing 9": 1})), own)
+    assert labels(source) == [9, 10] and not source.warnings
+    wnids = make_folder(tmp_path / "b", dict.fromkeys(WNIDS[:2], 1))
+    assert "none of its 2 classes" in complaint(wnids, own)
+    placeholders = vit(1000, label_names=[f"LABEL_{number}" for number in range(1000)])
+    assert labels(open_dataset(str(wnids), placeholders)) == [0, 1]
+
+
+def test_imagenets_own_words_are_its_classes_in_a_model_and_in_folders(tmp_path):
+    words = [words.replace("/", " ") for words in ImageNetInfo().label_descriptions()]
+    wnids = make_folder(tmp_path / "wnids", {WNIDS[5]: 1, WNIDS[217]: 1})
+    assert sorted(labels(open_dataset(str(wnids), vit(1000, label_names=words)))) == [5, 217]
+    named = make_folder(tmp_path / "named", {"tench": 1, "goldfish, Carassius auratus": 1})
+    assert sorted(labels(open_dataset(str(named), vit(1000)))) == [0, 1]
+    assert "none of its 2 classes" in complaint(make_folder(tmp_path / "pets", {"Rex": 1, "Tom": 1}), vit(1000))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "classes", "expected", "guessed"),
+    [
+        (range(1000), 1000, {"10": 10, "2": 2, "999": 999}, False),  # ImageNet-V2
+        ([0, 3, 17], 1000, {"0": 0, "17": 17, "3": 3}, False),
+        ([0, 2, 7], 10, {"0": 0, "2": 2, "7": 7}, True),
+        (range(10), 10, {"3": 3}, False),
+        (range(1, 12), 11, {"1": 0, "10": 9, "2": 1}, True),
+        ([100, 20, 9], 3, {"9": 0, "20": 1, "100": 2}, True),
+    ],
+)
+@pytest.mark.parametrize("form", ["", "torch/image_folder:root="])
+def test_folders_that_are_numbers_are_class_numbers(form, numbers, classes, expected, guessed, tmp_path):
+    source = open_dataset(f"{form}{make_folder(tmp_path, {str(n): 1 for n in numbers})}", vit(classes))
+    given = dict(zip(source.classes, labels(source), strict=True))
+    assert expected.items() <= given.items() and len(set(given.values())) == len(numbers)
+    assert [warning.code for warning in source.warnings] == ["labels_guessed"] * guessed
+
+
+def test_a_model_that_knows_its_classes_names_takes_their_numbers_too(tmp_path):
+    source = open_dataset(str(make_folder(tmp_path, {"8": 1, "2": 1})), grey_vit())
+    assert labels(source) == [2, 8] and [warning.code for warning in source.warnings] == ["labels_guessed"]
+
+
+@pytest.mark.parametrize(("classes", "missing"), [(21843, 1), (21841, 1), (11821, 7), (11221, 9)])
+def test_larger_imagenet_heads_take_imagenet_1k_and_say_what_they_lack(classes, missing):
+    model = vit(2)
+    model.num_classes = classes
+    labelling = label_classes(sorted(WNIDS), model, "data")
+    heads = ImageNetInfo(infer_imagenet_subset(model)).label_names()
+    assert [heads[n] for n in labelling.numbers if n >= 0] == [w for w in sorted(WNIDS) if w in set(heads)]
+    (warning,) = labelling.warnings
+    assert warning.code == "unmapped_classes" and warning.text.startswith(f"{missing} of the 1000 classes of data")
+    assert labelling(sorted(WNIDS).index("n02085782")) == (-1 if missing > 1 else heads.index("n02085782"))
+
+
+@pytest.mark.parametrize("name", ["A", "R"])
+def test_answers_on_imagenet_a_and_r_are_chosen_among_their_classes(name):
+    folder = Path(timm.data.__file__).parent / "_info"
+    synsets = (folder / f"imagenet_{name.lower()}_synsets.txt").read_text().split()
+    labelling = label_classes(sorted(synsets), vit(1000), "data")
+    assert labelling.among == [int(n) for n in (folder / f"imagenet_{name.lower()}_indices.txt").read_text().split()]
+    assert labelling.warnings[0].code == "subset_of_logits" and f"ImageNet-{name}" in labelling.warnings[0].text
+    assert label_classes(sorted(synsets)[1:], vit(1000), "data").among is None
+    assert label_classes(sorted(synsets), vit(200), "data").among is None
+
+
+def test_a_wnid_that_a_1000_class_head_lacks_has_no_label(tmp_path):
+    source = open_dataset(str(make_folder(tmp_path, {WNIDS[7]: 2, "n00004475": 1})), vit(1000))
+    assert labels(source) == [-1, 7, 7] and source.warnings[0].code == "unmapped_classes"
+
+
+@pytest.mark.parametrize("files", ["images", "deep/images"])
+def test_a_lone_folder_of_images_is_no_class(files, tmp_path):
+    make_folder(tmp_path / "data", {files: 2})
+    (tmp_path / "data" / "empty").mkdir()
+    (tmp_path / "data" / files).with_name("val_annotations.txt").touch()
+    source = open_dataset(str(tmp_path / "data"), vit(200))
+    assert labels(source) == [-1, -1] and source.classes is None
+    (warning,) = source.warnings
+    assert warning.code == "no_labels" and "--labels" in warning.text and "val_annotations.txt" in warning.text
+
+
+def test_a_lone_folder_may_hold_class_folders_or_be_a_class_by_its_name(tmp_path):
+    make_folder(tmp_path / "cub", {"images/001.Sooty_Tern": 1, "images/002.Laysan": 1, "parts": 0})
+    names = ["laysan", "sooty tern"]
+    assert labels(open_dataset(str(tmp_path / "cub"), vit(2, label_names=names))) == [1, 0]
+    assert labels(open_dataset(str(make_folder(tmp_path / "one", {WNIDS[3]: 1})), vit(1000))) == [3]
+    (tmp_path / "ilsvrc" / "val_img").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "ilsvrc" / "val_img" / "ILSVRC2012_val_00000001.JPEG")
+    assert "give a list of them with --labels" in complaint(tmp_path / "ilsvrc", vit(1000))
+
+
+def test_a_model_of_one_output_gets_images_without_labels(tmp_path):
+    source = open_dataset(str(make_folder(tmp_path, {"a": 1, "b": 1})), vit(1))
+    assert labels(source) == [-1, -1] and source.warnings[0].code == "no_classes"
+
+
+def test_links_to_folders_are_followed_and_loops_cut(tmp_path):
+    store = make_folder(tmp_path / "store", {"one": 2, "two": 3})
+    folder = make_folder(tmp_path / "val", {"cat": 1, "dog": 1})
+    (folder / "cat" / "more").symlink_to(store / "one")
+    (folder / "dog" / "more").symlink_to(store / "two")
+    (folder / "cow").symlink_to(store / "two")
+    expected = [0] * 3 + [1] * 3 + [2] * 4
+    assert labels(open_dataset(str(folder), vit(3))) == expected
+    (folder / "cat" / "up").symlink_to(folder)
+    (store / "one" / "back").symlink_to(folder / "cat")
+    (folder / "cat" / "self").symlink_to(folder / "cat" / "self")
+    assert labels(open_dataset(str(folder), vit(3))) == expected
+
+
+LISTS = {
+    "names.csv": "filename,label\n2.png,Bag\n0.png,T-shirt/top\n1.png,Ankle boot\n",
+    "turned.csv": "class,file\nBag,2.png\nT-shirt/top,0.png\nAnkle boot,1.png\n",
+    "numbers.txt": "0.png 0\n1.png 9\n2.png 8\n",
+    "val_annotations.txt": "0.png\tT-shirt/top\t0\t0\t63\t63\n1.png\tAnkle boot\t0\t0\t1\t1\n2.png\tBag\t0\t0\t1\t1\n",
+    "stems.csv": "0,T-shirt/top\n1,Ankle boot\n2,Bag\n",
+    "in_order.txt": "0\n9\n8\n",
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_tells_the_labels_of_a_flat_folder(name, tmp_path):
+    folder = make_folder(tmp_path / "data", {"images": 3})
+    for number, image in enumerate(sorted((folder / "images").iterdir())):
+        image.rename(folder / "images" / f"{number}.png")
+    (tmp_path / name).write_text(LISTS[name])
+    source = open_dataset(str(folder), grey_vit(), labels=tmp_path / name)
+    assert labels(source) == [0, 9, 8] and "no_labels" not in [warning.code for warning in source.warnings]
+    assert source.fingerprint != open_dataset(str(folder), grey_vit()).fingerprint
+
+
+def test_kaggles_and_the_devkits_lists_of_ilsvrc_give_wnids(tmp_path):
+    folder = tmp_path / "val"
+    folder.mkdir()
+    for number in (1, 2):
+        Image.new("RGB", (4, 4)).save(folder / f"ILSVRC2012_val_0000000{number}.JPEG")
+    kaggle = tmp_path / "LOC_val_solution.csv"
+    rows = [f"ILSVRC2012_val_0000000{n},{WNIDS[n * 7]} 85 1 499 272" for n in (2, 1)]
+    kaggle.write_text("\n".join(["ImageId,PredictionString", *rows]))
+    assert labels(open_dataset(str(folder), vit(1000), labels=kaggle)) == [7, 14]
+    truth = tmp_path / "ILSVRC2012_validation_ground_truth.txt"
+    truth.write_text("490\n361\n")
+    with pytest.raises(UserError, match="needs the devkit's 'meta.mat' beside it"):
+        open_dataset(str(folder), vit(1000), labels=truth)
+    synsets = np.array([(490, WNIDS[65]), (361, WNIDS[970])], dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O")])
+    savemat(tmp_path / "meta.mat", {"synsets": synsets})
+    assert labels(open_dataset(str(folder), vit(1000), labels=truth)) == [65, 970]
+
+
+def test_images_that_a_list_leaves_out_have_no_label_and_are_counted(tmp_path):
+    folder = make_folder(tmp_path / "data", {"images": 3})
+    (tmp_path / "a.csv").write_text("images/001.png,Bag\nother.png,Coat\n")
+    source = open_dataset(str(folder), grey_vit(), labels=tmp_path / "a.csv")
+    assert labels(source) == [-1, 8, -1]
+    assert [(warning.code, warning.text[:6]) for warning in source.warnings] == [("unlabelled", "2 of 3")]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("x.png,Bag\n", "names none of the images"),
+        ("000.png,Bags\n", "none of its 1 classes (Bags) is one of the model's 10"),
+        ("", "is empty"),
+        ("Bag\n", "has 1 lines of one class each, for 3 images"),
+        ("000.png,Bag\n001.png,\n", "line 2: no file name and class"),
+        (b"\xff\xfe\x00", "cannot be read as text"),
+        (None, "does not exist. Did you mean 'labels.csv'?"),
+    ],
+)
+def test_a_list_that_is_none_is_refused(content, words, tmp_path):
+    folder = make_folder(tmp_path / "data", {"images": 3})
+    (tmp_path / "labels.csv").write_bytes(content.encode() if isinstance(content, str) else content or b"")
+    with pytest.raises(UserError) as caught:
+        open_dataset(str(folder), grey_vit(), labels=tmp_path / ("labels.csv" if content is not None else "label.csv"))
+    assert words in str(caught.value)
+    with pytest.raises(UserError, match="has its own"):
+        open_dataset("bundled", grey_vit(), labels=tmp_path / "labels.csv")
+
+
 def test_more_folders_than_classes_are_refused(tmp_path):
     folder = make_folder(tmp_path, {"a": 1, "b": 1, "c": 1})
     assert "has 3 classes (a, b, c), the model only 2" in complaint(folder, vit(2))
 
 
-def test_fewer_folders_than_classes_and_unnatural_order_are_told(tmp_path, caplog):
-    open_dataset(str(make_folder(tmp_path, {"2": 1, "10": 1})), vit(3))
-    assert "has 2 classes, the model 3" in caplog.text
-    assert "10 before 2" in caplog.text
+@pytest.mark.parametrize(
+    ("folders", "classes", "words"),
+    [("ab", 3, "has 2 classes, the model 3"), (["A", "a", "B"], 3, "alphabetical order, 10 before 2 and B before a")],
+)
+def test_what_only_order_tells_is_said(folders, classes, words, tmp_path, caplog):
+    source = open_dataset(str(make_folder(tmp_path, dict.fromkeys(folders, 1))), vit(classes))
+    assert labels(source) == list(range(len(folders)))
+    assert [warning.code for warning in source.warnings] == ["labels_guessed"]
+    assert words in source.warnings[0].text and words in caplog.text
 
 
-def test_a_model_without_classifier_gets_images_without_labels(tmp_path, caplog):
-    assert labels(open_dataset(str(make_folder(tmp_path, {"a": 2})), vit(0))) == [-1, -1]
-    assert "no classifier" in caplog.text
+def test_a_model_without_classifier_gets_the_classes_of_the_data(tmp_path, caplog):
+    source = open_dataset(str(make_folder(tmp_path, {"a": 1, "b": 1})), vit(0))
+    assert labels(source) == [0, 1]
+    numbered = label_numbers(vit(0), "data")
+    assert [numbered(label) for label in (7, "3", -2, None, "cat")] == [7, 3, -1, -1, -1]
+    assert [warning.code for warning in source.warnings] == ["no_classes"] and "no classifier" in caplog.text
 
 
 # --- folders
@@ -259,7 +467,7 @@ def test_data_that_timm_cannot_open_is_refused(spec, message):
 
 @pytest.mark.parametrize("spec", ["hfds/a/b", "hfids/a/b", "wds/shards", "tfds/mnist"])
 def test_a_package_that_is_not_installed_is_named(spec, monkeypatch):
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(timm_readers.importlib.util, "find_spec", lambda name: None)
     assert "needs a package: pip install " in complaint(spec, vit())
 
 
@@ -281,8 +489,8 @@ def stream(monkeypatch):
     """Opens a FakeStream by timm's name for one."""
 
     def open_stream(images: int, known: int, limit: int | None) -> ImageSource | ImageStream:
-        monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: True)
-        monkeypatch.setattr(data, "create_dataset", lambda *args, **kwargs: FakeStream(images, known))
+        monkeypatch.setattr(timm_readers.importlib.util, "find_spec", lambda name: True)
+        monkeypatch.setattr(timm_readers, "create_dataset", lambda *args, **kwargs: FakeStream(images, known))
         return open_dataset("wds/shards", vit(), limit=limit)
 
     return open_stream
@@ -364,6 +572,34 @@ def test_what_a_shard_holds_that_cannot_be_decoded_is_named_and_counted(tmp_path
             assert words in image.reason
 
 
+def test_plain_tars_are_counted_read_and_labelled_by_number_or_name(tmp_path):
+    pytest.importorskip("webdataset")
+    samples = [{"jpeg": encoded(0), "cls": b"8"}, {"png": encoded(1), "cls": b"Ankle_boot"}, {"png": encoded(2)}]
+    write_shard(tmp_path / "a-val-0.tar", samples)
+    write_shard(tmp_path / "a-val-1.tar", [{"png": encoded(3), "cls": b"-1"}, {"png": encoded(4), "cls": b"Boots"}])
+    write_shard(tmp_path / "a-train-0.tar", samples)
+    source = open_dataset(f"wds/{tmp_path}", grey_vit())
+    assert len(source) == 5 and source.streaming
+    (batch,) = load_batches(source, 8)
+    assert batch.labels.tolist() == [8, 9, -1, -1]
+    assert batch.skipped[0].name == "a-val-1.tar/001" and "none of the model's (T-shirt/top" in batch.skipped[0].reason
+    assert len(open_dataset(f"wds/{tmp_path}:split=train", grey_vit())) == 3
+    assert len(open_dataset(f"wds/{tmp_path}", grey_vit(), limit=2)) == 2
+    assert "no shards of split 'tst': its shards are a-train-0.tar" in complaint(f"wds/{tmp_path}:split=tst", vit())
+    for shard in tmp_path.glob("*val*"):
+        shard.unlink()
+    assert "only a training split" in complaint(f"wds/{tmp_path}", vit())
+    (tmp_path / "a-train-0.tar").write_bytes(b"no archive")
+    assert "cannot be opened" in complaint(f"wds/{tmp_path}:split=train", vit())
+
+
+def test_plain_tars_may_keep_labels_in_json(tmp_path):
+    pytest.importorskip("webdataset")
+    write_shard(tmp_path / "0.tar", [{"webp": encoded(0), "json": b'{"class": "Bag"}'}])
+    (batch,) = load_batches(open_dataset(f"wds/{tmp_path}:target_key=class", grey_vit()), 2)
+    assert batch.labels.tolist() == [8]
+
+
 def test_a_shard_that_cannot_be_read_is_told(tmp_path):
     pytest.importorskip("webdataset")
     write_shard(tmp_path / "val-0.tar", [{"png": encoded(0), "cls": b"0"}])
@@ -384,10 +620,96 @@ def test_rows_that_hold_no_image_are_named_and_counted(tmp_path):
     assert [image.index for image in batch.skipped] == [1] and "cannot identify" in batch.skipped[0].reason
 
 
+def parquet(folder: Path, names: list[str] | None, given: list[int | None]) -> str:
+    """A Hugging Face data set of a few rows: its spec."""
+    datasets = pytest.importorskip("datasets")
+    label = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
+    features = datasets.Features({"image": datasets.Image(), "label": label})
+    rows = {"image": [{"bytes": encoded(i), "path": None} for i in range(len(given))], "label": given}
+    folder.mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "validation-00000.parquet")
+    return f"hfds/{folder}:root={folder.parent / 'cache'}"
+
+
+def test_rows_without_a_label_have_none(tmp_path):
+    source = open_dataset(parquet(tmp_path / "rows", None, [3, -1, None, 1, 12]), vit(10))
+    (batch,) = load_batches(source, 8)
+    assert batch.labels.tolist() == [3, -1, -1, 1]
+    assert ["its label is 12, and there are 10 classes" in image.reason for image in batch.skipped] == [True]
+
+
+# --- readers that are other processes
+
+
+def few_images(tmp_path: Path) -> ImageSource:
+    source = open_dataset(str(make_folder(tmp_path, {"a": 6, "b": 6})), vit(2))
+    assert isinstance(source, ImageSource)
+    return source
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGBUS])
+def test_a_reader_that_was_killed_is_named_with_its_signal_and_only_where_it_is_waited_for(ending, tmp_path):
+    source = few_images(tmp_path)
+    inner, here = source._images, os.getpid()
+
+    class Killing:
+        def __getitem__(self, index: int):
+            if index == 9 and os.getpid() != here:
+                os.kill(os.getpid(), ending)
+            return inner[index]
+
+    source._images = Killing()
+    handler = signal.getsignal(signal.SIGCHLD)
+    read = load_batches(source, 2, workers=1)
+    assert len(next(read).labels) == 2
+    assert signal.getsignal(signal.SIGCHLD) is handler
+    with pytest.raises(RunStopped, match=rf"reader, process \d+, was killed by signal {ending} \({ending.name}\)"):
+        list(read)
+
+
+@pytest.mark.parametrize(
+    ("scarce", "words"),
+    [("memory", "No space left on device in shared memory"), ("files", "process .* ended: Too many open files")],
+)
+def test_a_reader_that_cannot_hand_over_ends_the_run_in_one_line(scarce, words, tmp_path, monkeypatch):
+    collate = batches.default_collate
+
+    def fail(images: list[torch.Tensor]) -> torch.Tensor:
+        if scarce == "memory":
+            raise RuntimeError(
+                "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+            )
+        stack = collate(images)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))  # no descriptor left to hand it over by
+        return stack
+
+    monkeypatch.setattr(batches, "default_collate", fail)
+    with pytest.raises(RunStopped, match=words) as caught:
+        list(load_batches(few_images(tmp_path), 2, workers=1))
+    assert "--workers" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_batch_is_the_same_whoever_reads_it_and_readers_are_no_more_than_cores(tmp_path, monkeypatch):
+    source, loader, made = few_images(tmp_path), batches.DataLoader, []
+
+    def count(*args, **more):
+        made.append(more["num_workers"])
+        return loader(*args, **more)
+
+    monkeypatch.setattr(batches, "DataLoader", count)
+    monkeypatch.setattr(batches, "_cores", lambda: 2)
+    here, there = (list(load_batches(source, 5, workers=workers)) for workers in (0, 200))
+    assert made == [0, 2]
+    for mine, theirs in zip(here, there, strict=True):
+        assert torch.equal(mine.images, theirs.images) and torch.equal(mine.labels, theirs.labels)
+        assert mine.end == theirs.end
+
+
 def test_a_reader_whose_process_is_gone_says_nothing(monkeypatch, capsys):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    data._end_without_a_word(0)
+    monkeypatch.setattr(batches.Queue, "_on_queue_feeder_error", None)
+    batches._begin_worker(0)
     for error in (BrokenPipeError(), ConnectionResetError(), EOFError(), ValueError("mine")):
         sys.excepthook(type(error), error, None)
     assert capsys.readouterr().err == "ValueError: mine\n"
@@ -397,16 +719,16 @@ def test_a_reader_whose_process_is_gone_says_nothing(monkeypatch, capsys):
 
 
 def test_a_pipe_neither_hangs_nor_counts_and_hidden_folders_are_left_out(tmp_path, caplog):
-    folder = make_folder(tmp_path, {"a": 2, "a/.ipynb_checkpoints": 1})
+    folder = make_folder(tmp_path, {"a": 2, "a/.ipynb_checkpoints": 1, "b": 1})
     os.mkfifo(folder / "a" / "pipe.png")
-    assert len(open_dataset(str(folder), vit(1))) == 2
+    assert len(open_dataset(str(folder), vit(2))) == 3
     assert "1 are no regular files, and are left out ('a/pipe.png')" in caplog.text
     with pytest.raises(ImageError, match="no regular file"):
         decode(folder / "a" / "pipe.png", "pipe.png")
 
 
 def test_a_sub_folder_that_cannot_be_read_is_told(tmp_path, caplog, monkeypatch):
-    folder = make_folder(tmp_path, {"a": 1, "a/closed": 1})
+    folder = make_folder(tmp_path, {"a": 1, "a/closed": 1, "b": 1})
     scandir = os.scandir
 
     def refuse(path):
@@ -415,7 +737,7 @@ def test_a_sub_folder_that_cannot_be_read_is_told(tmp_path, caplog, monkeypatch)
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert len(open_dataset(str(folder), vit(1))) == 1
+    assert len(open_dataset(str(folder), vit(2))) == 2
     assert "1 sub-folders cannot be read, and what is in them is left out ('a/closed')" in caplog.text
 
 

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.main import get_command
@@ -65,6 +66,23 @@ def test_a_wrong_command_would_be_seen() -> None:
 def test_links_lead_to_files_that_exist(page: Path) -> None:
     links = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
     assert not [link for link in links if not (page.parent / link).exists()]
+
+
+def test_the_notebook_runs_as_it_stands(tmp_path: Path, monkeypatch, one_thread, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "docs" / "notebook.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 4 and 0.5 < names["share"] < 0.9 and names["same"] > 0.5
+    assert (
+        list(names["table"]["method"]) == ["none", "tome", "tome", "evit"] and names["table"]["drop_low"].notna().all()
+    )
+    assert names["cells"].equals(names["table"]) and "% top-1" in capsys.readouterr().out
+    assert (tmp_path / "results" / "notebook" / "pareto.png").is_file()
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:

@@ -27,19 +27,19 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
-from test_runner import Source, stand_in
+from stand_ins import Source, stand_in
 
 import tokbench.models
-import tokbench.trace  # before the ground stands in for the models of runs
+import tokbench.show.trace  # before the ground stands in for the models of runs
 from tokbench import cli, interrupts
 from tokbench.errors import UserError
 from tokbench.fusion.core import METHODS
 from tokbench.models import load_model
-from tokbench.report.metrics import load_table
 from tokbench.report.tables import render_table
-from tokbench.running import resume, runner
+from tokbench.results.folder import MANIFEST, RECORDS, SKIPPED
+from tokbench.results.table import load_cells
+from tokbench.running import half_pass, runner
 from tokbench.schedules import GRAMMAR, parse_schedule
-from tokbench.store import MANIFEST, RECORDS, SKIPPED
 
 # Exit codes so far, by command: what benchmarks/fuzz.py prints.
 OUTCOMES: Counter[tuple[str, int]] = Counter()
@@ -89,8 +89,8 @@ def ground(folder: Path) -> Iterator[None]:
         patches.setattr(Source, "indices", np.arange(len(source)), raising=False)
         patches.setattr(tokbench.models, "load_model", runner.load_model)
         patches.setattr(tokbench.data, "open_dataset", runner.open_dataset)
-        patches.setattr(resume, "SAVE_SECONDS", 0)
-        patches.setattr(runner, "_draw", lambda table, folder: [])
+        patches.setattr(half_pass, "SAVE_SECONDS", 0)
+        patches.setattr(runner, "_draw", lambda *_: [])
         assert call(*GO_ON, "whole")[0] == 0
         read = Source.__getitem__
 
@@ -496,9 +496,9 @@ def test_records(rows, tail):
     text = "".join(f"{row}\n" for row in rows).encode(errors="surrogatepass")
     (run / "records.jsonl").write_bytes(text + tail)
     try:
-        table = load_table([run])
+        cells = load_cells([run])
         for form in ("md", "json", "csv", "tex"):
-            render_table(table, form)
+            render_table(cells, form)
     except UserError as error:
         assert str(run) in str(error) and "\n" not in str(error)
 

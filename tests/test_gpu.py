@@ -13,20 +13,20 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from stand_ins import Listener, plain_records, small_grid, tiny_model
 from test_modes import eva, vit
-from test_runner import Listener, small_grid, source, tiny_model  # noqa: F401
 from torch import Tensor, nn
 
 import tokbench
 from tokbench.config import MethodSpec, ModelSpec, RunOptions
 from tokbench.measure import environment, speed
-from tokbench.measure.accuracy import ARRAYS, evaluate
+from tokbench.measure.accuracy import evaluate
 from tokbench.measure.compiled import compile_model
 from tokbench.measure.environment import Watch, describe_machine, gpu_state
 from tokbench.measure.kernels import attention_kernels
 from tokbench.measure.speed import largest_batch, measure_memory, measure_speed
+from tokbench.results.predictions import ARRAYS
 from tokbench.running import runner, timing
-from tokbench.store import RunFolder
 
 pytestmark = pytest.mark.gpu
 
@@ -161,7 +161,7 @@ def test_too_large_a_batch_is_shown_in_pieces():
     assert len(answers.label) == 256 and sizes["none"] in (32, 64)
 
 
-def test_a_run_halves_batches_until_they_fit(source, tmp_path):  # noqa: F811
+def test_a_run_halves_batches_until_they_fit(source, tmp_path):
     options = RunOptions(device="cuda", batch_size=2**16, only=("flops", "speed"))
     with room_for(600):
         table = runner.run(small_grid(MethodSpec("tome", ("8",))), tmp_path / "run", options=options)
@@ -169,7 +169,7 @@ def test_a_run_halves_batches_until_they_fit(source, tmp_path):  # noqa: F811
     assert table["batch_size"].nunique() == 1 and 1 <= table["batch_size"].iloc[0] < 2**16
 
 
-def test_the_batch_is_chosen_to_fit_every_cell(source, tmp_path, monkeypatch):  # noqa: F811
+def test_the_batch_is_chosen_to_fit_every_cell(source, tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "LARGEST_BATCH", 2**16)
     options = RunOptions(device="cuda", only=("flops", "speed"))
     with room_for(600):
@@ -178,7 +178,7 @@ def test_the_batch_is_chosen_to_fit_every_cell(source, tmp_path, monkeypatch):  
     assert table["error"].isna().all() and 1 < size < 2**16 and size & (size - 1) == 0
 
 
-def test_a_model_takes_as_much_memory_after_another_as_alone(source, tmp_path, monkeypatch):  # noqa: F811
+def test_a_model_takes_as_much_memory_after_another_as_alone(source, tmp_path, monkeypatch):
     def heavy(*_: object, **__: object) -> nn.Module:
         model = tiny_model()
         model.ballast = nn.Parameter(torch.zeros(64 * MIB // 4))
@@ -279,14 +279,14 @@ def test_a_compiled_method_gives_what_it_gives_uncompiled(method, build, images)
         torch.testing.assert_close(compile_model(model)(images), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_a_run_with_everything(source, tmp_path):  # noqa: F811
+def test_a_run_with_everything(source, tmp_path):
     options = RunOptions(device="cuda", dtype="fp16", compile=True)
     grid = small_grid(MethodSpec("tome", ("8",)), MethodSpec("mctf", ("8",)))
     table = runner.run(grid, tmp_path / "run", options=options, progress=Listener())
     assert table["error"].isna().all()
     assert table[["throughput", "speedup", "latency_ms", "memory_mib", "gflops"]].notna().all(axis=None)
     assert set(table["machine"]) == {torch.cuda.get_device_name()}
-    speeds = [record for record in RunFolder.open(tmp_path / "run").records() if record["kind"] == "speed"]
+    speeds = [record for record in plain_records(tmp_path / "run") if record["kind"] == "speed"]
     assert all(record["compiled"] and record["reserved_memory_bytes"] > 0 for record in speeds)
     more = small_grid(MethodSpec("tome", ("8", "12")))
     table = runner.run(more, tmp_path / "run", options=options).set_index("cell")

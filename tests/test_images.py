@@ -15,18 +15,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stand_ins import Listener, plain_records, small_grid, tiny_model
 from test_data import make_folder, vit
-from test_runner import Listener, small_grid, tiny_model
 
 from tokbench import data
 from tokbench.config import MethodSpec, RunOptions
-from tokbench.data import load_batches, open_dataset
+from tokbench.data import decoding, folders, load_batches, open_dataset, timm_readers
+from tokbench.data.decoding import ImageError, decode
 from tokbench.errors import RunStopped
-from tokbench.images import ImageError, decode
-from tokbench.measure.accuracy import Predictions
+from tokbench.results.folder import RunFolder
+from tokbench.results.predictions import Predictions
 from tokbench.running import runner
-from tokbench.running.resume import HalfPass, Reader
-from tokbench.store import RunFolder
+from tokbench.running.half_pass import HalfPass
+from tokbench.running.reader import Reader
 
 RAMP = np.tile(np.linspace(0, 255, 32, dtype=np.uint8), (24, 1))  # 24 × 32, dark on the left
 
@@ -167,7 +168,7 @@ def test_batches_leave_out_what_cannot_be_decoded_and_name_it(animals, workers):
 
 def test_a_run_skips_the_same_images_for_every_cell_and_lists_them(animals, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "load_model", lambda *args, **kwargs: tiny_model())
-    monkeypatch.setattr(runner, "_draw", lambda table, folder: [])
+    monkeypatch.setattr(runner, "_draw", lambda *_: [])
     folder, kinds = animals
     options = RunOptions(device="cpu", batch_size=4, only=("accuracy",), max_bad=50)
     grid = replace(small_grid(MethodSpec("tome", ("8",))), data=str(folder))
@@ -179,11 +180,11 @@ def test_a_run_skips_the_same_images_for_every_cell_and_lists_them(animals, tmp_
     listed = json.loads((run.path / "skipped.json").read_text())["tiny"]
     assert {Path(image["name"]).name for image in listed} == {name for name, good in kinds.items() if not good}
     for record in run.records():
-        assert (record["skipped"], record["images"]) == (bad, len(kinds) - bad)
-        assert len(Predictions.load(run.prediction_path(record["cell"])).label) == record["images"]
+        assert (record.skipped, record.images) == (bad, len(kinds) - bad)
+        assert len(Predictions.load(run.prediction_path(record.cell)).label) == record.images
     more = replace(grid, methods=(MethodSpec("random", ("8",)),))
     runner.run(more, tmp_path / "run", options=options)
-    assert {record["skipped"] for record in run.records()} == {bad}
+    assert {record.skipped for record in run.records()} == {bad}
 
     with pytest.raises(RunStopped, match=r"images of .* cannot be decoded, more than 5 %: the first is .*--max-bad"):
         runner.run(grid, tmp_path / "strict", options=replace(options, max_bad=5))
@@ -191,14 +192,14 @@ def test_a_run_skips_the_same_images_for_every_cell_and_lists_them(animals, tmp_
 
 def test_more_cells_decode_no_more_images(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "load_model", lambda *args, **kwargs: tiny_model())
-    monkeypatch.setattr(runner, "_draw", lambda table, folder: [])
+    monkeypatch.setattr(runner, "_draw", lambda *_: [])
     folder = tmp_path / "photos"
     for name in "abc":
         (folder / name).mkdir(parents=True)
         for number in range(3):
             Image.new("RGB", (40, 30), (number * 80, 0, 0)).save(folder / name / f"{number}.jpg")
     decoded: list[str] = []
-    monkeypatch.setattr(data, "decode", lambda file, name: decoded.append(name) or decode(file, name))
+    monkeypatch.setattr(folders, "decode", lambda file, name: decoded.append(name) or decode(file, name))
     options = RunOptions(device="cpu", batch_size=4, only=("accuracy",))
     for names in (("tome",), ("tome", "topk", "evit")):
         decoded.clear()
@@ -210,7 +211,7 @@ def test_more_cells_decode_no_more_images(tmp_path, monkeypatch):
 
 def test_images_that_came_or_went_between_two_sessions_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "load_model", lambda *args, **kwargs: tiny_model())
-    monkeypatch.setattr(runner, "_draw", lambda table, folder: [])
+    monkeypatch.setattr(runner, "_draw", lambda *_: [])
     folder = make_folder(tmp_path / "data", {"a": 4, "b": 4, "c": 4})
     options = RunOptions(device="cpu", batch_size=4, only=("accuracy",), max_bad=50)
     grid = replace(small_grid(MethodSpec("tome", ("8",))), data=str(folder))
@@ -221,10 +222,65 @@ def test_images_that_came_or_went_between_two_sessions_stop_the_run(tmp_path, mo
         runner.run(replace(grid, methods=(MethodSpec("random", ("8",)),)), tmp_path / "run", options=options)
 
 
+@pytest.mark.parametrize(
+    ("name", "mode", "pixels_each", "options"),
+    [
+        ("a.png", "RGB", 12, {}),
+        ("p.png", "P", 20, {"transparency": 0}),
+        ("w.webp", "RGB", 20, {}),
+        ("g.png", "L", 3, {}),
+    ],
+)
+def test_an_image_that_takes_too_much_memory_is_refused(name, mode, pixels_each, options, tmp_path, monkeypatch):
+    Image.new(mode, (100, 80)).save(tmp_path / name, **options)
+    monkeypatch.setattr(decoding, "LARGEST_BYTES", 100 * 80 * pixels_each)
+    assert pixels(tmp_path / name).shape == (80, 100, 3)
+    monkeypatch.setattr(decoding, "LARGEST_BYTES", 100 * 80 * pixels_each - 1)
+    with pytest.raises(ImageError, match="100 × 80 pixels would take .* to decode"):
+        decode(tmp_path / name, name)
+
+
+@pytest.mark.parametrize(("progressive", "share", "shape"), [(False, 0.3, (40, 50)), (True, 0.6, (20, 25))])
+def test_a_jpeg_that_takes_too_much_memory_is_decoded_smaller_and_others_are_not(
+    progressive, share, shape, tmp_path, monkeypatch
+):
+    ramp = Image.fromarray(np.tile(np.linspace(0, 255, 100, dtype=np.uint8), (80, 1))).convert("RGB")
+    ramp.save(tmp_path / "a.jpg", quality=95, progressive=progressive)
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert np.array_equal(pixels(tmp_path / "a.jpg"), np.asarray(image))
+    monkeypatch.setattr(decoding, "LARGEST_BYTES", int(100 * 80 * 12 * share))
+    small = decode(tmp_path / "a.jpg", "a.jpg")
+    assert (small.height, small.width) == shape
+    assert np.abs(np.asarray(small.resize(ramp.size)).astype(int) - np.asarray(ramp)).mean() < 4
+    monkeypatch.setattr(decoding, "LARGEST_BYTES", 1000)
+    with pytest.raises(ImageError, match="pixels would take"):
+        decode(tmp_path / "a.jpg", "a.jpg")
+
+
+def test_a_small_file_does_not_fill_a_readers_memory(tmp_path):
+    """13,000 × 13,000 transparent pixels, within Pillow's bound: 3.4 GB to decode."""
+    image = Image.new("1", (13000, 13000))
+    image.save(tmp_path / "a.png", transparency=0)
+    assert (tmp_path / "a.png").stat().st_size < 2**20
+    with pytest.raises(ImageError, match="would take 3.1 GiB to decode, more than 1"):
+        decode(tmp_path / "a.png", "a.png")
+
+
+@pytest.mark.parametrize("name", ["a.jpe", "a.jp2", "a.avif", "a.tga"])
+def test_images_by_less_usual_names_are_found_and_decoded(name, tmp_path):
+    (tmp_path / "c").mkdir()
+    form = {"jpe": "JPEG", "jp2": "JPEG2000", "avif": "AVIF", "tga": "TGA"}[name[2:]]
+    if form not in decoding._formats():
+        pytest.skip(f"this Pillow knows no {form}")
+    Image.new("RGB", (40, 40), (200, 0, 0)).save(tmp_path / "c" / name, form)
+    (batch,) = load_batches(open_dataset(str(tmp_path), vit(2)), 2)
+    assert len(batch.images) == 1 and not batch.skipped
+
+
 def test_files_that_are_no_images_and_classes_without_any_are_told(tmp_path, caplog):
-    folder = make_folder(tmp_path, {"a": 1, "b": 0})
+    folder = make_folder(tmp_path, {"a": 1, "b": 0, "c": 1})
     (folder / "a" / "Thumbs.db").touch()
-    open_dataset(str(folder), vit(2))
+    open_dataset(str(folder), vit(3))
     assert "1 files are no images by their names ('a/Thumbs.db')" in caplog.text
     assert "1 class folders have no images ('b')" in caplog.text
 
@@ -241,9 +297,9 @@ def test_timm_does_not_answer_with_the_next_image(tmp_path):
 
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").touch()
-    opened = data.create_dataset("", root=str(make_folder(tmp_path / "any", {"a": 1})))
+    opened = timm_readers.create_dataset("", root=str(make_folder(tmp_path / "any", {"a": 1})))
     opened.reader = Reader()
-    images = data._decoding(opened, "hfds/x")
+    images = timm_readers._decoding(opened, "hfds/x")
     assert images[2][1] == 2
     with pytest.raises(ImageError, match="'hfds/x, number 1' cannot be decoded"):
         images[1]
@@ -260,7 +316,7 @@ def test_a_reader_that_raises_anything_costs_one_image(tmp_path):
             return Image.new("RGB", (40, 40)), 0
 
     prepare = open_dataset(str(make_folder(tmp_path, {"a": 1})), vit(1))._prepare
-    source = data.ImageSource("x", Failing(), np.arange(2), prepare, "f", None, 1)
+    source = data.ImageSource("x", Failing(), np.arange(2), prepare, "f")
     (batch,) = load_batches(source, 2)
     assert len(batch.labels) == 1
     assert (batch.skipped[0].index, batch.skipped[0].name) == (1, "x, number 1")
@@ -290,7 +346,7 @@ def test_an_image_that_a_stream_cannot_decode_itself_stops_the_run(tmp_path):
         raise RuntimeError("Expected image (JPEG, PNG, or GIF), got unknown format\n[Op:IteratorGetNext]")
 
     prepare = open_dataset(str(make_folder(tmp_path, {"a": 1})), vit(1))._prepare
-    stream = data.ImageStream("tfds/x", decoded_elsewhere(), 3, prepare, "f", None, 1)
+    stream = data.ImageStream("tfds/x", decoded_elsewhere(), 3, prepare, "f")
     with pytest.raises(RunStopped, match="images of tfds/x cannot be read: RuntimeError: Expected image .* format$"):
         list(Reader(stream, 2, 0, HalfPass(), None).batches())
 
@@ -302,7 +358,7 @@ def test_calibration_takes_the_first_images_that_can_be_decoded(tmp_path, monkey
         image.write_bytes(b"x")
     grid = replace(small_grid(MethodSpec("tofu", ("8",), {"prune_blocks": "auto"})), data=str(folder))
     runner.run(grid, tmp_path / "run", options=RunOptions(device="cpu", only=("flops",)))
-    assert RunFolder.open(tmp_path / "run").records()[1]["calibrated"]["images"] == 2
+    assert plain_records(tmp_path / "run")[1]["calibrated"]["images"] == 2
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_report import make_run
+from made_run import make_run
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -88,17 +88,17 @@ iterator, make = dataloader._MultiProcessingDataLoaderIter, dataloader._MultiPro
 iterator.__init__ = lambda self, loader: (ctrl_c(), make(self, loader))
 """,
     "where Python swallows it": """
-from tokbench.running import resume
+from tokbench.running import half_pass
 class Last:
     def __del__(self):
         ctrl_c()
-resume.PassFile.add = lambda self, half: Last() and None
+half_pass.PassFile.add = lambda self, half: Last() and None
 """,
     "again while the pass is saved": """
-from tokbench.running import resume
-save = resume.PassFile.save
-resume.PassFile.add = lambda self, half: ctrl_c()
-resume.PassFile.save = lambda self: (ctrl_c(), save(self))
+from tokbench.running import half_pass
+save = half_pass.PassFile.save
+half_pass.PassFile.add = lambda self, half: ctrl_c()
+half_pass.PassFile.save = lambda self: (ctrl_c(), save(self))
 """,
     "amid an import": """
 import builtins

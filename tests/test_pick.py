@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from made_run import make_run
 from safetensors.torch import save_file
-from test_report import make_run
+from stand_ins import plain_records
 
 import tokbench
 from tokbench.config import Grid, MethodSpec, ModelSpec, RunOptions
@@ -19,8 +20,9 @@ from tokbench.errors import UserError
 from tokbench.fusion.core import METHODS
 from tokbench.plugins import LOADED
 from tokbench.report.pick import Pick, pick_cells
+from tokbench.results.cell import Cell
+from tokbench.results.folder import RunFolder
 from tokbench.running.runner import run as run_grid
-from tokbench.store import RunFolder
 
 # test_report's cells: drop [interval], speed-up [× 100/101, × 100/99], GFLOPs
 #   tome constant:8        0.2 [-0.3, 0.7]    1.30   0.30
@@ -70,8 +72,8 @@ def only(path: Path, **limits: float) -> Pick:
     return found
 
 
-def name(row: Any) -> str:
-    return "" if row is None else row["cell"].partition("/")[2].rstrip("/")
+def name(cell: Cell | None) -> str:
+    return "" if cell is None else cell.id.partition("/")[2].rstrip("/")
 
 
 @pytest.mark.parametrize(
@@ -257,6 +259,10 @@ def test_two_models_get_a_decision_each(made):
     first, second = pick_cells(made, min_speedup=1.5)
     assert first.best is not None and second.model == "large" and second.best is None
     assert "No answer: --min-speedup: the run" in second.text() and second.to_dict()["why"] == second.why
+    for kind in ("accuracy", "flops"):
+        changed(made, kind, "large/", dtype="fp8")
+    second = pick_cells(made, max_drop=3.0)[1]
+    assert second.best is None and "made in 'fp8', which" in second.why
 
 
 def test_the_command_exits_with_1_when_nothing_meets_it(tokbench_command, made):
@@ -286,7 +292,7 @@ def test_the_printed_python_makes_the_measured_cell(tmp_path):
     exec(found.code, scope)
     with torch.inference_mode():
         scope["model"](torch.rand(1, 1, 56, 56))
-    record = RunFolder.open(tmp_path / "run").records()[1]
+    record = plain_records(tmp_path / "run")[1]
     assert len(found.code.splitlines()) == 3 and "prop_attn=False" in found.code and record["method"] == "tome"
     assert tokbench.tokens_per_block(scope["model"]) == record["tokens"]
 
@@ -318,7 +324,7 @@ def test_the_printed_python_loads_a_checkpoint_a_size_and_a_dtype(tmp_path):
     exec(only(tmp_path / "run", max_gflops=0.2).code, scope)
     with torch.inference_mode():
         scope["model"](torch.rand(1, 1, 48, 48, dtype=torch.bfloat16))
-    assert tokbench.tokens_per_block(scope["model"]) == RunFolder.open(tmp_path / "run").records()[1]["tokens"]
+    assert tokbench.tokens_per_block(scope["model"]) == plain_records(tmp_path / "run")[1]["tokens"]
 
 
 def test_the_printed_python_loads_a_plugin(tokbench_command, tmp_path, monkeypatch):
@@ -362,7 +368,7 @@ def test_nothing_in_a_run_gets_into_the_python_as_code(tmp_path):
     assert given == {"a": 1e-9, None: {bad: bad, "class": [True, None]}}
     in_one_line = bad.replace("\n", "\\n")  # as names are read from records
     assert in_one_line in {node.value for node in ast.walk(lines[1]) if isinstance(node, ast.Constant)}
-    (path / "manifest.json").write_text(json.dumps({"schema": 1, "grid": {"models": [3, {"label": bad}]}}))
+    (path / "manifest.json").write_text(json.dumps({"schema": 1, "command": "'", "plugins": {bad: bad}}))
     assert only(path, max_drop=3.0).best is not None
     with pytest.raises(UserError, match="made in 'fp8', which"):
         pick_cells(make_run(tmp_path / "other", dtype="fp8"), max_drop=3.0)

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_runner import Source, stand_in
+from stand_ins import Source, plain_records, stand_in
 from timm.models.vision_transformer import VisionTransformer
 
 import tokbench
 from tokbench import cli
 from tokbench.fusion.core import METHODS, Method, make_method, register_method
 from tokbench.plugins import load_plugins
-from tokbench.store import RunFolder
 
 EXAMPLE = Path(__file__).parents[1] / "docs" / "my_method.py"
 
@@ -101,7 +100,7 @@ def test_wrong_plugins_are_answered_in_one_line(tmp_path):
         with pytest.raises(tokbench.UserError, match=words) as error:
             load_plugins([tmp_path / name])
         assert "\n" not in str(error.value)
-    with pytest.raises(tokbench.UserError, match="emty.py' is not there. Did you mean 'empty.py'"):
+    with pytest.raises(tokbench.UserError, match="emty.py' does not exist. Did you mean 'empty.py'"):
         load_plugins([tmp_path / "emty.py"])
 
 
@@ -139,7 +138,7 @@ WRONG_PLANS = {
     "nothing": ("", "None", "must be an Assignment, not NoneType"),
     "exits": ("sys.exit(0)", "", "mine.plan raised SystemExit: 0"),
     "no exception": ("raise GeneratorExit", "", "mine.plan raised GeneratorExit"),
-    "unprintable": ("raise Unprintable", "", "Unprintable: \\(its text cannot be had: ValueError\\)"),
+    "unprintable": ("raise Unprintable", "", "Unprintable: \\(its message raised ValueError\\)"),
     "surrogate": ("raise ValueError('\\udcff [red]')", "", r"ValueError: \udcff \[red\]"),
     "far": ("", "Assignment(good + 1000)", "block 0: kept holds 1000 to 1056; there are 65"),
     "floats": ("", "Assignment(good.float())", "kept must be a tensor of torch.long on cpu, not torch.float32"),
@@ -166,7 +165,7 @@ WRONG_PLANS = {
 def test_wrong_plans_fail_alone_and_say_why(tmp_path, monkeypatch, tokbench_command, one_thread):
     """Some would not fail by themselves, but look fast, or end the command as if all were well."""
     source = stand_in(monkeypatch, Source())
-    monkeypatch.setattr("tokbench.running.runner._draw", lambda table, folder: [])
+    monkeypatch.setattr("tokbench.running.runner._draw", lambda *_: [])
     plans = "".join(f"PLANS[{name!r}] = {before!r}\n" for name, (before, _, _) in WRONG_PLANS.items())
     results = "".join(f"RESULTS[{name!r}] = {given!r}\n" for name, (_, given, _) in WRONG_PLANS.items() if given)
     (tmp_path / "mine.py").write_text(MINE + plans + results)
@@ -176,7 +175,7 @@ def test_wrong_plans_fail_alone_and_say_why(tmp_path, monkeypatch, tokbench_comm
         "run", "--model=tiny", *methods, "--method=topk", *words, "--out", tmp_path / "run"
     )
     assert code == 3 and not err and f"{len(WRONG_PLANS)} failed" in out
-    records = RunFolder.open(tmp_path / "run").records()
+    records = plain_records(tmp_path / "run")
     failures = {record["params"]["which"]: record["message"] for record in records if record["kind"] == "failure"}
     assert failures.keys() == WRONG_PLANS.keys()
     for name, (*_, words) in WRONG_PLANS.items():
@@ -213,3 +212,47 @@ def test_a_method_that_is_no_dataclass_is_refused(monkeypatch):
     monkeypatch.setitem(METHODS, "mine", type("Mine", (Method,), {"name": "mine"}))
     with pytest.raises(tokbench.UserError, match="put @dataclass.* right above class Mine"):
         make_method("mine")
+
+
+def test_a_method_of_ones_own_can_measure_a_parameter_on_images(tmp_path, monkeypatch, capsys):
+    plugin = tmp_path / "gauged.py"
+    plugin.write_text(
+        """
+from dataclasses import dataclass, replace
+import tokbench
+from tokbench.fusion.core import Assignment, Method, keep_only
+import torch
+
+@tokbench.register_method
+@dataclass(frozen=True)
+class Gauged(Method):
+    name = "gauged"
+    cut: float = -1.0
+
+    @property
+    def needs_calibration(self):
+        return self.cut < 0
+
+    def countable(self):
+        return replace(self, cut=0.0)
+
+    def calibrated(self, model, schedule, images):
+        assert not hasattr(model, "fusion") and schedule.kind == "list"
+        return replace(self, cut=float(images.mean()))
+
+    def plan(self, view, r):
+        assert self.cut >= 0
+        patches = torch.arange(view.patches - r).expand(view.x.shape[0], -1)
+        return keep_only(patches, view.prefix)
+"""
+    )
+    stand_in(monkeypatch, Source())
+    words = ["run", "--plugin", plugin, "--method", "gauged:cut=-2.0", "--schedule", "flops:0.7", "--only"]
+    monkeypatch.setattr(sys, "argv", ["tokbench", *map(str, words), "flops,accuracy", "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    assert exit.value.code == 0, capsys.readouterr()
+    record = plain_records(tmp_path / "run")[-1]
+    assert record["params"] == {"cut": -2.0} and record["calibrated"]["cut"] > 0.5
+    with pytest.raises(tokbench.UserError, match="'gauged' with cut=-1.0 measures the model on calibration images"):
+        tokbench.apply(VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2), "gauged", 2)

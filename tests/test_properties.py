@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import tokbench
 from tokbench.fusion.core import METHODS, State, View, make_method, merge
+from tokbench.fusion.patch import tokens_per_image
 
 MODES = [(bidirectional, ahead) for bidirectional in (True, False) for ahead in ("approximate", "precise", "off")]
 EVERY = {name: (name, {}) for name in METHODS} | {
@@ -20,8 +21,11 @@ EVERY = {name: (name, {}) for name in METHODS} | {
     for bidirectional, ahead in MODES
 }
 EVERY |= {"tofu prunes": ("tofu", {"prune_blocks": 3}), "tofu merges": ("tofu", {"prune_blocks": 0})}
-DROP = {"topk", "random", "free", "tofu prunes", "tofu"}  # ToFu where it prunes, as by default in its first blocks
-CONSERVE = [name for name, (method, _) in EVERY.items() if method in ("tome", "mctf", "mstm", "pitome")]
+EVERY |= {"diffrate merges": ("diffrate", {"prune": 0.0}), "ppt merges": ("ppt", {"tau": 1.0})}
+EVERY |= {"gtp sparse": ("gtp", {"sparsity": 0.6, "graph": "semantic", "neighbors": 2})}
+EVERY |= {"ats released": ("ats", {"form": "released"}), "atc single": ("atc", {"linkage": "single"})}
+MERGE = ("tome", "mctf", "mstm", "pitome", "atc", "cgsm", "dpcknn")  # into weighted means, and drop nothing
+CONSERVE = [name for name, (method, _) in EVERY.items() if method in MERGE]
 PREFIXES = {
     0: {"class_token": False, "global_pool": "avg"}, 1: {}, 2: {"reg_tokens": 1, "global_pool": "avg"},
     3: {"reg_tokens": 2}, 4: {"class_token": False, "reg_tokens": 4, "global_pool": "avg"}, 5: {"reg_tokens": 4},
@@ -43,12 +47,16 @@ def situations(draw, name):
         torch.arange(tokens), torch.randint(prefix, tokens, (merged,), generator=generator)
     ]) for _ in range(2)])  # fmt: skip
     size = torch.stack([torch.bincount(row, minlength=tokens) for row in where]).double()
+    if method.name == "gtp":  # in which no cell is another token's
+        where[:, tokens:] = -1
+    q, k, v = torch.randn(3, 2, 3, tokens, 4, **kind)
     sized = method.tracks_size and merged > 0
     view = View(
         x=torch.randn(2, tokens, 6, **kind), prefix=prefix, patches=patches, block=draw(st.integers(1, 3)), depth=4,
-        queries=torch.randn(2, 3, tokens, 4, **kind), keys=torch.randn(2, 3, tokens, 4, **kind), scale=0.5,
+        heads=lambda: (q, k), values=lambda: v, scale=0.5,
         has_class_token=prefix > 0 and draw(st.booleans()), grid=(rows, columns), size=size if sized else None,
-        log_size=size.log() if sized and method.proportional else None, token_map=where,
+        log_size=size.log() if sized and method.proportional else None, token_map=where, nominal=patches,
+        begun=method.begin(torch.randn(2, tokens + merged, 6, **kind), prefix, (rows, columns)),
     )  # fmt: skip
     return method, view, r
 
@@ -65,21 +73,21 @@ def test_a_plan_names_every_token_once_and_keeps_what_it_should(name):
         size = view.size if view.size is not None else torch.ones(2, tokens, dtype=torch.float64)
         weight = plan.weight if plan.weight is not None else size
         merged, total = merge(view.x, plan, view.size), plan.total(size)
-        left = tokens - r + (EVERY[name][0] == "evit")
-        assert merged.shape == (2, left, 6) and torch.equal(merged[:, :prefix], view.x[:, :prefix])
-        prunes = name in DROP and plan.source is None
-        for image in range(2):
-            kept = plan.kept[image].tolist()
-            source = [] if plan.source is None else plan.source[image].tolist()
-            slot = [] if plan.slot is None else plan.slot[image].tolist()
-            assert kept[:prefix] == list(range(prefix)) and len(kept) == left and len(slot) == len(source)
-            assert len({*kept, *source}) == len(kept) + len(source)
-            assert all(prefix <= one < left for one in slot)
-            if prunes:
-                assert total[image].tolist() == size[image, kept].tolist()
+        plan.require_valid(view)
+        left = [tokens - r + (EVERY[name][0] == "evit")] * 2 if plan.count is None else plan.count.tolist()
+        assert merged.shape == (2, max(left), 6) and torch.equal(merged[:, :prefix], view.x[:, :prefix])
+        assert prefix < min(left) and (max(left) <= tokens - r or method.name in ("evit", "ats"))
+        for image, target in enumerate(plan.target(tokens).tolist()):
+            kept = plan.kept[image, : left[image]].tolist()
+            assert kept[:prefix] == target[:prefix] == list(range(prefix))
+            assert [target[one] for one in kept] == list(range(left[image]))
+            if plan.mix is not None or plan.mass is not None:
+                continue
+            if plan.source is None:
+                assert {one for one in range(tokens) if target[one] != -1} == {*kept}
+                assert total[image, : left[image]].tolist() == size[image, kept].tolist()
             else:
-                assert {*kept, *source} == set(range(tokens))
-                assert total[image].sum() == size[image].sum()
+                assert -1 not in target and total[image].sum() == size[image].sum()
             if name in CONSERVE:
                 assert plan.combine == "mean"
                 after, before = plan.total(weight)[image] @ merged[image], weight[image] @ view.x[image]
@@ -120,18 +128,19 @@ def test_a_model_is_the_composition_of_its_plans_for_each_image_alone(name):
             patched.setattr(State, "advance", spy)
             out = model(x)
         where, size = tokbench.token_map(model), model.fusion.state.size
-        left = tokbench.tokens_per_block(model)[-1]
+        left = tokens_per_image(model)[-1]
         composed = [list(range(25 + prefix)) for _ in range(3)]
         for image, now in enumerate(composed):
             for move in moves:
                 now[:] = [-1 if token == -1 else move[image][token] for token in now]
         assert where.tolist() == composed
-        assert all({*row} - {-1} == set(range(left)) for row in composed)
-        if method in ("tome", "mctf", "mstm", "pitome") or name == "tofu merges":
+        for row, count in zip(composed, left if len(left) > 1 else left * 3, strict=True):
+            assert {*row} - {-1} == set(range(count))
+        if method in (*MERGE, "kmedoids") or name == "tofu merges":
             assert all(-1 not in row for row in composed)
             if size is not None:
                 assert torch.equal(size[:, prefix:].sum(1), torch.full((3,), 25.0, dtype=torch.float64))
-                assert size.tolist() == [[row.count(token) for token in range(left)] for row in composed]
+                assert size.tolist() == [[row.count(token) for token in range(left[0])] for row in composed]
         with torch.inference_mode():
             torch.testing.assert_close(model(x[list(order)]), out[list(order)], rtol=0, atol=1e-10)
             torch.testing.assert_close(torch.cat([model(x[:cut]), model(x[cut:])]), out, rtol=0, atol=1e-10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,15 +14,17 @@ import numpy as np
 import pytest
 import torch
 
+from tokbench.check.compare import Limits, check
+from tokbench.check.differences import compare
+from tokbench.check.verdicts import Check, require_writable, summary, tell_github, write_junit
 from tokbench.config import Grid, MethodSpec, RunOptions
 from tokbench.errors import UserError
 from tokbench.fusion.core import bipartite_match
-from tokbench.measure.accuracy import Predictions
-from tokbench.regression import Limits, check
-from tokbench.report.verdicts import Check, require_writable, summary, tell_github, write_junit
+from tokbench.measure.stats import paired_drop, wilson
+from tokbench.results.folder import RunFolder
+from tokbench.results.predictions import Predictions
 from tokbench.running.records import accuracy_fields
 from tokbench.running.runner import run
-from tokbench.store import RunFolder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REFERENCE = REPOSITORY / "results" / "reference"
@@ -95,6 +98,12 @@ def failed(found: Check) -> set[tuple[str, str]]:
     return {(verdict.gate, verdict.cell) for verdict in found.verdicts if not verdict.passed}
 
 
+def test_a_plugin_that_changed_is_noted(make_run):
+    runs = [make_run(name, plugins={"mine.py": digest, name: "ef" * 32}) for name, digest in (("a", "ab"), ("b", "cd"))]
+    assert check(*runs).notes == ["the plugin mine.py is another one than the baseline's"]
+    assert not check(runs[0], runs[0]).notes
+
+
 def edited(method: str, kind: str, **fields: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def change(record: dict[str, Any]) -> dict[str, Any]:
         return record | fields if (record["method"], record["kind"]) == (method, kind) else record
@@ -116,7 +125,7 @@ def test_a_loss_beyond_the_limit_fails_however_few_the_images_are(make_run):
     assert failed(check(old, new, limits=Limits(max_drop=1.4))) == {("top-1", "m/tome/constant:8")}
     assert check(old, new, limits=Limits(max_drop=1.5)).passed
     told = "\n".join(check(old, new, limits=Limits(max_drop=1.4)).lines())
-    assert ": more than 1.4: 1.50 points lost [-0.4, 4.3], 3 lost and 0 gained of 200 images, p 0.38" in told
+    assert ": more than 1.4: 1.50 points lost [−0.4, 4.3], 3 lost and 0 gained of 200 images, p 0.38" in told
 
 
 def test_a_significant_loss_fails_within_the_limit_and_is_corrected_for_the_number_of_cells(make_run):
@@ -187,9 +196,9 @@ def test_tokens_must_be_the_same_after_every_block(make_run):
 
     found = check(make_run("old"), make_run("new", change=change))
     assert failed(found) == {("tokens", "m/tome/constant:8")}
-    assert "        m/tome/constant:8: after block 1 9 → 10, other in 1 blocks" in found.lines()
-    fewer = make_run("fewer", change=edited("tome", "flops", tokens=[17, 9]))
-    assert "after block 2 5 → none" in "\n".join(check(tmp_old := make_run("old2"), fewer).lines()) and tmp_old
+    assert "        m/tome/constant:8: after block 1 9 → 10, other in 1 block" in found.lines()
+    fewer = make_run("fewer", change=lambda record: record | {"tokens": [17, 9]})
+    assert "after block 2 5 → none" in "\n".join(check(make_run("old2"), fewer).lines())
 
 
 def test_speed_is_checked_only_when_asked(make_run):
@@ -217,7 +226,11 @@ def test_a_cell_that_fails_now_is_missing_and_its_error_told(make_run):
     def change(record: dict[str, Any]) -> dict[str, Any] | None:
         if record["method"] != "tome":
             return record
-        return record | {"kind": "failure", "message": "RuntimeError: it broke"} if record["kind"] == "flops" else None
+        return (
+            record | {"kind": "failure", "phase": "setup", "message": "RuntimeError: it broke"}
+            if record["kind"] == "flops"
+            else None
+        )
 
     broken, whole = make_run("broken", change=change), make_run("whole")
     found = check(whole, broken)
@@ -230,6 +243,33 @@ def test_a_cell_that_fails_now_is_missing_and_its_error_told(make_run):
 def test_one_schedule_written_in_two_ways_is_one_cell(make_run):
     written = {("tome", "8") if key[0] == "tome" else key: value for key, value in CELLS.items()}
     assert check(make_run("old"), make_run("new", written)).passed
+
+
+def test_a_cell_of_two_sessions_that_wrote_its_schedule_in_two_ways_is_one(make_run):
+    def change(record: dict[str, Any]) -> dict[str, Any]:
+        first = record["method"] == "tome" and record["kind"] == "flops"
+        return record | ({"cell": "m/tome/8", "schedule": "8"} if first else {})
+
+    run_ = make_run("run", change=change)
+    for baseline in (run_, make_run("old")):  # its answers lie under the second name
+        found = check(run_, baseline, limits=Limits(0, 0, 0))
+        assert found.passed and len(found.verdicts) == 6 * 3 and not found.notes
+
+
+def test_the_one_model_of_two_runs_is_the_same_whatever_it_is_called(make_run):
+    def called(model: str, **fields: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        return lambda record: record | {"model": model, **fields}
+
+    old = make_run("old")
+    found = check(old, make_run("renamed", change=called("w2")))
+    assert found.passed and found.scope == "3 cells on 200 images of pictures" and not found.notes
+    with pytest.raises(UserError, match="other weights: w2 in .* has sha256 efef.*, m in .* has abab"):
+        check(old, make_run("other", change=called("w2", weights_sha256="ef" * 32)))
+    two = RunFolder.open(make_run("two", change=called("w2")))
+    for record in two.records():
+        two.append(called("w3")(record.plain()))
+    with pytest.raises(UserError, match="no cell in common: .*two has w2, w3, .*old has m"):
+        check(old, two.path)  # which of the two would it be?
 
 
 def test_what_could_not_be_compared_is_not_said_to_have_passed(make_run):
@@ -247,13 +287,17 @@ def test_what_could_not_be_compared_is_not_said_to_have_passed(make_run):
 
 @pytest.mark.parametrize(("kind", "field"), [("flops", "flops"), ("speed", "speedup")])
 def test_a_baseline_of_zero_is_damaged(make_run, kind, field):
-    with pytest.raises(UserError, match=f"{field} of m/tome/constant:8 is 0: the record is damaged"):
-        check(make_run("old", change=edited("tome", kind, **{field: 0})), make_run("new"), limits=Limits(0, 0, 5))
+    old, new = make_run("old"), make_run("new")
+    lines = [json.loads(line) for line in (old / "records.jsonl").read_text().splitlines()]
+    lines = [edited("tome", kind, **{field: 0})(record) for record in lines]
+    (old / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
+    with pytest.raises(UserError, match=f"records.jsonl, line [456]: '{field}' must be above 0"):
+        check(old, new, limits=Limits(0, 0, 5))
 
 
 def test_other_weights_or_images_or_labels_are_refused(make_run):
     old = make_run("old")
-    with pytest.raises(UserError, match=r"other weights under the name m: sha256 efef.*… in .*/weights, abab"):
+    with pytest.raises(UserError, match=r"other weights: m in .*/weights has sha256 efef.*…, m in .*/old has abab"):
         check(old, make_run("weights", change=lambda record: record | {"weights_sha256": "ef" * 32}))
     with pytest.raises(UserError, match=r"saw other images: 200 of pictures \(0101.*, 200 of pictures \(cdcd.*--limit"):
         check(old, make_run("images", change=lambda record: record | {"data_fingerprint": "01" * 32}))
@@ -351,11 +395,15 @@ def test_limits_that_cannot_be_are_refused(limits):
 
 @pytest.fixture
 def bad(make_run) -> Check:
-    """A check with two gates failed in one cell, one of them with a text that XML cannot hold."""
+    """A check with two gates failed, one of them with a text that XML cannot hold."""
 
     def change(record: dict[str, Any]) -> dict[str, Any] | None:
         if record["method"] == "topk":
-            return record | {"kind": "failure", "message": "100 %\x1b[31m <bad>"} if record["kind"] == "flops" else None
+            return (
+                record | {"kind": "failure", "phase": "setup", "message": "100 %\x1b[31m <bad>"}
+                if record["kind"] == "flops"
+                else None
+            )
         return edited("tome", "flops", flops=2)(record)
 
     return check(make_run("old"), make_run("new", change=change))
@@ -372,8 +420,8 @@ def test_junit_holds_a_case_per_gate_and_cell(bad, tmp_path):
     assert len(cases) == len(bad.verdicts)
     failures = {key: failure.get("message") for key, failure in cases.items() if failure is not None}
     assert failures == {
-        ("tokbench.cells", "m/topk/keep:0.5@3"): "failed: 100 %[31m <bad>",
-        ("tokbench.flops", "m/tome/constant:8"): "-100.00 %, 1 → 2e-09 GFLOPs",
+        ("tokbench.cells", "m/topk/keep:0.5@3"): "failed: 100 %\\x1b[31m <bad>",
+        ("tokbench.flops", "m/tome/constant:8"): "−100.00 %, 1 → 2e-09 GFLOPs",
     }
     with pytest.raises(UserError, match="it is a folder"):
         require_writable(tmp_path)
@@ -396,6 +444,81 @@ def test_github_is_told_only_there(bad, tmp_path, capsys):
     text = page.read_text()
     assert text.startswith("before\n### tokbench check failed\n")
     assert "| cells | **FAIL** | 2 of 3 cells are there |" in text and "| tokens | pass |" in text
+
+
+@pytest.mark.parametrize("name", ["::add-mask::x", "##[add-mask]x", "\n::add-mask::x", "<b>|\x1b[2J", "`_x_`\udcff"])
+def test_names_are_text_wherever_they_are_told(make_run, tmp_path, capsys, name):
+    def change(record: dict[str, Any]) -> dict[str, Any]:
+        return record | ({"cell": name} if record["method"] == "topk" else {})
+
+    found = check(make_run("old", change=change), make_run("new", {("none", ""): answers(20)}))
+    tell_github(found, {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md")})
+    write_junit(found, tmp_path / "junit.xml")
+    (command,) = capsys.readouterr().out.splitlines()
+    assert command.startswith("::error title=tokbench check, cells::") and command.isprintable()
+    told = "\n".join(found.lines())
+    assert not re.search(r"^\s*::|##\[", told, re.MULTILINE)
+    page = (tmp_path / "summary.md").read_text()
+    assert not re.search(r"(?<!\\)[<`]|\W_x_", page)
+    cases = [case.get("name", "") for case in ElementTree.parse(tmp_path / "junit.xml").getroot().iter("testcase")]
+    assert len(cases) == 7 and all(case.isprintable() for case in cases)
+    assert all(line.isprintable() for line in (told + page).splitlines())
+
+
+# --- how two runs differ
+
+
+def test_cells_of_two_checkpoints_are_paired_on_the_same_images(make_run):
+    other = CELLS | {("tome", "8"): answers(30)}
+    del other["tome", "constant:8"]
+    old = make_run("old", change=lambda record: record | ({"throughput": 100.0, "throughput_low": 90.0,
+                   "throughput_high": 110.0} if record["kind"] == "speed" else {}))  # fmt: skip
+    new = make_run("new", other, change=lambda record: record | {"model": "w2", "weights_sha256": "ef" * 32}
+                   | ({"throughput": 200.0, "throughput_low": 190.0, "throughput_high": 210.0}
+                      if record["kind"] == "speed" else {}))  # fmt: skip
+    found = {one.cell: one for one in compare([old, new])}
+    tome = found["new: m/tome/8"]
+    assert (tome.against, tome.images) == ("old: m/tome/constant:8", "same")
+    drop, low, high = paired_drop(CELLS["tome", "constant:8"] == 0, answers(30) == 0)
+    gained = tome.figures["top1_difference"]
+    assert (gained.value, gained.low, gained.high) == pytest.approx((-drop, -high, -low)) and -drop == -3
+    assert tome.figures["agreement"].value == 97 and tome.figures["gflops_ratio"].value == 1
+    ratio = tome.figures["throughput_ratio"]
+    assert ratio.value == pytest.approx(2) and ratio.low is not None and 1.6 < ratio.low < 190 / 110 + 0.1
+    assert found["new: m/none"].figures["top1_difference"].value == 0
+
+
+def test_cells_on_other_images_are_compared_without_pairs(make_run):
+    old = make_run("old")
+    new = make_run("new", CELLS | {("none", ""): answers(40)}, change=lambda one: one | {"data_fingerprint": "01" * 32})
+    none = compare([old, new])[0]
+    assert none.images == "other" and "agreement" not in none.figures
+    # Newcombe's interval of 140/200 − 160/200, from Wilson's of both.
+    (p, p_low, p_high), (q, q_low, q_high) = ((100 * n / 200, *(100 * e for e in wilson(n, 200))) for n in (140, 160))
+    wanted = (p - q, p - q - np.hypot(p - p_low, q_high - q), p - q + np.hypot(p_high - p, q - q_low))
+    figure = none.figures["top1_difference"]
+    assert (figure.value, figure.low, figure.high) == pytest.approx(wanted)
+
+
+def test_all_cells_may_be_compared_with_one(make_run, tokbench_command):
+    old, new = make_run("old"), make_run("new", CELLS | {("none", ""): answers(30)})
+    found = compare([old, new], "old:tome/8")
+    assert {one.against for one in found} == {"old: m/tome/constant:8"} and len(found) == 5
+    assert {one.cell: one.figures["top1_difference"].value for one in found}["new: m/none"] == -3
+    code, out, _ = tokbench_command("compare", old, new, "--baseline", f"{new}:none", "--format", "json")
+    assert code == 0 and [one["cell"] for one in json.loads(out)][0] == "old: m/none"
+    assert tokbench_command("compare", old, new, "--format", "csv")[1].splitlines()[1].startswith("new: m/none,old: m/")
+    for form in ("md", "rich"):
+        code, out, _ = tokbench_command("compare", old, new, "--format", form)
+        assert code == 0 and "−5.00" in out and "same" in out
+    for words, part in [
+        ((old,), "one run"),
+        ((old, new, "--baseline", "old:tome/9"), "There are none, tome/constant:8, topk"),
+        ((old, new, "--baseline", "odl:none"), "write RUN:CELL, such as old:none"),
+        ((old, new, "--format", "xml"), "rich, md, csv, json"),
+    ]:
+        code, _, err = tokbench_command("compare", *words)
+        assert code == 2 and err.count("\n") == 1 and part in err, err
 
 
 # --- the bundled model
@@ -466,6 +589,14 @@ def test_a_baseline_that_was_continued_is_measured_again_as_a_whole(tmp_path):
     assert found.passed and found.scope == "3 cells on 6 images of bundled"
 
 
+def test_a_cell_measured_in_two_sessions_and_spellings_is_checked_as_one(tmp_path):
+    for schedule, only in (("13", ("flops",)), ("constant:13", ("flops", "accuracy"))):
+        options = RunOptions(device="cpu", limit=6, only=only)
+        run(Grid(methods=(MethodSpec("tome", (schedule,)),), options=options), tmp_path / "run")
+    found = check(tmp_path / "run", tmp_path / "run", limits=Limits(0, 0))
+    assert found.passed and found.scope == "2 cells on 6 images of bundled" and len(found.verdicts) == 5 * 2
+
+
 def test_the_check_never_takes_up_an_earlier_run(good_run):
     with pytest.raises(UserError, match="holds a run already"):
         check(good_run, out=good_run)
@@ -502,7 +633,7 @@ def again(good_run, tmp_path, monkeypatch) -> Callable[..., RunOptions]:
         own["grid"]["options"] |= {"device": "auto", "batch_size": "auto", "only": [only]}
         (base / "manifest.json").write_text(json.dumps(own | manifest))
         record = {"kind": "speed", "speedup": 1.0, "speedup_low": 0.9, "speedup_high": 1.1}
-        RunFolder.open(base).append(RunFolder.open(base).records()[0] | record)
+        RunFolder.open(base).append(RunFolder.open(base).records()[0].plain() | record)
         given = []
 
         def remember(grid: Grid, out: Path, *, options: RunOptions, **_: Any) -> None:

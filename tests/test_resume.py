@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_runner import CLASSES, IMAGES, Listener, Source, small_grid, stand_in, tiny_model
+from stand_ins import CLASSES, IMAGES, Listener, Source, plain_records, small_grid, stand_in, tiny_model
 
 from tokbench.config import Grid, MethodSpec, ModelSpec, RunOptions
 from tokbench.errors import RunStopped, UserError
-from tokbench.measure.accuracy import Predictions
-from tokbench.running import answers, bench, resume, runner, timing
-from tokbench.store import RunFolder
+from tokbench.results.folder import RunFolder
+from tokbench.results.predictions import Predictions
+from tokbench.running import answers, bench, half_pass, runner, timing
 
 TOME, RANDOM = MethodSpec("tome", ("8",)), MethodSpec("random", ("8",))
 
@@ -29,8 +29,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def source(monkeypatch) -> Source:
-    monkeypatch.setattr(resume, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(runner, "_draw", lambda table, folder: [])
+    monkeypatch.setattr(half_pass, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(runner, "_draw", lambda *_: [])
     return stand_in(monkeypatch, Source())
 
 
@@ -55,10 +55,10 @@ def figures(run: Path) -> dict:
     folder = RunFolder.open(run)
     kept = {
         (record["cell"], record["kind"]): {key: value for key, value in record.items() if key != "traceback"}
-        for record in folder.records()
+        for record in plain_records(folder.path)
         if record["kind"] != "speed"
     }
-    assert len(kept) == sum(record["kind"] != "speed" for record in folder.records())
+    assert len(kept) == sum(record["kind"] != "speed" for record in plain_records(folder.path))
     for cell, kind in list(kept):
         if kind == "accuracy":
             answers = Predictions.load(folder.prediction_path(cell))
@@ -159,9 +159,9 @@ def test_a_stream_starts_again(source, tmp_path, monkeypatch):
 def test_a_larger_grid_adds_only_what_is_new(source, tmp_path):
     runner.run(small_grid(TOME, RANDOM), tmp_path / "whole")
     runner.run(small_grid(TOME), tmp_path / "run")
-    before = RunFolder.open(tmp_path / "run").records()
+    before = plain_records(tmp_path / "run")
     table = runner.run(small_grid(MethodSpec("tome", ("constant:8",)), RANDOM), tmp_path / "run")
-    added = RunFolder.open(tmp_path / "run").records()[len(before) :]
+    added = plain_records(tmp_path / "run")[len(before) :]
     assert [(record["kind"], record["cell"]) for record in added] == [
         (kind, "tiny/random/8") for kind in ("flops", "accuracy", "speed")
     ]
@@ -171,7 +171,7 @@ def test_a_larger_grid_adds_only_what_is_new(source, tmp_path):
     assert figures(tmp_path / "run") == figures(tmp_path / "whole")
     assert list(table["cell"]) == ["tiny/none", "tiny/tome/8", "tiny/random/8"]
     manifest = RunFolder.open(tmp_path / "run").manifest
-    assert [len(session["grid"]["methods"]) for session in manifest["continued"]] == [3]
+    assert [len(session.grid.methods) for session in manifest.continued] == [3]
 
 
 def test_what_is_new_waits_for_the_half_done_pass(source, tmp_path, monkeypatch):
@@ -186,17 +186,17 @@ def test_a_measure_can_be_added(source, tmp_path):
     runner.run(small_grid(only=("flops",)), tmp_path / "run")
     runner.run(small_grid(only=("speed", "flops")), tmp_path / "run")
     runner.run(small_grid(), tmp_path / "run")
-    assert [r["kind"] for r in RunFolder.open(tmp_path / "run").records()] == [
+    assert [r["kind"] for r in plain_records(tmp_path / "run")] == [
         kind for kind in ("flops", "speed", "accuracy") for _ in range(3)
     ]
-    assert RunFolder.open(tmp_path / "run").manifest["conditions"]["models"]["tiny"]["images"] == IMAGES
+    assert RunFolder.open(tmp_path / "run").manifest.conditions.models["tiny"].images == IMAGES
 
 
 def test_a_model_can_be_added(source, tmp_path):
     runner.run(small_grid(only=("flops",)), tmp_path / "run")
     both = (ModelSpec("tiny"), ModelSpec("tiny", label="again"))
     table = runner.run(small_grid(models=both, only=("flops",)), tmp_path / "run")
-    assert len(RunFolder.open(tmp_path / "run").records()) == len(table) == 6
+    assert len(plain_records(tmp_path / "run")) == len(table) == 6
 
 
 def test_the_unreduced_model_must_answer_as_before(source, tmp_path):
@@ -208,10 +208,21 @@ def test_the_unreduced_model_must_answer_as_before(source, tmp_path):
     answers.save(path)
     with pytest.raises(RunStopped, match="predictions differ among images 10 to 20"):
         runner.run(small_grid(TOME, RANDOM), tmp_path / "run")
-    assert "tiny/random/8" not in {r["cell"] for r in folder.records() if r["kind"] == "accuracy"}
-    path.unlink()
+    assert "tiny/random/8" not in {r["cell"] for r in plain_records(folder.path) if r["kind"] == "accuracy"}
+    path.write_bytes(b"no archive")
     with pytest.raises(RunStopped, match="predictions in .* cannot be read"):
         runner.run(small_grid(TOME, RANDOM), tmp_path / "run")
+
+
+@pytest.mark.parametrize("cell", ["tiny/none", "tiny/tome/8"])
+def test_answers_that_were_deleted_are_measured_again(source, tmp_path, cell):
+    runner.run(small_grid(TOME), tmp_path / "run")
+    path = RunFolder.open(tmp_path / "run").prediction_path(cell)
+    before = Predictions.load(path)
+    path.unlink()
+    runner.run(small_grid(TOME), tmp_path / "run")
+    assert np.array_equal(Predictions.load(path).predicted, before.predicted)
+    assert [r["cell"] for r in plain_records(tmp_path / "run") if r["kind"] == "accuracy"].count(cell) == 2
 
 
 def test_a_cell_must_be_what_it_was(source, tmp_path):
@@ -219,6 +230,50 @@ def test_a_cell_must_be_what_it_was(source, tmp_path):
     path = tmp_path / "run" / "records.jsonl"
     path.write_text(path.read_text().replace("[57, 49, 41, 33]", "[57, 49, 41, 32]"))
     with pytest.raises(RunStopped, match="tiny/tome/8 is not what it was: tokens were"):
+        runner.run(small_grid(TOME), tmp_path / "run")
+
+
+def test_more_images_measure_accuracy_again_and_keep_the_rest(source, tmp_path, monkeypatch):
+    dynamic = MethodSpec("ats", ("keep:0.5@1",))  # its FLOPs depend on the images
+    grid = small_grid(TOME, dynamic, MethodSpec("free", ("8",)))
+    runner.run(grid, tmp_path / "whole", options=RunOptions(device="cpu", batch_size=10))
+    few, all_ = (RunOptions(device="cpu", batch_size=10, limit=limit) for limit in (12, None))
+    runner.run(grid, tmp_path / "run", options=few)
+    before = plain_records(tmp_path / "run")
+    source.read.clear()
+    listener = Listener()
+    stop_at(monkeypatch, source, 21, grid, tmp_path / "run")
+    table = runner.run(grid, tmp_path / "run", options=all_, progress=listener)
+    added = plain_records(tmp_path / "run")[len(before) :]
+    assert sorted((record["kind"], record["method"]) for record in added) == [
+        ("accuracy", "ats"), ("accuracy", "none"), ("accuracy", "tome"), ("flops", "ats"), ("speed", "ats"),
+    ]  # fmt: skip
+    for cell in ("tiny/none", "tiny/tome/8"):
+        answers = [RunFolder.open(tmp_path / run).prediction_path(cell) for run in ("run", "whole")]
+        assert answers[0].read_bytes() == answers[1].read_bytes()
+    assert set(table["data_fingerprint"]) == {source.fingerprint} and set(table["images"].dropna()) == {IMAGES}
+    assert RunFolder.open(tmp_path / "run").manifest.conditions.models["tiny"].images == IMAGES
+    source.read.clear()
+    runner.run(grid, tmp_path / "run", options=all_)
+    assert not source.read
+    with pytest.raises(UserError, match="data was 24 images of blobs and is 12 of blobs"):
+        runner.run(grid, tmp_path / "run", options=few)
+
+
+def test_half_a_pass_over_fewer_images_is_forgotten(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "count", 20)
+    stop_at(monkeypatch, source, 15, small_grid(TOME), tmp_path / "run")
+    part, larger = source, Source()
+    larger.fingerprint = "e" * 64
+    notes = []
+    monkeypatch.setattr(Listener, "note", lambda self, text: notes.append(text))
+    monkeypatch.setattr(runner, "open_dataset", lambda *a, limit, labels: part if limit == 20 else larger)
+    table = runner.run(small_grid(TOME), tmp_path / "run", progress=Listener())
+    assert notes[0].startswith("tiny: 24 images instead of 20, so accuracy is measured again on all of them")
+    assert larger.read == list(range(IMAGES)) and set(table["images"]) == {IMAGES}
+    source.fingerprint = "d" * 64  # more images, and the first ones are others
+    monkeypatch.setattr(runner, "open_dataset", lambda *a, limit, labels: part if limit == 24 else Source(30))
+    with pytest.raises(UserError, match="data was 24 images of blobs and is 30 of blobs"):
         runner.run(small_grid(TOME), tmp_path / "run")
 
 
@@ -280,7 +335,7 @@ def test_a_failed_cell_is_tried_again_and_told_once(source, tmp_path, monkeypatc
         for _ in range(2):
             table = runner.run(small_grid(TOME), tmp_path / "run")
     assert list(table["error"].notna()) == [False, True]
-    assert [r["kind"] for r in RunFolder.open(tmp_path / "run").records()].count("failure") == 1
+    assert [r["kind"] for r in plain_records(tmp_path / "run")].count("failure") == 1
     table = runner.run(small_grid(TOME), tmp_path / "run")
     assert table["error"].isna().all() and table["top1"].notna().all()
 
@@ -304,7 +359,7 @@ def test_progress_tells_what_is_there(source, tmp_path, monkeypatch):
 
 def test_a_second_process_is_told_at_once_who_holds_the_folder(source, tmp_path, monkeypatch):
     def load(*args, **kwargs):
-        code = f"from tokbench.store import RunFolder\nwith RunFolder.held({str(tmp_path / 'run')!r}): pass"
+        code = f"from tokbench.results.folder import RunFolder\nwith RunFolder.held({str(tmp_path / 'run')!r}): pass"
         second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         told = f"is in use by process {os.getpid()} on {socket.gethostname()} since 20"
         assert told in second.stderr.splitlines()[-1]
@@ -318,7 +373,7 @@ def test_a_second_process_is_told_at_once_who_holds_the_folder(source, tmp_path,
 
 def test_what_a_killed_process_held_is_free(source, tmp_path):
     code = (
-        "import os, signal\nfrom tokbench.store import RunFolder\n"
+        "import os, signal\nfrom tokbench.results.folder import RunFolder\n"
         f"with RunFolder.held({str(tmp_path / 'run')!r}): os.kill(os.getpid(), signal.SIGKILL)"
     )
     killed = subprocess.run([sys.executable, "-c", code], check=False)

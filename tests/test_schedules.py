@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import pytest
+import timm
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tokbench
 from tokbench.schedules import GRAMMAR, Schedule, ScheduleError, parse_schedule
 
 
@@ -71,6 +74,7 @@ def test_keep_never_removes_everything(rate, patches):
         ("keep:1.7@3", "1.7"),
         ("keep:0@3", "'0'"),
         ("ratio:nan", "nan"),
+        ("diffrate:small", "'small'"),
         ("flops:50", "50"),
         ("", "constant:13"),
     ],
@@ -79,3 +83,38 @@ def test_what_does_not_parse_is_pointed_at_in_one_line(text, part):
     with pytest.raises(ScheduleError) as error:
         parse_schedule(text)
     assert part in str(error.value) and f"'{text}'" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_rates_that_were_searched_for_one_model_are_looked_up_for_no_other():
+    with torch.device("meta"):
+        deit, vit = (timm.create_model(f"{name}_small_patch16_224") for name in ("deit", "vit"))
+        mae = timm.create_model("vit_base_patch16_224", global_pool="avg")
+        larger = timm.create_model("deit_small_patch16_224", img_size=256)
+    fusion = tokbench.apply(deit, "diffrate", "diffrate:2.9").fusion
+    assert [fusion.schedule.removals(block, 12, 196) for block in range(12)] == [
+        0,
+        3,
+        18,
+        20,
+        15,
+        8,
+        12,
+        14,
+        19,
+        24,
+        8,
+        53,
+    ]
+    assert fusion.method.prune == (0, 1, 4, 8, 6, 2, 4, 4, 8, 10, 6, 53)
+    assert str(fusion.schedule) == "diffrate:2.9, rates searched on ImageNet-1k"
+    assert parse_schedule(str(fusion.schedule)) == parse_schedule("diffrate:2.9")
+    assert tokbench.apply(mae, "diffrate", "diffrate:10").fusion.schedule.found[1] == 16
+    for model, method, schedule, params, words in [
+        (vit, "diffrate", "diffrate:2.9", {}, "no other model's"),
+        (larger, "diffrate", "diffrate:2.9", {}, "at 224×224"),
+        (deit, "diffrate", "diffrate:3", {}, "there are diffrate:2.3, "),
+        (deit, "diffrate", "diffrate:2.9", {"prune": 0.5}, "its own prune"),
+        (deit, "tome", "diffrate:2.9", {}, "is for method 'diffrate'"),
+    ]:
+        with pytest.raises(tokbench.UserError, match=words):
+            tokbench.apply(model, method, schedule, **params)

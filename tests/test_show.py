@@ -9,19 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 from PIL import Image
-from test_runner import tiny_model
+from stand_ins import tiny_model
 
 import tokbench
-from tokbench import trace
 from tokbench.config import MethodSpec
 from tokbench.data import load_images, to_pictures
+from tokbench.data.preparing import data_config
 from tokbench.errors import UserError
 from tokbench.fusion.core import METHODS
-from tokbench.report import tokens
-from tokbench.report.styles import broken
-from tokbench.report.tokens import TokenGrid, TokenRow, _borders, draw_tokens, mean_colors
-from tokbench.trace import show, trace_tokens
+from tokbench.report.text import broken
+from tokbench.show import tokens, trace
+from tokbench.show.tokens import TokenGrid, TokenRow, _borders, draw_tokens, mean_colors
+from tokbench.show.trace import show, trace_tokens
 
 # Two rows of three patches: one token of three, one of two, and one patch dropped.
 GRID = TokenGrid("made up", np.array([[5, 5, 9], [5, 9, -1]]))
@@ -106,6 +108,20 @@ def test_long_titles_are_broken_before_they_run_into_each_other(tmp_path: Path, 
     assert above.get_window_extent().x1 < figure.bbox.x1
 
 
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_word_stands_out_from_the_background(tmp_path: Path, monkeypatch: Any, theme: str) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(tokens, "save", lambda figure, *_, **__: figures.append(figure))
+    draw_tokens([TokenRow("made up", np.zeros((4, 6, 3)), [GRID])], tmp_path / "a.png", heading="head", theme=theme)
+    (figure,) = figures
+    figure.draw_without_rendering()
+    words = [text for text in figure.findobj(Text) if text.get_text()]
+    told = {text.get_text() for text in words}
+    assert {"head", "made up", "1", "patches in the token (hatched: dropped)"} <= told
+    background = sum(to_rgb(figure.get_facecolor()))
+    assert all(abs(sum(to_rgb(text.get_color())) - background) > 1.2 for text in words)
+
+
 def test_everything_dropped_can_be_drawn(tmp_path: Path) -> None:
     row = TokenRow("gone", np.zeros((4, 6, 3)), [TokenGrid("gone", np.full((2, 3), -1))])
     assert draw_tokens([row], tmp_path / "a.png").is_file()
@@ -120,7 +136,7 @@ def test_the_picture_is_the_preprocessed_crop(photo: Path) -> None:
     pictures = to_pictures(images, model)
     assert images.shape == (1, 3, 32, 32) and pictures.shape == (1, 32, 32, 3)
     assert pictures.min() >= 0 and pictures.max() <= 1
-    config: Any = tokbench.data._data_config(model)
+    config: Any = data_config(model)
     mean, std = (np.reshape(config[key], (3, 1, 1)) for key in ("mean", "std"))
     back = (pictures[0].transpose(2, 0, 1) - mean) / std
     np.testing.assert_allclose(back, images[0].numpy(), atol=1e-5)

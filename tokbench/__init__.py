@@ -21,7 +21,10 @@ _HOME = {
     "load_model": "tokbench.models",
     "open_dataset": "tokbench.data",
     "run": "tokbench.running.runner",
+    "load_table": "tokbench.results.table",
     "Grid": "tokbench.config",
+    "ModelSpec": "tokbench.config",
+    "MethodSpec": "tokbench.config",
     "RunOptions": "tokbench.config",
     "UserError": "tokbench.errors",
     "ScheduleError": "tokbench.schedules",
@@ -29,7 +32,7 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from tokbench.config import Grid, RunOptions
+    from tokbench.config import Grid, MethodSpec, ModelSpec, RunOptions
     from tokbench.data import open_dataset
     from tokbench.errors import UserError
     from tokbench.fusion.core import register_method
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from tokbench.measure.speed import measure_speed
     from tokbench.models import load_model
     from tokbench.resolve import apply, list_methods
+    from tokbench.results.table import load_table
     from tokbench.running.runner import run
     from tokbench.schedules import ScheduleError
 

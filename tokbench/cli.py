@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.exceptions import TyperException
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tokbench.progress import LiveProgress
-    from tokbench.report.tables import TextFormat
 
 app = typer.Typer(
     name="tokbench",
@@ -48,8 +47,10 @@ def main() -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with ending_at_once():
+            _require_current_folder()
             code = app(args=sys.argv[1:] or ["--help"], prog_name="tokbench", standalone_mode=False)
-            sys.stdout.flush()
+            if sys.stdout:  # None where it is closed
+                sys.stdout.flush()
     except RunStopped as error:
         complain(str(error))
         code = 3
@@ -69,6 +70,13 @@ def main() -> NoReturn:
             code = 2
     ignoring_at_exit()
     sys.exit(code)
+
+
+def _require_current_folder() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder no longer exists; go to another one") from None
 
 
 def _silence_stdout() -> None:
@@ -116,7 +124,8 @@ def run(
         typer.Argument(metavar="GRID.toml", help="What to measure; flags replace what it says.", show_default=False),
     ] = None,
     model: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="A timm model, or 'bundled'. Repeatable.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A timm model, 'bundled', hf:…, openclip:… or tv:…. Repeatable."),
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Weights for the one --model: .safetensors, .pth, .pt or .bin.")
@@ -124,6 +133,12 @@ def run(
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="FLOPs and speed of --model without a download.")
     ] = False,
+    input_size: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="Side of the models' input (default: their own).")
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What the one --model is called in tables and plots.")
+    ] = None,
     method: Annotated[
         list[str] | None, typer.Option(metavar="METHOD", help="As in tome or tome:prop_attn=false. Repeatable.")
     ] = None,
@@ -152,7 +167,9 @@ def run(
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Measure accuracy on N images (default: 1,000 bundled ones, else all)."),
+        typer.Option(
+            metavar="N", help="Measure accuracy on N images; may grow later (default: 1,000 bundled ones, else all)."
+        ),
     ] = None,
     only: Annotated[
         str | None, typer.Option(metavar="MEASURES", help="Some of flops,accuracy,speed (default: all).")
@@ -161,6 +178,9 @@ def run(
         float | None, typer.Option(metavar="PERCENT", help="Stop if more images cannot be decoded (default: 1).")
     ] = None,
     workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that read images.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(metavar="FILE", help="What each image of a folder shows: lines of file name,class.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and stop.")] = False,
 ) -> None:
     """Measure accuracy, FLOPs and speed of every cell of a grid.
@@ -171,7 +191,7 @@ def run(
     from rich.console import Console
 
     from tokbench.config import Grid, require_data
-    from tokbench.store import is_run
+    from tokbench.results.folder import is_run
 
     _load_plugins(plugin)
     chosen = Grid.from_flags(
@@ -179,6 +199,8 @@ def run(
         models=model or (),
         checkpoint=checkpoint,
         random_weights=random_weights,
+        input_size=input_size,
+        label=label,
         methods=method or (),
         schedules=schedule or (),
         data=data,
@@ -189,6 +211,7 @@ def run(
         limit=limit,
         only=only,
         workers=workers,
+        labels=labels,
         max_bad=max_bad,
     )
     if dry_run:
@@ -197,12 +220,29 @@ def run(
         print(chosen.describe())
         return
 
+    if out is None and not fresh:
+        from tokbench.running.unfinished import find_unfinished
+
+        if left := find_unfinished(chosen):
+            complain(
+                f"{left.path} is an unfinished run of this grid ({left.done} of {left.measurements} measurements); "
+                f"this begins a new one, and to continue that: {_command(left.path)}"
+            )
     earlier = out if out and not fresh and is_run(out) else None
     with _live_progress(Console(), out, earlier) as progress:
         from tokbench.running.runner import run as run_grid
 
         run_grid(chosen, out, progress=progress, fresh=fresh)
     raise typer.Exit(3 if progress.failures else 0)
+
+
+def _command(out: Path | None) -> str:
+    """This command line as it continues the run in `out`; None for the --out that it has."""
+    words = [word for word in sys.argv[1:] if word != "--fresh"]
+    if out:
+        end = words.index("--") if "--" in words else len(words)
+        words[end:end] = ["--out", str(out)]
+    return shlex.join(["tokbench", *words])
 
 
 @contextmanager
@@ -219,11 +259,8 @@ def _live_progress(
 
     def kept() -> str:
         progress.abandon()
-        words = [word for word in sys.argv[1:] if word != "--fresh"]
-        if progress.folder and progress.folder.path != out:
-            end = words.index("--") if "--" in words else len(words)
-            words[end:end] = ["--out", str(progress.folder.path)]
-        return progress.kept(shlex.join(["tokbench", *words]) if continuable else "", earlier)
+        made = progress.folder.path if progress.folder and progress.folder.path != out else None
+        return progress.kept(_command(made) if continuable else "", earlier)
 
     with ending_after_unwinding(kept), progress:
         yield progress
@@ -260,15 +297,15 @@ def plot(
     ] = False,
 ) -> None:
     """Draw accuracy against cost, with the Pareto front. Several runs are laid over each other."""
-    from tokbench.report.metrics import load_cells
     from tokbench.report.plots import plot_pareto
+    from tokbench.results.table import load_shown
 
     if out and format and out.suffix != f".{format}":
         raise UserError(f"--format {format} and --out {out} contradict each other: one of them is enough")
     target = out or runs[0] / f"pareto.{'png' if format is None else format}"
     with ending_after_unwinding():
         drawn = plot_pareto(
-            load_cells(runs, complain), target, x=x, y=y, size=size, theme=theme, published=published, linear=linear,
+            load_shown(runs, complain), target, x=x, y=y, size=size, theme=theme, published=published, linear=linear,
             tell=complain,
         )  # fmt: skip
     print(drawn)
@@ -286,20 +323,25 @@ def table(
         ),
     ] = None,
     pareto: Annotated[bool, typer.Option("--pareto", help="Only the Pareto front.")] = False,
+    columns: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="These only, in this order, as in method,schedule,top1,drop,speedup."),
+    ] = None,
 ) -> None:
     """Print the cells of one or more runs as a table."""
     from rich.console import Console
 
-    from tokbench.report.metrics import load_cells
     from tokbench.report.tables import print_table, render_table
+    from tokbench.results.table import load_shown
 
-    df, filters = load_cells(runs, complain), filter or ()
+    cells, filters = load_shown(runs, complain), filter or ()
+    names = None if columns is None else [name.strip() for name in columns.split(",")]
     if format == "rich":
         console = Console()
         piped = not console.is_terminal and "COLUMNS" not in os.environ
-        print_table(console, df, sort, pareto, filters=filters, every_column=piped)
+        print_table(console, cells, sort, pareto, filters=filters, columns=names, every_column=piped)
     else:
-        print(render_table(df, cast("TextFormat", format), sort, pareto, filters=filters), end="")
+        print(render_table(cells, format, sort, pareto, filters=filters, columns=names), end="")
 
 
 @app.command()
@@ -323,7 +365,9 @@ def show(
         list[str],
         typer.Argument(metavar="IMAGE...", help="Files, or bundled:17 for the 17th bundled image.", show_default=False),
     ],
-    model: Annotated[str, typer.Option(metavar="NAME", help="A timm model, or 'bundled'.")] = "bundled",
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="A timm model, 'bundled', hf:…, openclip:… or tv:….")
+    ] = "bundled",
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Weights for the model: .safetensors, .pth, .pt or .bin.")
     ] = None,
@@ -345,7 +389,7 @@ def show(
     out: Annotated[Path, typer.Option(metavar="FILE", help="File to write: .png, .svg or .pdf.")] = Path("tokens.png"),
 ) -> None:
     """Draw what methods make of images: which patches end up in one token, and which are dropped."""
-    from tokbench.trace import show as draw
+    from tokbench.show.trace import show as draw
 
     _load_plugins(plugin)
     options: dict[str, Any] = {"methods": method} if method else {}
@@ -392,14 +436,14 @@ def check(
     """
     from rich.console import Console
 
-    from tokbench.report.verdicts import require_writable, tell_github, write_junit
+    from tokbench.check.verdicts import require_writable, tell_github, write_junit
 
     _load_plugins(plugin)
     if junit:
         require_writable(junit)
     with _live_progress(Console(), out, continuable=False) as progress:
-        from tokbench.regression import Limits
-        from tokbench.regression import check as check_run
+        from tokbench.check.compare import Limits
+        from tokbench.check.compare import check as check_run
 
         limits = Limits(max_drop, max_flips, max_slowdown)
         found = check_run(baseline, run, limits=limits, limit=limit, out=out, device=device, progress=progress)
@@ -409,6 +453,31 @@ def check(
             write_junit(found, junit)
     tell_github(found)
     raise typer.Exit(0 if found.passed else 1)
+
+
+@app.command()
+def compare(
+    runs: Runs,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="RUN:CELL", help="Compare all cells with this one, such as a:none (default: see above)."),
+    ] = None,
+    format: Annotated[str, typer.Option(metavar="FORMAT", help="rich, md, csv or json.")] = "rich",
+) -> None:
+    """Tell how each cell differs from the same cell of the first RUN, also between checkpoints, dtypes and machines.
+
+    Of models with the same label, or of the only one in each run. With intervals, paired where the images are the same.
+    """
+    from rich.console import Console
+
+    from tokbench.check.differences import as_table, render
+    from tokbench.check.differences import compare as compare_runs
+
+    found = compare_runs(runs, baseline)
+    if format == "rich":
+        Console().print(as_table(found))
+    else:
+        print(render(found, format), end="")
 
 
 @app.command()
@@ -464,7 +533,11 @@ def list_(
         case "models":
             from tokbench.models import model_names
 
-            print("\n".join(model_names(pattern)))
+            names = model_names(pattern)
+            if not names:
+                families = dict.fromkeys(name.partition("_patch")[0] for name in model_names())
+                raise UserError(f"no model is called {pattern!r}.{nearest(pattern, families)}")
+            print("\n".join(names))
         case "methods":
             from tokbench.config import describe_methods
 

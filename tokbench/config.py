@@ -10,16 +10,20 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictInt, StrictStr
+from pydantic.dataclasses import dataclass
 
 from tokbench.errors import UserError, nearest, shortened
-from tokbench.schedules import GRAMMAR, Schedule, parse_schedule
+from tokbench.results.cell import CellKey, RecordIndex
+from tokbench.schedules import GRAMMAR, parse_schedule
+from tokbench.validation import FORBID, told, validated
 
-MEASURES = ("flops", "accuracy", "speed")
-DTYPES = ("fp32", "bf16", "fp16")
+MEASURES: tuple[Literal["flops", "accuracy", "speed"], ...] = ("flops", "accuracy", "speed")
 DEFAULT_LIMIT = 1000
 # What a grid has when it names no methods; the names are here as well so that --help need not import torch.
 DEFAULT_METHODS = ("tome", "tofu", "mctf", "mstm", "evit", "pitome", "topk", "random")
@@ -49,7 +53,25 @@ DATA_PACKAGES = {
 }
 
 
-@dataclass(frozen=True)
+AtLeast1 = Annotated[StrictInt, Field(ge=1)]
+
+
+def _named(specs: Any) -> Any:
+    """Names stand for what they name."""
+    if not isinstance(specs, list | tuple):
+        raise ValueError("it must be a list, in a grid file of tables that each begin with [[models]] or [[methods]]")
+    return [{"name": spec} if isinstance(spec, str) else spec for spec in specs]
+
+
+def _known_device(device: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):
+        close = nearest(device, ("auto", "cpu", "cuda", "mps"))
+        raise ValueError(f"unknown device {device!r}; use auto, cpu, cuda, cuda:1 or mps.{close}")
+    return device
+
+
+@told
+@dataclass(frozen=True, config=FORBID)
 class ModelSpec:
     """A model of the grid: a timm name or "bundled".
 
@@ -58,51 +80,41 @@ class ModelSpec:
     `label` names it in records and plots; by default the name, checkpoint and size that were asked for.
     """
 
-    name: str = "bundled"
+    name: StrictStr = "bundled"
     checkpoint: Path | None = None
-    input_size: int | None = None
-    label: str = ""
-    random_weights: bool = False
+    input_size: AtLeast1 | None = None
+    label: StrictStr = ""
+    random_weights: StrictBool = False
 
     def __post_init__(self) -> None:
-        _require_type("model name", self.name, str)
-        _require_type("label", self.label, str)
         if not self.name:
-            raise UserError("the model name is empty; `tokbench list models` names those there are")
-        if self.checkpoint is not None:
-            object.__setattr__(self, "checkpoint", Path(self.checkpoint))
-        if self.input_size is not None:
-            _require_positive("input_size", self.input_size)
-        _require_type("random_weights", self.random_weights, bool)
+            raise ValueError("the model name is empty; `tokbench list models` shows the names")
         if self.random_weights and self.checkpoint is not None:
-            raise UserError(f"model '{self.name}': random_weights and a checkpoint exclude each other")
+            raise ValueError(f"model '{self.name}': random_weights and a checkpoint exclude each other")
         if not self.label:
             weights = "@random" if self.random_weights else f"@{self.checkpoint.stem}" if self.checkpoint else ""
             size = f"@{self.input_size}" if self.input_size else ""
             object.__setattr__(self, "label", f"{self.name}{weights}{size}")
 
 
-@dataclass(frozen=True)
+@told
+@dataclass(frozen=True, config=FORBID)
 class MethodSpec:
     """A method with its parameters and the schedules to run it at, as written by the user.
 
     Without schedules, a grid gives it equal shares of the FLOPs.
     """
 
-    name: str
-    schedules: tuple[str, ...] = ()
-    params: Mapping[str, Any] = field(default_factory=dict)
+    name: StrictStr
+    schedules: tuple[StrictStr, ...] = ()
+    params: dict[str, Any] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _require_type("method name", self.name, str)
-        if self.name == "none":
-            if self.schedules or self.params:
-                raise UserError("method 'none' is the unreduced model: it takes no schedules and no parameters")
-            return
-        schedules = tuple(_strings(f"{self.name}: schedules", self.schedules))
-        object.__setattr__(self, "schedules", schedules)
+        if self.name == "none" and (self.schedules or self.params):
+            raise ValueError("method 'none' is the unreduced model: it takes no schedules and no parameters")
+        object.__setattr__(self, "name", self.name.lower())  # papers write ToMe
         object.__setattr__(self, "params", dict(sorted(self.params.items())))
-        for text in schedules:
+        for text in self.schedules:
             parse_schedule(text)
 
     @classmethod
@@ -136,8 +148,8 @@ class MethodSpec:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One model × method × schedule. `schedule` is the text asked for, "" for the unreduced model."""
+class PlannedCell:
+    """One model × method × schedule of a grid. `schedule` is the text asked for, "" for the unreduced model."""
 
     model: str
     method: MethodSpec
@@ -153,8 +165,20 @@ class Cell:
         """`<model>/<method[:params]>/<schedule>`; `<model>/none` for the unreduced model."""
         return "/".join(filter(None, (self.model, str(self.method), self.schedule)))
 
+    @property
+    def key(self) -> CellKey:
+        """Which cell it is, however it was written."""
+        return CellKey.of(self.model, self.method.name, self.method.params, self.schedule)
 
-@dataclass(frozen=True)
+    def named_as(self, index: RecordIndex) -> PlannedCell:
+        """The cell, written as it was when a run first recorded it."""
+        for record in index.cells.get(self.key, {}).values():
+            return replace(self, method=replace(self.method, params=record.params), schedule=record.schedule)
+        return self
+
+
+@told
+@dataclass(frozen=True, config=FORBID)
 class RunOptions:
     """How to run a grid.
 
@@ -164,66 +188,48 @@ class RunOptions:
         batch_size: images, or "auto".
         limit: images measured for accuracy, None for all.
         only: which of MEASURES.
-        workers: processes that read images, None to choose.
+        workers: processes that read images, None to choose; no more than there are cores.
+        labels: a file that says what each image of a folder shows.
         max_bad: per cent of the images that may be skipped because they cannot be decoded.
         compile: time models that `torch.compile` compiled; accuracy is measured without.
     """
 
-    device: str = "auto"
-    dtype: str = "fp32"
-    batch_size: int | str = "auto"
-    limit: int | None = None
-    only: tuple[str, ...] = MEASURES
-    workers: int | None = None
-    max_bad: float = 1.0
-    compile: bool = False
+    device: Annotated[StrictStr, AfterValidator(_known_device)] = "auto"
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    batch_size: AtLeast1 | Literal["auto"] = "auto"
+    limit: AtLeast1 | None = None
+    only: Annotated[tuple[Literal["flops", "accuracy", "speed"], ...], Field(min_length=1)] = MEASURES
+    workers: Annotated[StrictInt, Field(ge=0)] | None = None
+    labels: StrictStr | None = None
+    max_bad: Annotated[float, Field(ge=0, le=100)] = 1.0
+    compile: StrictBool = False
 
     def __post_init__(self) -> None:
-        _require_type("device", self.device, str)
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
-            raise UserError(
-                f"unknown device '{self.device}': use auto, cpu, cuda, cuda:1 or mps."
-                f"{nearest(self.device, ('auto', 'cpu', 'cuda', 'mps'))}"
-            )
-        _require_word("dtype", self.dtype, DTYPES)
-        if self.batch_size != "auto":
-            _require_positive("batch_size", self.batch_size, or_else=" or 'auto'")
-        _require_type("compile", self.compile, bool)
-        if self.limit is not None:
-            _require_positive("limit", self.limit)
-        if self.workers is not None:
-            _require_positive("workers", self.workers, least=0)
-        if isinstance(self.max_bad, bool) or not isinstance(self.max_bad, int | float) or not 0 <= self.max_bad <= 100:
-            raise UserError(f"max_bad must be a percentage from 0 to 100, not {self.max_bad!r}")
-        asked = tuple(_strings("only", self.only))
-        for word in asked:
-            _require_word("only", word, MEASURES)
-        if not asked:
-            raise UserError(f"only: names no measure; use some of {', '.join(MEASURES)}")
-        object.__setattr__(self, "only", tuple(measure for measure in MEASURES if measure in asked))
+        object.__setattr__(self, "only", tuple(measure for measure in MEASURES if measure in self.only))
 
 
-@dataclass(frozen=True)
+@told
+@dataclass(frozen=True, config=FORBID)
 class Grid:
-    """Models × methods × schedules on one data set. The unreduced model is always there, and first."""
+    """Models × methods × schedules on one data set. The unreduced model is always there, and first.
 
-    models: tuple[ModelSpec, ...] = field(default_factory=lambda: (ModelSpec(),))
-    methods: tuple[MethodSpec, ...] = ()
-    data: str = "bundled"
-    options: RunOptions = field(default_factory=RunOptions)
+    Models and methods may be given by their names.
+    """
+
+    models: Annotated[tuple[ModelSpec, ...], BeforeValidator(_named)] = Field(default_factory=lambda: (ModelSpec(),))
+    methods: Annotated[tuple[MethodSpec, ...], BeforeValidator(_named)] = ()
+    data: StrictStr = "bundled"
+    options: RunOptions = Field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:
-        _require_type("data", self.data, str)
         if not self.models:
-            raise UserError("the grid has no model")
+            raise ValueError("the grid has no model")
         drawn = [model.name for model in self.models if model.random_weights]
         if drawn and "accuracy" in self.options.only:
-            raise UserError(f"model '{drawn[0]}' with random weights has no accuracy: add --only flops,speed")
-        seen: set[str] = set()
-        for model in self.models:
-            if model.label in seen:
-                raise UserError(f"two models are called '{model.label}'; give one a `label` of its own")
-            seen.add(model.label)
+            raise ValueError(f"model '{drawn[0]}' with random weights has no accuracy: add --only flops,speed")
+        labels = [model.label for model in self.models]
+        if twice := [label for label in labels if labels.count(label) > 1]:
+            raise ValueError(f"two models are called '{twice[0]}'; give one a `label` of its own")
         shares = BUNDLED_SCHEDULES if self.models == (ModelSpec(),) else DEFAULT_SCHEDULES
         methods = tuple(
             replace(method, schedules=method.schedules or shares) for method in self.methods if method.name != "none"
@@ -247,41 +253,21 @@ class Grid:
             raise UserError(f"cannot read the grid {path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits
             raise UserError(f"{path} is not valid TOML: {shortened(error)}") from error
+        shared = table.pop("schedules", ())
+        for entry in table.get("methods") or ():
+            if isinstance(entry, dict):
+                default = () if entry.get("name") == "none" else shared
+                own = {key: entry.pop(key) for key in [*entry] if key not in ("name", "schedules")}
+                entry.update(schedules=entry.get("schedules", default), params=own)
+        table.setdefault("methods", _every_method())
         try:
-            return cls._from_table(table)
+            grid = cls.from_dict(table)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-
-    @classmethod
-    def _from_table(cls, table: dict[str, Any]) -> Grid:
-        _refuse_unknown("the grid", table, ("data", "models", "methods", "schedules", "options"))
-        shared = _strings("schedules", table.get("schedules", ()))
-        models = []
-        for place, entry in _tables(table, "models"):
-            _refuse_unknown(place, entry, (spec.name for spec in fields(ModelSpec)))
+        for place, entry in enumerate(table.get("models", ())):
             if "name" not in entry:
-                raise UserError(f"{place} has no name")
-            if "checkpoint" in entry:
-                _require_type(f"{place}: checkpoint", entry["checkpoint"], str)
-            models.append(ModelSpec(**entry))
-        methods = []
-        for place, entry in _tables(table, "methods"):
-            if "name" not in entry:
-                raise UserError(f"{place} has no name")
-            params = {key: value for key, value in entry.items() if key not in ("name", "schedules")}
-            default = () if entry["name"] == "none" else shared
-            schedules = tuple(_strings(f"{place}: schedules", entry.get("schedules", default)))
-            methods.append(MethodSpec(entry["name"], schedules, params))
-        options = table.get("options", {})
-        _require_type("options", options, dict)
-        _refuse_unknown("options", options, (spec.name for spec in fields(RunOptions)))
-        chosen = tuple(models) or (ModelSpec(),)
-        return cls(
-            models=chosen,
-            methods=tuple(methods) or _every_method(),
-            data=table.get("data", "bundled"),
-            options=RunOptions(**options),
-        )
+                raise UserError(f"{path}: models[{place}] has no name")
+        return grid
 
     @classmethod
     def from_flags(
@@ -291,6 +277,8 @@ class Grid:
         models: Sequence[str] = (),
         checkpoint: Path | None = None,
         random_weights: bool = False,
+        input_size: int | None = None,
+        label: str | None = None,
         methods: Sequence[str] = (),
         schedules: Sequence[str] = (),
         data: str | None = None,
@@ -303,18 +291,19 @@ class Grid:
         `batch_size` text.
         """
         grid = base or cls.default()
-        if checkpoint is not None and len(models) != 1:
-            raise UserError(f"--checkpoint goes with exactly one --model, and {len(models) or 'none'} is given")
+        for flag, value in (("--checkpoint", checkpoint), ("--label", label)):
+            if value is not None and len(models) != 1:
+                raise UserError(f"{flag} goes with exactly one --model, and {len(models) or 'none'} is given")
         given = {key: value for key, value in options.items() if value is not None}
         grid = replace(grid, options=replace(grid.options, **_read_options(given)))
-        if random_weights and not models:
-            raise UserError("--random-weights says how to make the models that --model names, and none is given")
+        for flag, given_too in (("--random-weights", random_weights), ("--input-size", input_size)):
+            if given_too and not models:
+                raise UserError(f"{flag} says how to make the models that --model names, and none is given")
         if base is None and data not in (None, "bundled"):
             grid = replace(grid, options=replace(grid.options, limit=given.get("limit")))
         if models:
-            grid = replace(
-                grid, models=tuple(ModelSpec(name, checkpoint, random_weights=random_weights) for name in models)
-            )
+            specs = (ModelSpec(name, checkpoint, input_size, label or "", random_weights) for name in models)
+            grid = replace(grid, models=tuple(specs))
             if base is None:
                 grid = replace(grid, methods=_every_method())
         if methods:
@@ -324,13 +313,13 @@ class Grid:
             grid = replace(grid, methods=tuple(replace(method, schedules=tuple(schedules)) for method in kept))
         return replace(grid, data=grid.data if data is None else data)
 
-    def cells(self, model: ModelSpec) -> list[Cell]:
+    def cells(self, model: ModelSpec) -> list[PlannedCell]:
         """The cells of one model in the order they run, without repetitions; the unreduced model first."""
-        cells: dict[tuple[str, Schedule | None], Cell] = {}
+        cells: dict[CellKey, PlannedCell] = {}
         for method in self.methods:
             for schedule in method.schedules or ("",):
-                meaning = parse_schedule(schedule) if schedule else None
-                cells.setdefault((str(method), meaning), Cell(model.label, method, schedule))
+                cell = PlannedCell(model.label, method, schedule)
+                cells.setdefault(cell.key, cell)
         return list(cells.values())
 
     def describe(self) -> str:
@@ -343,25 +332,13 @@ class Grid:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, for the manifest of a run."""
-        plain = asdict(self)
-        for model in plain["models"]:
-            model["checkpoint"] = str(model["checkpoint"]) if model["checkpoint"] else None
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
         return plain
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Grid:
         """The grid that `to_dict` wrote. Raises UserError for anything else, and for what this tokbench lacks."""
-        try:
-            return cls(
-                models=tuple(ModelSpec(**model) for model in plain["models"]),
-                methods=tuple(MethodSpec(**method) for method in plain["methods"]),
-                data=plain["data"],
-                options=RunOptions(**plain["options"]),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"the grid of the run's manifest cannot be read ({type(error).__name__}: {error})"
-            ) from error
+        return validated(cls, plain)
 
 
 def _every_method() -> tuple[MethodSpec, ...]:
@@ -402,17 +379,20 @@ def require_folder(folder: Path) -> None:
 
 
 def describe_methods() -> str:
-    """All methods, one a line: name, parameters with their defaults, paper."""
+    """All methods, one a line: name, parameters with their defaults, what they look at beside the tokens, paper."""
     from tokbench.catalogue import catalogue
 
-    rows = [("none", "", "the unreduced model, always measured first")]
+    rows = [("none", "", "", "the unreduced model, always measured first")]
     for entry in catalogue():
         params = ",".join(
             key if value is None else f"{key}={_write_value(value)}" for key, value in entry.parameters.items()
         )
-        rows.append((entry.name, params, entry.paper))
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    return "\n".join(f"{name:{widths[0]}}  {params:{widths[1]}}  {paper}" for name, params, paper in rows)
+        needs = f"needs {', '.join(entry.needs)}" if entry.needs else ""
+        rows.append((entry.name, params, needs, entry.paper))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1, 2)]
+    return "\n".join(
+        "  ".join([*(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
+    )
 
 
 def describe_schedules() -> str:
@@ -430,39 +410,3 @@ def _read_value(text: str) -> Any:
 
 def _write_value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=repr)
-
-
-def _require_type(what: str, value: object, kind: type) -> None:
-    words = {str: "text", int: "a whole number", dict: "a table", bool: "true or false"}
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"{what} must be {words[kind]}, not {value!r}")
-
-
-def _require_positive(what: str, value: object, *, least: int = 1, or_else: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{what} must be a whole number of at least {least}{or_else}, not {value!r}")
-
-
-def _require_word(what: str, value: object, words: Sequence[str]) -> None:
-    if value not in words:
-        raise UserError(f"{what}: unknown word {value!r}; use {', '.join(words)}.{nearest(str(value), words)}")
-
-
-def _strings(what: str, value: object) -> list[str]:
-    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-        raise UserError(f"{what} must be a list of texts such as ['8', '13'], not {value!r}")
-    return list(value)
-
-
-def _refuse_unknown(where: str, table: Mapping[str, object], known: Iterable[str]) -> None:
-    words = list(known)
-    for key in table:
-        if key not in words:
-            raise UserError(f"{where} has no field '{key}'; there are {', '.join(words)}.{nearest(key, words)}")
-
-
-def _tables(table: Mapping[str, Any], key: str) -> list[tuple[str, dict[str, Any]]]:
-    entries = table.get(key, [])
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise UserError(f"{key} must be tables, each begun with [[{key}]]")
-    return [(f"{key}[{index}]", entry) for index, entry in enumerate(entries)]

@@ -1,4 +1,4 @@
-"""The one error users see: a single line that says what was wrong, where, and the nearest right thing."""
+"""The errors users see: one line that says what was wrong, where, and the nearest right thing."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ class UserError(Exception):
 
 
 class BaselineFailed(Exception):
-    """The unreduced model failed, without which nothing can be said of a model's cells."""
+    """The unreduced model failed, so its cells have no reference."""
 
 
 class RunStopped(UserError):
-    """A run that began and cannot go on; what it measured is kept. The CLI prints the message and exits with 3."""
+    """A run that started and cannot continue; its results are kept. The CLI prints the message and exits with 3."""
 
 
 def nearest(word: str, options: Iterable[str], count: int = 3) -> str:
-    """The closest of `options` as a phrase to append to an error (with a leading space), or ""."""
+    """A hint to append to an error, " Did you mean …?", with the closest of `options`; "" if none is close."""
     matches = difflib.get_close_matches(word, list(options), n=count, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
 
 
 def one_line(error: BaseException) -> str:
-    """A UserError says it all; of other errors the kind and the first line."""
+    """The message of a UserError; the type and first line of any other error."""
     lines = _text(error).strip().splitlines() or [""]
     return lines[0] if isinstance(error, UserError) else f"{type(error).__name__}: {lines[0]}".rstrip(": ")
 
 
 def shortened(error: BaseException) -> str:
-    """What an error says, on one line of at most 200 characters; its kind where it says nothing."""
+    """The error's message on one line of at most 200 characters, or its type if it has none."""
     return textwrap.shorten(_text(error), 200, placeholder=" …") or type(error).__name__
 
 
 def printable(text: str) -> str:
-    """Text as any file can hold it and no terminal obeys it: what cannot be printed becomes \\n, \\x1b and \\udcff."""
+    """Text that any file can hold and no terminal interprets: control characters are escaped: \\n, \\x1b, \\udcff."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def complain(text: str) -> None:
-    """The line the CLI ends with where it did not do what it was asked for."""
+    """Print the last line of a command that failed, on standard error."""
     print("tokbench:", printable(" ".join(text.split())), file=sys.stderr)
 
 
@@ -51,4 +51,4 @@ def _text(error: BaseException) -> str:
     try:
         return str(error)
     except Exception as second:
-        return f"(its text cannot be had: {type(second).__name__})"
+        return f"(its message raised {type(second).__name__})"

@@ -1,4 +1,4 @@
-"""Ctrl-C, and SIGTERM, a scheduler's last word before SIGKILL: one line and exit code 130, whatever they come amid."""
+"""Ctrl-C and SIGTERM (which schedulers send before SIGKILL): one line and exit code 130, at any moment."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from typing import NoReturn
 
 from tokbench.errors import complain
 
-_exit = os._exit  # a name of its own, for tests that go on
+_exit = os._exit  # tests replace it, to continue
 
 
 @contextmanager
 def ending_at_once() -> Iterator[None]:
-    """The process ends where it stands: for what has nothing to save."""
+    """End the process immediately on a signal: for work that has nothing to save."""
     with _heard(lambda *_: _leave("interrupted")):
         yield
 
 
 @contextmanager
 def ending_after_unwinding(say: Callable[[], str] = lambda: "interrupted") -> Iterator[None]:
-    """KeyboardInterrupt is raised, for `finally` and `with` to save what they can, and then the process ends.
+    """Raise KeyboardInterrupt, so that `finally` and `with` can save their state, then end the process.
 
-    It ends at once at a second signal, or where an exception would be lost. `say` gives the line for either.
+    A second signal ends it at once, and so does a first one where Python would lose the exception. `say` returns the
+    line to print.
     """
     interrupted, process, unraisable = False, os.getpid(), sys.unraisablehook
 
     def interrupt(_: int, frame: FrameType | None) -> None:
         nonlocal interrupted
-        if os.getpid() != process:  # one that reads images, and ends with this one
+        if os.getpid() != process:  # a forked reader of images, which this process kills at the end
             return
         if interrupted or _amid_import(frame):
             _leave(say())
@@ -42,7 +43,7 @@ def ending_after_unwinding(say: Callable[[], str] = lambda: "interrupted") -> It
         raise KeyboardInterrupt
 
     def swallowed(error: sys.UnraisableHookArgs) -> None:
-        if isinstance(error.exc_value, KeyboardInterrupt):  # amid a fork, say
+        if isinstance(error.exc_value, KeyboardInterrupt):  # for example during a fork
             _leave(say())
         unraisable(error)
 
@@ -57,8 +58,8 @@ def ending_after_unwinding(say: Callable[[], str] = lambda: "interrupted") -> It
 
 
 def ignoring_at_exit() -> None:
-    """For a process whose work is over: its exit code stays, as an interrupt amid Python's tear-down is a traceback."""
-    atexit.register(_ignore)  # registered last, run first
+    """Keep the exit code once the work is done: an interrupt while Python shuts down would print a traceback."""
+    atexit.register(_ignore)  # registered last, so it runs first
 
 
 def _ignore() -> None:
@@ -80,21 +81,21 @@ def _heard(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]
 
 
 def _amid_import(frame: FrameType | None) -> bool:
-    """NumPy's, interrupted, comes out as an ImportError of whoever wants it."""
+    """Whether the signal came during an import: NumPy turns a KeyboardInterrupt there into an ImportError."""
     while frame and not frame.f_code.co_filename.startswith("<frozen importlib"):
         frame = frame.f_back
     return frame is not None
 
 
 def _leave(text: str) -> NoReturn:
-    """Say so and end the process without tearing down what is half done, which torch would complain of at length.
+    """Print the line and end the process without cleanup, during which torch would print long errors.
 
-    Nothing is lost: what is on disk is whole at any moment.
+    Nothing is lost: files on disk are complete at any moment.
     """
     _ignore()
-    with suppress(OSError, ValueError, RuntimeError):  # RuntimeError: amid another print
+    with suppress(OSError, ValueError, RuntimeError):  # RuntimeError: during another print
         sys.stdout.flush()
-    with suppress(OSError, ValueError):  # nobody may be left to read it
+    with suppress(OSError, ValueError):  # the other end of the pipe may be closed
         complain(text)
     for reader in multiprocessing.active_children():
         reader.kill()

@@ -1,4 +1,4 @@
-"""What a run tells while it is going on: nothing (`Progress`), or a live table and a bar (`LiveProgress`)."""
+"""Progress of a run: silent (`Progress`), or a live table and a progress bar (`LiveProgress`)."""
 
 from __future__ import annotations
 
@@ -9,53 +9,56 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokbench.errors import printable
-from tokbench.store import RECORDS, RunFolder
+from tokbench.results.cell import Cell
+from tokbench.results.folder import RECORDS, RunFolder
+from tokbench.results.records import FailureRecord, Record
 
 if TYPE_CHECKING:
-    import pandas as pd
     from rich.console import Console, RenderableType
 
 _FRAME_SECONDS = 0.5
-# Where there is no terminal, such as in CI, a line that often tells that it goes on.
+# Without a terminal, for example in CI: how often a long phase prints a line.
 _LINE_SECONDS = 30.0
 
 
 class Progress:
-    """Silent but for warnings, which go through Python's `warnings`. Subclasses show what they are told."""
+    """Silent except for warnings, which go through Python's `warnings`. Subclasses display the events."""
 
     def started(self, folder: RunFolder, cells: int, measurements: int) -> None:
-        """The run folder exists, and is to hold so many measurements of so many cells."""
+        """The run folder exists; the run has this many cells and measurements in total."""
 
-    def continued(self, records: list[dict[str, Any]]) -> None:
-        """The folder holds these records of earlier sessions; what they tell is not measured again."""
+    def continued(self, records: list[Record]) -> None:
+        """The folder holds these records of earlier sessions, which are not measured again."""
 
     def phase(self, name: str, total: int | None) -> None:
-        """A new stretch of work begins, of `total` steps, None where that is not known."""
+        """A new phase begins, of `total` steps, or None if unknown."""
 
     def advance(self, done: int) -> None:
-        """So many steps of the phase are done by now."""
+        """`done` steps of the phase are finished."""
 
-    def recorded(self, record: dict[str, Any]) -> None:
+    def recorded(self, record: Record) -> None:
         """This record was just written."""
 
     def warn(self, text: str) -> None:
-        """Something that makes the results doubtful."""
+        """Something may make the results unreliable."""
         warnings.warn(text, stacklevel=2)
 
-    def finished(self, table: pd.DataFrame, plots: list[Path]) -> None:
-        """The run is over; `table` has a row per cell, `plots` are the files drawn."""
+    def note(self, text: str) -> None:
+        """Something worth knowing that is no fault."""
+
+    def finished(self, cells: list[Cell], plots: list[Path]) -> None:
+        """The run is over; these are its cells, and `plots` are the files drawn."""
 
 
 class LiveProgress(Progress):
-    """A rich table that fills while the run goes on, over a progress bar with the time left.
+    """A progress bar with the time left, above a rich table of the results so far.
 
-    Use it as a context manager. Where the output is no terminal, each phase is one line instead, and a long one a line
-    every half minute.
-    It draws only when it is told something, never from a thread of its own: a frame takes tens of milliseconds of
-    Python, during which no kernel is launched and any pass that is being timed stands still.
+    Use it as a context manager. Without a terminal it prints a line for each phase, and one every half minute in long
+    phases. It draws only on events and has no thread of its own: a frame takes tens of milliseconds of Python, which
+    would delay kernel launches in a pass that is being timed.
     """
 
     def __init__(self, console: Console) -> None:
@@ -67,9 +70,9 @@ class LiveProgress(Progress):
         self.failures = 0
         self._measurements = 0
         self._console = console
-        self._records: list[dict[str, Any]] = []
+        self._records: list[Record] = []
         self._bars = Bars(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("·"),
@@ -80,7 +83,7 @@ class LiveProgress(Progress):
         )
         self._task = self._bars.add_task("Loading", total=None)
         self._live = Live(self._bars, console=console, transient=True, auto_refresh=False)
-        self._table: RenderableType | None = None  # of the records; None: to be rendered again
+        self._table: RenderableType | None = None  # of the records; None: must be rendered again
         self._drawn = 0.0
 
     def __enter__(self) -> LiveProgress:
@@ -93,26 +96,26 @@ class LiveProgress(Progress):
         self._live.stop()
 
     def abandon(self) -> None:
-        """Give the terminal back where the process is about to end, whatever it is amid: a frame, or `__exit__`."""
-        with suppress(Exception):  # half a frame may draw as anything
+        """Restore the terminal before the process ends, even in the middle of a frame or of `__exit__`."""
+        with suppress(Exception):  # a half-drawn frame may raise anything
             self._live.stop()
         sys.stdout = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
         sys.stderr = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
-        # Another console: this one may wait for the end of its frame.
+        # A new console: the current one may hold the lock of its unfinished frame.
         console = type(self._console)(file=self._console.file, force_terminal=self._console.is_terminal)
-        with suppress(OSError, ValueError, RuntimeError):  # RuntimeError: amid another print
+        with suppress(OSError, ValueError, RuntimeError):  # RuntimeError: during another print
             console.show_cursor()
 
     def started(self, folder: RunFolder, cells: int, measurements: int) -> None:
         self.folder, self._measurements = folder, measurements
         self._say(f"{cells} cells → {folder.path}")
 
-    def continued(self, records: list[dict[str, Any]]) -> None:
+    def continued(self, records: list[Record]) -> None:
         self._records = list(records)
-        self._say(f"Continuing: {self._count()} are there")
+        self._say(f"Continuing: {self._count()} already done")
 
     def phase(self, name: str, total: int | None) -> None:
-        self._draw()  # the last phase's bar, full, and all that it recorded
+        self._draw()  # the last phase's full bar and its records
         self._bars.remove_task(self._task)
         self._task = self._bars.add_task(name, total=total)
         self._draw()
@@ -130,41 +133,44 @@ class LiveProgress(Progress):
             left = f", about {timedelta(seconds=round(bar.time_remaining))} left" if bar.time_remaining else ""
             self._say(f"{bar.description}: {done:,} of {bar.total:,.0f}{left}" if bar.total else bar.description)
 
-    def recorded(self, record: dict[str, Any]) -> None:
+    def recorded(self, record: Record) -> None:
         self._records.append(record)
         self._table = None
-        if record["kind"] == "failure":
+        if isinstance(record, FailureRecord):
             self.failures += 1
-            self._say(f"failed: {record['cell']}: {record['message']}", style="red")
+            self._say(f"failed: {record.cell}: {record.message}", style="red")
         self._draw_in_time()
 
     def warn(self, text: str) -> None:
         self._say(f"Warning: {text}", style="bold red")
 
-    def finished(self, table: pd.DataFrame, plots: list[Path]) -> None:
+    def note(self, text: str) -> None:
+        self._say(text)
+
+    def finished(self, cells: list[Cell], plots: list[Path]) -> None:
         from tokbench.report.tables import print_table
 
         self._live.stop()
-        print_table(self._console, table)
+        print_table(self._console, cells)
         if self.failures and self.folder:
             self._say(f"{self.failures} failed; tracebacks: {self.folder.path / RECORDS}", style="red")
         for plot in plots:
             self._say(f"Plot: {plot}")
 
     def kept(self, command: str = "", earlier: Path | None = None) -> str:
-        """For a run that was interrupted: what is on disk, and the command that continues it, if one does.
+        """The line for an interrupted run: what is on disk, and the command that continues it, if any.
 
-        earlier: the folder of a run that was to be continued, if one was.
+        earlier: the folder of the run being continued, if any.
         """
         continuing = f"; continue with: {command}" if command else ""
         if self.folder is not None:
             return f"interrupted; {self._count()} are kept in {self.folder.path}{continuing}"
         if earlier is not None:
-            return f"interrupted before anything was added to {earlier}; all that is there is kept{continuing}"
+            return f"interrupted before anything was added to {earlier}; its results are kept{continuing}"
         return "interrupted before anything was measured"
 
     def _count(self) -> str:
-        measured = {(record["cell"], record["kind"]) for record in self._records if record["kind"] != "failure"}
+        measured = {(record.cell, record.kind) for record in self._records if record.kind != "failure"}
         return f"{len(measured)} of {self._measurements} measurements"
 
     def _draw_in_time(self) -> None:
@@ -177,16 +183,16 @@ class LiveProgress(Progress):
         if self._console.is_terminal:
             if self._records and self._table is None:
                 self._table = self._render()
-            # The bar on top: where the table is taller than the terminal, its end is what goes unseen.
+            # The bar on top: if the table is taller than the terminal, its end is cut off.
             shown = Group(self._bars) if self._table is None else Group(self._bars, self._table)
             self._live.update(shown, refresh=True)
             self._drawn = time.monotonic()
 
     def _render(self) -> RenderableType:
-        from tokbench.report.metrics import table_of_records
         from tokbench.report.tables import render_table
+        from tokbench.results.table import cells_of
 
-        table = render_table(table_of_records(self._records), "rich", width=self._console.width)
+        table = render_table(cells_of(self._records), "rich", width=self._console.width)
         table.caption = None
         return table
 

@@ -13,12 +13,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import tokbench.fusion  # noqa: F401  (registers the methods)
-from tokbench.calibrate import calibrate, countable
+from tokbench.calibrate import COUNTED_IMAGES, calibrate
 from tokbench.errors import UserError
+from tokbench.fusion.anatomy import grid_for, has_class_token
 from tokbench.fusion.blocks import Fusion
 from tokbench.fusion.core import METHODS, Method, make_method
-from tokbench.fusion.patch import fork, insert, remove, require_supported
+from tokbench.fusion.patch import fork, insert, remove, require_supported, watch
 from tokbench.measure.flops import count_flops
+from tokbench.rates import look_up
 from tokbench.schedules import Schedule, parse_schedule
 
 __all__ = ["FlopsWarning", "apply", "check_schedule", "list_methods", "resolve_schedule"]
@@ -40,17 +42,21 @@ def apply(
     *,
     trace: bool = False,
     images: Tensor | None = None,
+    input_size: int | tuple[int, int, int] | None = None,
     unreduced_flops: int | None = None,
     **params: Any,
 ) -> VisionTransformer:
     """Put a token-fusion method into a timm ViT, in place; calling it again replaces the method.
 
     Args:
-        model: a timm VisionTransformer, VisionTransformerDistilled or Eva.
-        method: a name from `list_methods()`; "none" is `remove`.
+        model: a timm VisionTransformer, VisionTransformerDistilled, Eva, Beit or NaFlexVit.
+        method: a name from `list_methods()`; "none" is `remove`, and lets `tokens_per_block` see what comes.
         schedule: how many tokens go where, as `tokbench list schedules` shows: 13, "keep:0.7@3,6,9", "flops:0.5".
         trace: keep the token map.
-        images: (B, C, H, W) calibration images, for methods that measure the model.
+        images: (B, C, H, W) calibration images, for methods that measure the model, and for "flops:…" where FLOPs
+            depend on the images.
+        input_size: side of the square image, or (C, H, W), that a "flops:…" schedule is to hold for, in models that
+            take images of any size. Default: what the model was built for.
         unreduced_flops: what `count_flops` gives without a method, where it is known; "flops:…" counts it if not.
         params: the method's own parameters, as `tokbench list methods` shows.
 
@@ -64,10 +70,12 @@ def apply(
     if method == "none":
         if params:
             raise UserError(f"method 'none' has no parameter '{next(iter(params))}'")
-        return remove(model)
+        return watch(remove(model))
     made = make_method(method, **params)
     made.require_depth(len(model.blocks))
-    resolved = resolve_schedule(model, countable(made), parsed, unreduced_flops)
+    if parsed.kind == "diffrate":
+        made, parsed = look_up(model, made, parsed)
+    resolved = resolve_schedule(model, made.countable(), parsed, unreduced_flops, images, input_size)
     return insert(model, calibrate(model, made, resolved, images), resolved, trace=trace)
 
 
@@ -80,30 +88,46 @@ def check_schedule(schedule: Schedule, depth: int) -> None:
 
 
 def resolve_schedule(
-    model: VisionTransformer, method: Method, schedule: Schedule, unreduced_flops: int | None = None
+    model: VisionTransformer,
+    method: Method,
+    schedule: Schedule,
+    unreduced_flops: int | None = None,
+    images: Tensor | None = None,
+    input_size: int | tuple[int, ...] | None = None,
 ) -> Schedule:
     """A schedule that names tokens, found by counting if it names FLOPs; what is known already is not counted again.
 
     `flops:F` becomes the method's own shape, scaled until its counted FLOPs are nearest F × the unreduced model's:
     a list of removals that differ by at most one, or one keep rate at blocks L//4, L//2 and 3L//4. Warns
-    (FlopsWarning) when whole tokens at those blocks come no nearer than 1 %.
+    (FlopsWarning) when whole tokens at those blocks come no nearer than 1 %. Where FLOPs depend on the image, they are
+    the mean over `images`; raises UserError if there are none.
     """
-    depth, patches = len(model.blocks), model.patch_embed.num_patches
+    depth = len(model.blocks)
     check_schedule(schedule, depth)
     if schedule.kind != "flops":
         return schedule
+    counted_on = None
+    if method.counts_by_image:
+        if images is None:
+            raise UserError(f"method '{method.name}': its FLOPs depend on the image; '{schedule}' needs some: images=…")
+        counted_on = images[:COUNTED_IMAGES]
+        input_size = tuple(images.shape[1:])
+    patches = math.prod(grid_for(model, input_size))
     probe = remove(fork(model))
-    unreduced, wanted = unreduced_flops or count_flops(probe).total, schedule.values[0]
+    unreduced, wanted = unreduced_flops or count_flops(probe, input_size).total, schedule.values[0]
     scaled, last = _keep_rates(depth, patches) if method.flops_shape == "keep" else _even(method, depth, patches)
 
     @cache
     def excess(step: int) -> float:
-        return count_flops(insert(probe, method, scaled(step))).total / unreduced - wanted if step else 1 - wanted
+        if step == 0:
+            return 1 - wanted
+        counted = count_flops(insert(probe, method, scaled(step)), input_size, images=counted_on)
+        return counted.total / unreduced - wanted
 
     @cache
     def estimate(step: int) -> float:
         """What attention and MLP take for n tokens of C channels, up to a factor: (4 C + 2 n) n, and 8 C n."""
-        fusion = Fusion(method, scaled(step), depth, model.num_prefix_tokens, (1, patches), model.cls_token is not None)
+        fusion = Fusion(method, scaled(step), depth, model.num_prefix_tokens, (1, patches), has_class_token(model))
         tokens, total = patches + model.num_prefix_tokens, 0
         for block in range(depth):
             left = tokens - fusion.to_remove(block, tokens)

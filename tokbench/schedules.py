@@ -1,43 +1,51 @@
-"""The schedule grammar: a text such as `constant:13` or `keep:0.7@3,6,9` → how many tokens to remove in each block."""
+"""The schedule grammar: text such as `constant:13` or `keep:0.7@3,6,9` → tokens to remove in each block."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tokbench.errors import UserError, nearest
 
 GRAMMAR = {
-    "constant": ("constant:13", "remove 13 tokens at every block (plain 13 says the same)"),
+    "constant": ("constant:13", "remove 13 tokens at every block (13 alone means the same)"),
     "linear": ("linear:13,-1", "13 per block on average; -1 falls from 26 to 0 over the depth, 1 rises, 0 is constant"),
-    "list": ("list:8,8,0,4", "that many per block, by block number; zeros after the end"),
+    "list": ("list:8,8,0,4", "remove that many at block 0, 1, 2, …; none after the end of the list"),
     "keep": ("keep:0.7@3,6,9", "keep 70 % of the patch tokens at blocks 3, 6 and 9 (blocks count from 0)"),
     "ratio": ("ratio:0.9", "keep 90 % of the patch tokens at every block"),
+    "diffrate": ("diffrate:2.9", "DiffRate's own list at 2.9 GFLOPs, for the DeiT or MAE that it was searched for"),
     "flops": ("flops:0.5", "scale the method's own schedule until its FLOPs are nearest half the unreduced model's"),
 }
 
+# What a schedule that was looked up says of itself.
+SEARCHED = ", rates searched on ImageNet-1k"
+
 
 class ScheduleError(UserError):
-    """A schedule that does not parse; the message restates it and points at the part."""
+    """A schedule that does not parse; the message quotes it and names the wrong part."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """One parsed schedule. `str()` gives its canonical text, which parses to the same schedule again."""
+    """A parsed schedule. `str()` gives its canonical text, which parses to the same schedule.
+
+    found: how many tokens go from each block, of a named schedule that was looked up for a model.
+    """
 
     kind: str
     values: tuple[float, ...]
     blocks: tuple[int, ...] = ()
+    found: tuple[int, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         values = (int(value) if value == int(value) else value for value in self.values)
-        text = f"{self.kind}:{','.join(map(repr, values))}"
+        text = f"{self.kind}:{','.join(map(repr, values))}{SEARCHED if self.found else ''}"
         return f"{text}@{','.join(map(str, self.blocks))}" if self.blocks else text
 
     def removals(self, block: int, depth: int, patches: int) -> int:
-        """Tokens to remove in `block` (from 0) of `depth`, where `patches` patch tokens arrive.
+        """Tokens to remove in `block` (from 0) of `depth` blocks, given `patches` patch tokens at its input.
 
-        The formulas are those of docs/methods.md, in Python floats: their rounding decides.
+        The formulas are those of docs/methods.md, computed in Python floats; their rounding is part of the definition.
         """
         first = self.values[0]
         match self.kind:
@@ -54,11 +62,13 @@ class Schedule:
                 return patches - math.ceil(first * patches) if block in self.blocks else 0
             case "ratio":
                 return math.floor(patches - patches * first)
-        raise ScheduleError(f"schedule '{self}' has to be resolved against a model first; use tokbench.apply")
+            case "diffrate" if self.found:
+                return self.found[block]
+        raise ScheduleError(f"schedule '{self}' must be resolved for a model first; use tokbench.apply")
 
 
 def parse_schedule(text: str | int | Schedule) -> Schedule:
-    """Parse a schedule. Raises ScheduleError, one line that points at the part that is wrong."""
+    """Parse a schedule. Raises ScheduleError, which names the wrong part."""
     if isinstance(text, Schedule):
         return text
     text = str(text).strip()
@@ -68,6 +78,8 @@ def parse_schedule(text: str | int | Schedule) -> Schedule:
         if not _is_number(text):
             example = GRAMMAR[text][0] if text in GRAMMAR else "constant:13"
             hint = nearest(text, GRAMMAR) if text not in GRAMMAR else ""
+            if all(map(_is_count, text.split(","))):
+                hint = f" Several schedules are several flags: --schedule {' --schedule '.join(text.split(','))}."
             raise ScheduleError(f"schedule '{text}': expected KIND:VALUES, such as '{example}'.{hint}")
     if kind not in GRAMMAR:
         raise ScheduleError(
@@ -142,6 +154,13 @@ def _parse_ratio(text: str, rest: str) -> Schedule:
     return Schedule("ratio", (_fraction(text, rest, "the share of tokens to keep"),))
 
 
+def _parse_diffrate(text: str, rest: str) -> Schedule:
+    budget = rest.removesuffix(SEARCHED)
+    if not _is_number(budget) or not float(budget) > 0:
+        raise _wrong(text, rest, "expected the GFLOPs that the rates were searched for")
+    return Schedule("diffrate", (float(budget),))
+
+
 def _parse_flops(text: str, rest: str) -> Schedule:
     return Schedule("flops", (_fraction(text, rest, "a share of the unreduced model's FLOPs"),))
 
@@ -152,5 +171,6 @@ _PARSERS = {
     "list": _parse_list,
     "keep": _parse_keep,
     "ratio": _parse_ratio,
+    "diffrate": _parse_diffrate,
     "flops": _parse_flops,
 }

@@ -2,13 +2,13 @@
 
     python benchmarks/bundled_model/train.py --out vit_clutter.safetensors
 
-Runs on a GPU if there is one, else on the CPU with one single-threaded process per core (about a quarter faster
-than one process with as many threads). No patch dropout and no token fusion, so that no method is favoured.
+Runs on a GPU if there is one, else on the CPU with one single-threaded process per core. No patch dropout and no token
+fusion, so that no method is favored.
 
-Two stages. First patch 8 (49 tokens, five times cheaper); then patch and position embeddings are resampled to
-patch 4 (196 tokens) and training goes on. Each patch token also learns, through a head thrown away at the end, which
-item class covers it, or none (token labelling, Jiang et al. 2021, with exact labels: we made the pictures). The
-weight of that loss falls to zero, so that the model ends on plain classification.
+Stage 1 trains patch 8 (49 tokens, about five times cheaper). Stage 2 resamples patch and position embeddings to patch 4
+(196 tokens) and continues. A temporary head also predicts for each patch token which item class covers it, if any
+(token labeling, Jiang et al. 2021; labels are exact because we composed the images). The weight of that loss falls to
+zero, so that training ends on plain classification.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tokbench.bundled.clutter import CANVAS, CLASSES, ITEM, compose, draw_layout
 MODEL = dict(
     img_size=CANVAS, in_chans=1, num_classes=len(CLASSES), embed_dim=96, depth=12, num_heads=3, class_token=True
 )
-HELD_OUT = 1000  # the last items of the training split, for the log; the test split is never looked at
+HELD_OUT = 1000  # the last items of the training split, for the log; the test split is not used
 MUON_LR, ADAMW_LR, WEIGHT_DECAY = 0.02, 2e-3, 0.02
 
 

@@ -11,13 +11,15 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from tokbench.errors import UserError, nearest, one_line
+from tokbench.schedules import Schedule
 
 
 @dataclass
@@ -26,10 +28,15 @@ class Assignment:
 
     kept: (B, M) long, the input token that each output token continues, in output order.
     source, slot: (B, R) long, tokens merged away, and the output token that each of them joins.
-    weight: (B, N), the tokens' weights in the merge; None: their sizes.
-    sliced: whether `kept` is just the first M tokens, which a slice gives without gathering.
+    weight: (B, N), the tokens' weights in the merge; None: `mass`.
     combine: how members of an output token become one: their weighted "mean", their weighted "sum", or "mlerp",
         the direction of their weighted sum with the length of the longest member (ToFu, arXiv 2312.01026, eq. 4).
+    sliced: whether `kept` is just the first M tokens, which a slice gives without gathering.
+    mass: (B, N), what each token adds to its output's size; None: its size. A source of mass 0 is dropped.
+    mix: (B, M−P, R) or (M−P, R), the share of each source that each patch token which stays takes, beside itself times
+        its `weight` (None: 1). Sources need then have no `slot`, which only tells where they are, and may be kept too.
+    count: (B,) long, how many of the M output tokens each image has, prefix included, where images differ. Those past
+        it repeat the last one, and take part in nothing: see `keep_only`.
     """
 
     kept: Tensor
@@ -38,10 +45,12 @@ class Assignment:
     weight: Tensor | None = None
     combine: Literal["mean", "sum", "mlerp"] = "mean"
     sliced: bool = False
+    mass: Tensor | None = None
+    mix: Tensor | None = None
+    count: Tensor | None = None
 
     def require_valid(self, view: View) -> None:
         """Raise UserError unless this can be carried out on the tokens of `view`. Looks at values: not for speed."""
-        batch, tokens, _ = view.x.shape
         if not isinstance(self.kept, Tensor) or self.kept.ndim != 2:
             raise UserError("kept must be a tensor (B, M)")
         outputs = self.kept.shape[1]
@@ -49,44 +58,70 @@ class Assignment:
             raise UserError(
                 f"kept must hold a patch token beside the {view.prefix} prefix tokens, not {outputs} in all"
             )
-        indices = {"kept": (self.kept, (batch, outputs), tokens)}
-        if self.source is not None or self.slot is not None:
-            merged = self.source.shape[-1] if isinstance(self.source, Tensor) and self.source.ndim else 0
-            indices["source"] = (cast(Tensor, self.source), (batch, merged), tokens)
-            indices["slot"] = (cast(Tensor, self.slot), (batch, merged), outputs)
-        for name, (index, shape, end) in indices.items():
-            _require_index(name, index, shape, end, view.x.device)
-        weight = self.weight
-        if weight is not None and (tuple(weight.shape) != (batch, tokens) or weight.device != view.x.device):
-            raise UserError(f"weight must be {(batch, tokens)} on {view.x.device}, not {tuple(weight.shape)}")
+        self._require_shapes(view)
         if self.combine not in ("mean", "sum", "mlerp"):
             raise UserError(f"combine is mean, sum or mlerp, not {self.combine!r}")
-        used = self.kept if self.source is None else torch.cat([self.kept, self.source], dim=1)
+        if self.combine == "mlerp" and self.mass is not None:
+            raise UserError("mlerp goes by the longest member, whatever its mass: give one of the two")
+        place = self.places()
+        if (place[:, -1] < view.prefix).any() or not torch.equal(self.kept, self.kept.gather(1, place)):
+            raise UserError("an image keeps a patch token, and repeats the last one past its count")
+        everywhere = torch.arange(outputs, device=view.x.device)
+        used = torch.where(place == everywhere, self.kept, -everywhere)
+        if self.source is not None and self.mix is None:
+            used = torch.cat([used, self.source], dim=1)
         if (used.sort(dim=1).values.diff(dim=1) == 0).any():
             raise UserError("a token can be kept or merged away once only")
-        first = torch.arange(outputs if self.sliced else view.prefix, device=view.x.device)
-        if not torch.equal(self.kept[:, : len(first)], first.expand(batch, -1)):
+        first = everywhere if self.sliced else everywhere[: view.prefix]
+        if not torch.equal(self.kept[:, : len(first)], first.expand_as(self.kept[:, : len(first)])):
             promise = "sliced promises that kept is the first tokens"
             raise UserError(promise if self.sliced else "kept must begin with the prefix tokens")
 
+    def _require_shapes(self, view: View) -> None:
+        batch, tokens, _ = view.x.shape
+        outputs, device = self.kept.shape[1], view.x.device
+        _require_index("kept", self.kept, (batch, outputs), tokens, device)
+        if self.source is not None or self.slot is not None or self.mix is not None:
+            merged = self.source.shape[-1] if isinstance(self.source, Tensor) and self.source.ndim else 0
+            _require_index("source", self.source, (batch, merged), tokens, device)
+            if self.slot is not None or self.mix is None:
+                _require_index("slot", self.slot, (batch, merged), outputs, device)
+            if self.mix is not None:
+                shape = (outputs - view.prefix, merged)
+                _require_numbers("mix", self.mix, shape if self.mix.ndim == 2 else (batch, *shape), device)
+        for name, numbers in (("weight", self.weight), ("mass", self.mass)):
+            if numbers is not None:
+                _require_numbers(name, numbers, (batch, tokens), device)
+        if self.count is not None:
+            _require_index("count", self.count, (batch,), outputs + 1, device)
+
+    def places(self) -> Tensor:
+        """(B, M), the number of each output token, of those past an image's count the last one's before it."""
+        batch, outputs = self.kept.shape
+        place = torch.arange(outputs, device=self.kept.device).expand(batch, -1)
+        return place if self.count is None else place.minimum(self.count.unsqueeze(1) - 1)
+
     def target(self, tokens: int) -> Tensor:
         """The output token that each of the N input tokens goes to: (B, N) long, −1 where it is dropped."""
-        batch, outputs = self.kept.shape
-        target = self.kept.new_full((batch, tokens), -1)
-        target = target.scatter(1, self.kept, torch.arange(outputs, device=self.kept.device).expand(batch, -1))
+        target = self.kept.new_full((self.kept.shape[0], tokens), -1).scatter(1, self.kept, self.places())
         if self.source is None or self.slot is None:
             return target
-        return target.scatter(1, self.source, self.slot)
+        slot = self.slot if self.mass is None else torch.where(self.mass.gather(1, self.source) == 0, -1, self.slot)
+        return target.scatter(1, self.source, slot)
 
     def total(self, values: Tensor) -> Tensor:
         """Sum of `values` (B, N) over the members of each output token: (B, M)."""
         kept = values.gather(1, self.kept)
+        if self.mix is not None and self.source is not None:
+            own = kept if self.weight is None else kept * self.weight.gather(1, self.kept)
+            taken = (self.mix * values.gather(1, self.source).unsqueeze(1)).sum(-1)
+            return own + F.pad(taken, (own.shape[1] - taken.shape[1], 0))
         if self.source is None or self.slot is None:
             return kept
         return kept.scatter_add(1, self.slot, values.gather(1, self.source))
 
 
-def _require_index(name: str, index: Tensor, shape: tuple[int, int], end: int, device: torch.device) -> None:
+def _require_index(name: str, index: Any, shape: tuple[int, ...], end: int, device: torch.device) -> None:
     if not isinstance(index, Tensor) or index.dtype != torch.long or index.device != device:
         found = f"{index.dtype} on {index.device}" if isinstance(index, Tensor) else repr(index)
         raise UserError(f"{name} must be a tensor of torch.long on {device}, not {found}")
@@ -96,15 +131,22 @@ def _require_index(name: str, index: Tensor, shape: tuple[int, int], end: int, d
         raise UserError(f"{name} holds {int(index.min())} to {int(index.max())}; there are {end}, counted from 0")
 
 
+def _require_numbers(name: str, numbers: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if tuple(numbers.shape) != shape or numbers.device != device:
+        raise UserError(f"{name} must be {shape} on {device}, not {tuple(numbers.shape)}")
+
+
 def merge(x: Tensor, plan: Assignment, size: Tensor | None) -> Tensor:
     """Carry out `plan` on the tokens x: (B, N, C) → (B, M, C). Tokens that nothing joins are passed on bit for bit.
 
     size: (B, N) token sizes, None where all are 1.
     """
+    if plan.mix is not None:
+        return _mix(x, plan)
     kept = x[:, : plan.kept.shape[1]] if plan.sliced else pick(x, plan.kept)
     if plan.source is None or plan.slot is None:
         return kept
-    weight = plan.weight if plan.weight is not None else size
+    weight = next((one for one in (plan.weight, plan.mass, size) if one is not None), None)
     if weight is None:
         weight = torch.ones(x.shape[:2], dtype=score_dtype(x), device=x.device)
     own, others = weight.gather(1, plan.kept), weight.gather(1, plan.source)
@@ -118,6 +160,16 @@ def merge(x: Tensor, plan: Assignment, size: Tensor | None) -> Tensor:
     if plan.combine == "mlerp":
         joined = _lengthen(joined, kept, sources, plan.slot)
     return joined
+
+
+def _mix(x: Tensor, plan: Assignment) -> Tensor:
+    """`merge` where sources spread over many tokens."""
+    assert plan.mix is not None and plan.source is not None
+    kept = pick(x, plan.kept)
+    if plan.weight is not None:
+        kept = kept * plan.weight.gather(1, plan.kept).unsqueeze(-1).to(x.dtype)
+    taken = plan.mix.to(x.dtype) @ pick(x, plan.source)
+    return kept + F.pad(taken, (0, 0, kept.shape[1] - taken.shape[1], 0))
 
 
 def _lengthen(joined: Tensor, kept: Tensor, sources: Tensor, slot: Tensor) -> Tensor:
@@ -155,12 +207,15 @@ def score_dtype(x: Tensor) -> torch.dtype:
 class View:
     """What a method may look at in one block. Everything costly is computed when asked for.
 
-    x: (B, N, C) residual stream: `prefix` tokens, then `patches`. queries, keys: (B, H, N, d) of this block's
-    attention, after any q/k norm and before any rotation; keys may have fewer heads, each shared by several of the
-    queries'. rotate: what a rotary model does to either before it compares them. size: (B, N), None where all are 1;
-    log_size: (B, N) where the block's attention uses it. block counts from 0. token_map: (B, N₀), where each of the
-    model's first tokens is now, −1 dropped; only for methods that set `needs_map`. grid: (rows, columns) of patches
-    at the start.
+    x: (B, N, C) residual stream: `prefix` tokens, then `patches`. queries, keys, which `heads` gives: (B, H, N, d) of
+    this block's attention, after any q/k norm and before any rotation; keys may have fewer heads, each shared by
+    several of the queries'. values() are (B, H, N, d); projected anew, but for methods that set `needs_values`. rotate:
+    what a rotary model does to queries or keys before it compares them. bias() is what the model adds to the logits for
+    where tokens are, (B or 1, H, N, N) or (H, N, N). size: (B, N), None where all are 1; log_size: (B, N) where the
+    block's attention uses it. block counts from 0. token_map: (B, N₀), where each of the model's first tokens is now,
+    −1 dropped; only for methods that set `needs_map`. grid: (rows, columns) of patches at the start. begun: what the
+    method's `begin` gave. Methods that set `counts_by_image` find images filled up (`padded`) with tokens of size 0,
+    and in `nominal` the patch tokens there would be if each block had removed what was asked for.
     """
 
     x: Tensor
@@ -168,33 +223,64 @@ class View:
     patches: int
     block: int
     depth: int
-    queries: Tensor
-    keys: Tensor
+    heads: Callable[[], tuple[Tensor, Tensor]]
+    values: Callable[[], Tensor]
     scale: float
     has_class_token: bool
     grid: tuple[int, int]
     size: Tensor | None = None
     log_size: Tensor | None = None
     rotate: Callable[[Tensor], Tensor] | None = None
+    bias: Callable[[], Tensor] | None = None
     token_map: Tensor | None = None
+    begun: Any = None
+    nominal: int = 0
+    padded: bool = False
+    _heads: tuple[Tensor, Tensor] | None = None
     _attention: Tensor | None = None
+
+    @property
+    def queries(self) -> Tensor:
+        return self._projected()[0]
+
+    @property
+    def keys(self) -> Tensor:
+        return self._projected()[1]
+
+    def _projected(self) -> tuple[Tensor, Tensor]:
+        if self._heads is None:
+            self._heads = self.heads()
+        return self._heads
 
     def mean_keys(self) -> Tensor:
         """k̄: keys averaged over heads, (B, N, d), float32 at least."""
         return self.keys.to(score_dtype(self.keys)).mean(1)
 
     def attention(self) -> Tensor:
-        """A = softmax(Q Kᵀ/√d, + log s where the block uses it): (B, H, N, N), computed once."""
+        """A = softmax(Q Kᵀ/√d, + log s and a position bias where the block uses them): (B, H, N, N), computed once."""
         if self._attention is None:
-            self._attention = self._rows(self.queries if self.rotate is None else self.rotate(self.queries))
+            self._attention = self._rows(self._rotated(self.queries), self.log_size)
         return self._attention
 
-    def _rows(self, queries: Tensor) -> Tensor:
+    def plain_attention(self) -> Tensor:
+        """softmax(Q Kᵀ/√d), without log s even where the block uses it: (B, H, N, N)."""
+        return self.attention() if self.log_size is None else self._rows(self._rotated(self.queries), None)
+
+    def attend_with(self, attention: Tensor) -> None:
+        """Have `attention` (B, H, N, N) be the A of this block."""
+        self._attention = attention
+
+    def _rotated(self, heads: Tensor) -> Tensor:
+        return heads if self.rotate is None else self.rotate(heads)
+
+    def _rows(self, queries: Tensor, log_size: Tensor | None) -> Tensor:
         precise = score_dtype(self.keys)
-        keys = for_every_head(self.keys if self.rotate is None else self.rotate(self.keys), queries.shape[1])
+        keys = for_every_head(self._rotated(self.keys), queries.shape[1])
         logits = (queries.to(precise) * self.scale) @ keys.to(precise).mT
-        if self.log_size is not None:
-            logits += self.log_size[:, None, None, :]
+        if self.bias is not None:
+            logits += self.bias()[..., : queries.shape[2], :]
+        if log_size is not None:
+            logits += log_size[:, None, None, :]
         return logits.softmax(-1)
 
     def class_attention(self) -> Tensor:
@@ -202,9 +288,16 @@ class View:
 
         Without a class token: the attention it receives, mean over heads and queries.
         """
-        # Prefix tokens are not rotated.
-        rows = self._rows(self.queries[:, :, :1]) if self.has_class_token else self.attention()
-        return rows.mean((1, 2))
+        return self.class_rows().mean((1, 2))
+
+    def class_rows(self) -> Tensor:
+        """The rows of A that `class_attention` is the mean of: (B, H, 1, N), or (B, H, N, N) without a class token."""
+        if self.has_class_token:
+            return self._rows(self.queries[:, :, :1], self.log_size)  # prefix tokens are not rotated
+        if not self.padded or self.size is None:
+            return self.attention()
+        real = (self.size > 0).to(self.size.dtype)
+        return self.attention() * (real / real.mean(1, keepdim=True))[:, None, :, None]
 
 
 def for_every_head(x: Tensor, heads: int) -> Tensor:
@@ -223,8 +316,12 @@ class Method:
     proportional: bool = False  # add log s to the attention logits once anything has merged
     place: Literal["start", "middle", "end"] = "middle"  # of a block: before norm1, before the MLP, or after it
     reuses_attention: bool = False  # at "start": attend with the matrix the plan was made by, reduced
-    tracks_size: ClassVar[bool] = True
+    reshapes_attention: bool = False  # at "middle": attend with what `reshape_attention` makes of A
+    tracks_size: bool = True
+    pools_by_size: ClassVar[bool] = True  # average and attention pooling weight tokens by their sizes
+    counts_by_image: ClassVar[bool] = False  # how many tokens stay depends on the image: plans have a `count`
     needs_map: ClassVar[bool] = False
+    needs_values: ClassVar[bool] = False
     speed_only: ClassVar[bool] = False  # never an accuracy row
     flops_shape: ClassVar[Literal["constant", "keep"]] = "constant"  # which schedule `flops:` scales
 
@@ -238,6 +335,27 @@ class Method:
     def limit(self, patches: int, prefix: int) -> int:
         """The most tokens that may be removed from T = `patches` patch tokens. At least one must remain."""
         return patches - 1
+
+    def begin(self, x: Tensor, prefix: int, grid: tuple[int, int]) -> Any:
+        """What every plan of one forward pass may look at as `view.begun`, from the tokens x (B, N₀, C) of block 0."""
+        return None
+
+    def reshape_attention(self, attention: Tensor) -> Tensor:
+        """What a block that removes tokens attends with instead of A (B, H, N, N)."""
+        return attention
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a parameter has to be measured on images before the method can run; see `calibrated`."""
+        return False
+
+    def countable(self) -> Method:
+        """A method with the same FLOPs that needs no calibration."""
+        return self
+
+    def calibrated(self, model: VisionTransformer, schedule: Schedule, images: Tensor) -> Method:
+        """The method with every parameter measured on images (B, C, H, W), which the model is shown as it is."""
+        raise NotImplementedError
 
     def plan(self, view: View, r: int) -> Assignment:
         """Choose what becomes of each token when r are to go, 1 ≤ r ≤ `limit`."""
@@ -318,6 +436,21 @@ def _same_type(value: Any, default: Any) -> str:
     return {bool: "true or false", int: "a whole number", str: "a word"}.get(type(default), f"like {default!r}")
 
 
+def one_of(*words: str) -> Callable[[object, object], str]:
+    """A check for a parameter that is one of these words: `check_form = staticmethod(one_of("wide", "deep"))`."""
+    return lambda value, default: "" if value in words else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def whole(least: int) -> Callable[[object, object], str]:
+    """A check for a parameter that is a whole number."""
+
+    def check(value: object, default: object) -> str:
+        fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        return "" if fits else f"a whole number, {least} or more"
+
+    return check
+
+
 def reduce_attention(attention: Tensor, plan: Assignment, size: Tensor | None) -> Tensor:
     """An attention matrix (B, H, N, N) after a merge: rows are averaged as tokens are, columns summed. (B, H, M, M)."""
     batch, heads, _, _ = attention.shape
@@ -345,20 +478,34 @@ class State:
 
     size: Tensor | None = None  # (B, N), None while every token is one patch
     token_map: Tensor | None = None  # (B, N₀), kept when traced or when the method needs it
-    rotary: bool = False  # whether the model has rotary embeddings
-    origin: Tensor | None = None  # (B, N), the first token whose rotary embedding each one has, None for its own
-    tokens: list[int] = field(default_factory=list)  # after each block, prefix included
+    positional: bool = False  # whether attention looks at where tokens are: rotary embeddings, or a position bias
+    origin: Tensor | None = None  # (B, N), the first token whose place each one has, None for its own
+    tokens: list[int | Tensor] = field(default_factory=list)  # after each block, prefix included; (B,) by image
+    count: Tensor | None = None  # (B,), once images differ
+    nominal: int | None = None  # tokens if all were removed that were asked for, where images differ
+    begun: Any = None  # what the method's `begin` gave
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which torch refuses to make of a tensor that gradients flow through, as they do to sizes."""
+        return {name: one.detach() if isinstance(one, Tensor) else one for name, one in vars(self).items()}
 
     def advance(self, plan: Assignment, tokens: int, tracks_size: bool, dtype: torch.dtype) -> None:
         """Bring sizes and map up to date with a plan that was carried out on `tokens` tokens."""
-        if tracks_size and plan.source is not None:
-            size = self.size
-            if size is None:
-                size = torch.ones(plan.kept.shape[0], tokens, dtype=dtype, device=plan.kept.device)
-            self.size = plan.total(size)
-        elif self.size is not None:
-            self.size = self.size.gather(1, plan.kept)
-        if self.rotary:
+        size, grows = self.size, tracks_size and plan.source is not None
+        if size is None and (grows or plan.count is not None):
+            size = torch.ones(plan.kept.shape[0], tokens, dtype=dtype, device=plan.kept.device)
+        if size is not None:
+            if not grows:
+                size = size.gather(1, plan.kept)
+            elif plan.mass is None:
+                size = plan.total(size)
+            else:
+                size = plan.total(plan.mass).clamp_min(1e-6)  # masses may be negative, the logarithm of a size not
+            if plan.count is not None:
+                past = torch.arange(plan.kept.shape[1], device=plan.kept.device) >= plan.count.unsqueeze(1)
+                size = size.masked_fill(past, 0)
+        self.size, self.count = size, plan.count
+        if self.positional:
             self.origin = plan.kept if self.origin is None else self.origin.gather(1, plan.kept)
         if self.token_map is not None:
             moved = plan.target(tokens).gather(1, self.token_map.clamp_min(0))
@@ -401,12 +548,53 @@ def bipartite_match(metric: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor
     return best_proposals(a @ b.mT, prefix, r)
 
 
+def distances(x: Tensor) -> Tensor:
+    """‖x_i − x_j‖ between tokens x (B, T, C): (B, T, T), 0 from each to itself, float32 at least."""
+    x = x.to(score_dtype(x))
+    x = x - x.mean(1, keepdim=True)  # small numbers cancel to less than large ones
+    length = x.square().sum(-1)
+    squared = length.unsqueeze(2) + length.unsqueeze(1) - 2 * (x @ x.mT)
+    return both_ways_alike(squared, alone=0).clamp_min(0).sqrt()
+
+
+def both_ways_alike(scores: Tensor, alone: float) -> Tensor:
+    """Scores (B, T, T) of pairs of tokens, the same for both orders, and `alone` for a token with itself.
+
+    A product of matrices may give the two in different last bits, where a method relies on ties: the two tokens of a
+    mutually nearest pair have the same best score.
+    """
+    below = scores.tril(-1)
+    diagonal = torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
+    return (below + below.mT).masked_fill(diagonal, alone)
+
+
+def between(scores: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Some of the scores (B, T, T') of pairs: (B, R, K) for rows (B, R) and columns (B, K)."""
+    return pick(scores, rows).gather(2, columns.unsqueeze(1).expand(-1, rows.shape[1], -1))
+
+
+def chosen_first(chosen: Tensor) -> Tensor:
+    """Token numbers, those of which `chosen` (B, T) is true first, each part ascending: (B, T)."""
+    return (~chosen).to(torch.uint8).argsort(dim=1, stable=True)
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The place of each token in an order (B, T) of them: (B, T)."""
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter(1, order, places)
+
+
 def after_prefix(prefix: int, *tokens: Tensor) -> Tensor:
     """(B, prefix + Σ n) what a plan keeps: the prefix tokens, which always stay, and then `tokens`, each (B, n)."""
     first = torch.arange(prefix, device=tokens[0].device).expand(len(tokens[0]), -1)
     return torch.cat([first, *tokens], dim=1)
 
 
-def keep_only(patches: Tensor, prefix: int) -> Assignment:
-    """A plan that drops all but the prefix and the patch tokens numbered by `patches` (B, K), counted from 0."""
-    return Assignment(kept=after_prefix(prefix, patches + prefix))
+def keep_only(patches: Tensor, prefix: int, count: Tensor | None = None) -> Assignment:
+    """A plan that drops all but the prefix and the patch tokens numbered by `patches` (B, K), counted from 0.
+
+    count: (B,), how many of the K each image keeps, 1 at least; None: all.
+    """
+    plan = Assignment(after_prefix(prefix, patches + prefix), count=None if count is None else prefix + count)
+    plan.kept = plan.kept.gather(1, plan.places())
+    return plan

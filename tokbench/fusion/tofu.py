@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from tokbench.errors import UserError
 from tokbench.fusion.core import Assignment, Method, View, bipartite_match, register_method
+from tokbench.fusion.nonlinearity import nonlinearity
+from tokbench.schedules import Schedule
 
 AUTO = "auto"
 
@@ -18,7 +24,7 @@ class ToFu(Method):
     Early blocks answer badly to interpolated inputs, so nothing is averaged there (section 3.2). MLERP keeps the
     length of the longest member, which a mean would shrink (section 3.3).
     prune_blocks: that many first blocks prune, or a tuple of blocks; None: the first half, L // 2; "auto": those that
-        calibration images show to be least linear, which tokbench.calibrate turns into a tuple of blocks.
+        calibration images show to be least linear, which `calibrated` turns into a tuple of blocks.
     """
 
     name = "tofu"
@@ -39,6 +45,19 @@ class ToFu(Method):
             raise UserError(f"method 'tofu': prune_blocks={self.prune_blocks}; the model has {depth} blocks")
         if isinstance(self.prune_blocks, tuple) and (beyond := max(self.prune_blocks, default=0)) >= depth:
             raise UserError(f"method 'tofu': prune_blocks: block {beyond} is not there; blocks are 0 to {depth - 1}")
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.prune_blocks == AUTO
+
+    def countable(self) -> ToFu:
+        return replace(self, prune_blocks=None) if self.needs_calibration else self  # neither half counts any FLOPs
+
+    def calibrated(self, model: VisionTransformer, schedule: Schedule, images: Tensor) -> ToFu:
+        """Prunes in the blocks that are less linear than the median (section 3.2)."""
+        errors = nonlinearity(model, schedule, images)
+        limit = median(errors.values()) if errors else 0.0
+        return replace(self, prune_blocks=tuple(block for block, error in errors.items() if error > limit))
 
     def limit(self, patches: int, prefix: int) -> int:
         return patches // 2

@@ -1,4 +1,4 @@
-"""What a model costs and what it gets right: FLOPs, accuracy, speed, and the statistics around them.
+"""Measurements of any `nn.Module`: FLOPs, accuracy, speed, and their statistics.
 
-Each module here works alone, on any `nn.Module`; none knows about methods, grids or run folders.
+The modules know nothing about methods, grids or run folders.
 """

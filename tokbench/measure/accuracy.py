@@ -2,138 +2,15 @@
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tokbench.errors import one_line
 from tokbench.measure._model import evaluation_mode, is_out_of_memory, release_memory
-
-LARGEST_ARCHIVE = 2**31  # sixty million answers
-
-
-@dataclass(frozen=True, eq=False)
-class Predictions:
-    """A model's answers to n images, in the order they came.
-
-    `label` (n,) int64 is the true class, −1 where there is none; such an image is never correct.
-    `predicted` (n,) int64 is the class with the largest logit, −1 where the logits were not finite.
-    `label_probability` (n,) float32 is the true class's softmax probability, NaN where either is missing.
-    `top5` (n,) bool tells whether the true class is among the five most probable.
-    `divergence` (n,) float32 is the Kullback-Leibler divergence, in nats, of the answer from the unreduced model's:
-    Σ p log(p / q) over the classes, p the unreduced model's probabilities; NaN where either is not finite.
-    `similarity` (n,) float32 is the cosine of the pooled features to the unreduced model's, for models without a
-    classifier, of which nothing else is known; NaN for all others, and where either is not finite.
-    `classifies` tells whether there are classes at all: not for a model without a classifier.
-    """
-
-    label: NDArray[np.int64]
-    predicted: NDArray[np.int64]
-    label_probability: NDArray[np.float32]
-    top5: NDArray[np.bool_]
-    divergence: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
-    similarity: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
-    classifies: bool = True
-
-    def __post_init__(self) -> None:
-        for name in _LATER:
-            if len(getattr(self, name)) != len(self.label):
-                object.__setattr__(self, name, np.full(len(self.label), np.nan, np.float32))
-
-    @property
-    def labeled(self) -> bool:
-        """Whether any image has a true class."""
-        return bool((self.label >= 0).any())
-
-    @property
-    def correct(self) -> NDArray[np.bool_]:
-        """(n,) bool: whether the predicted class is the true one."""
-        correct: NDArray[np.bool_] = (self.predicted == self.label) & (self.label >= 0)
-        return correct
-
-    def top1(self) -> float:
-        """Share of all images whose predicted class is the true one, in [0, 1]."""
-        return float(self.correct.mean())
-
-    def top5_accuracy(self) -> float:
-        """Share of all images whose true class is among the five most probable, in [0, 1]."""
-        return float(self.top5.mean())
-
-    def nonfinite(self) -> int:
-        """How many images got logits, or features, that are not all finite."""
-        return int((self.predicted < 0).sum() if self.classifies else np.isnan(self.similarity).sum())
-
-    def take(self, places: NDArray[np.int64]) -> Predictions:
-        """The answers to the images at these places, in this order."""
-        return Predictions(**{name: getattr(self, name)[places] for name in ARRAYS}, classifies=self.classifies)
-
-    def save(self, file: str | Path | BinaryIO) -> None:
-        """Write as a compressed NumPy archive, to an open file or under exactly that name."""
-        if isinstance(file, str | Path):
-            with open(file, "wb") as opened:
-                return self.save(opened)
-        np.savez_compressed(file, **{own.name: getattr(self, own.name) for own in fields(self)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> Predictions:
-        """Read what `save` wrote. Raises OSError or ValueError for anything else."""
-        return cls.from_arrays(load_arrays(Path(path)))
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Predictions:
-        """Answers from their arrays by name. Raises ValueError where one is missing, or of another kind or length."""
-        found = {name: arrays[name] for name in ARRAYS if name in arrays}
-        if absent := [name for name in ARRAYS if name not in found and name not in _LATER]:
-            raise ValueError(f"it has no array {absent[0]!r}")
-        for name, array in found.items():
-            if array.dtype.kind != _KINDS[name] or array.shape != (found["label"].size,):
-                raise ValueError(f"its array {name!r} is {array.dtype} of shape {array.shape}")
-        if "classifies" in arrays:
-            return cls(**found, classifies=bool(np.all(arrays["classifies"])))
-        # Features of a model without a classifier, in archives of older versions: they were all that was told.
-        return cls(**found, classifies=not np.isfinite(found.get("similarity", np.nan)).any())
-
-
-def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of a NumPy archive by name. Nothing is unpickled, and no more than `LARGEST_ARCHIVE` bytes unpacked.
-
-    Raises OSError, and ValueError for all that is no such archive.
-    """
-    if path.exists() and not path.is_file():
-        raise ValueError("it is no regular file")
-    try:
-        with zipfile.ZipFile(path) as members:
-            if sum(member.file_size for member in members.infolist()) > LARGEST_ARCHIVE:
-                raise ValueError(f"unpacked it would be larger than {LARGEST_ARCHIVE / 2**30:g} GiB")
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # zipfile, zlib and NumPy have a dozen ways to stumble over a damaged archive
-        raise ValueError(f"it is no archive of arrays, or damaged ({one_line(error)})") from error
-
-
-ARRAYS = tuple(own.name for own in fields(Predictions) if own.name != "classifies")
-"""The fields of Predictions with one entry per image."""
-_KINDS = {
-    "label": "i", "predicted": "i", "label_probability": "f", "top5": "b", "divergence": "f", "similarity": "f",
-}  # fmt: skip
-_LATER = ("divergence", "similarity")  # which archives of the first version lack
-
-
-def join(parts: Iterable[Predictions]) -> Predictions:
-    """Answers to images and to those that came after, as one."""
-    parts = list(parts)
-    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ARRAYS}
-    return Predictions(**arrays, classifies=parts[0].classifies)
+from tokbench.measure.neighbors import Neighbors
+from tokbench.results.predictions import Predictions, join
 
 
 def evaluate(
@@ -143,6 +20,8 @@ def evaluate(
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
     classifier: bool = True,
+    among: Sequence[int] | None = None,
+    neighbors: Neighbors | None = None,
     batch_sizes: dict[str, int] | None = None,
     on_batch: Callable[[dict[str, Predictions]], None] | None = None,
     on_failure: Callable[[str, Exception], None] | None = None,
@@ -152,13 +31,17 @@ def evaluate(
     `batches` yields images (B, C, H, W), preprocessed, and class indices (B,), −1 for none. The models must
     be on `device` and take `dtype` already: images are moved there, models never. They run in eval mode, and
     have their own modes back afterwards. The first model is the one that all are compared with; `classifier` False
-    says that what comes out are features and not logits. `on_batch` is given what the models answered to each batch.
+    says that what comes out are features and not logits. `among` are the classes to choose from (ascending, all labels
+    among them): the other logits are left out, as in what is published for ImageNet-A and -R. `neighbors`
+    keeps features, which then tell what k-NN makes of each image. `on_batch` is given what the models answered to each
+    batch.
     A model that runs out of memory gets half as many images at a time from there on; `batch_sizes` says, by name,
     how many each may get at most, and is kept up to date.
     A model that raises is reported to `on_failure`, left out from there on, and missing from the result;
     without `on_failure` the exception goes through. Raises ValueError when there are no images.
     """
     running, reference = dict(models), next(iter(models), "")
+    chosen = None if among is None else torch.tensor(among)
     batch_sizes = {} if batch_sizes is None else batch_sizes
     parts: list[dict[str, Predictions]] = []
 
@@ -169,7 +52,7 @@ def evaluate(
             if not is_out_of_memory(error) or len(images) == 1:
                 raise
         else:
-            return _answers(running, reference, moved, labels, classifier, batch_sizes, on_failure)
+            return _answers(running, reference, moved, labels, classifier, chosen, neighbors, batch_sizes, on_failure)
         release_memory(torch.device(device))
         half = (len(images) + 1) // 2
         batch_sizes.update({name: min(batch_sizes.get(name, half), half) for name in running})
@@ -183,7 +66,11 @@ def evaluate(
                 on_batch(parts[-1])
     if not parts:
         raise ValueError("there are no images to evaluate on")
-    return {name: join(part[name] for part in parts) for name in running}
+    results = {name: join(part[name] for part in parts) for name in running}
+    if neighbors is not None:
+        for name, own in results.items():
+            own.neighbor[:] = neighbors.classes(name, torch.from_numpy(own.label)).numpy()
+    return results
 
 
 def _answers(
@@ -192,28 +79,47 @@ def _answers(
     images: Tensor,
     labels: Tensor,
     classifier: bool,
+    among: Tensor | None,
+    neighbors: Neighbors | None,
     batch_sizes: dict[str, int],
     on_failure: Callable[[str, Exception], None] | None,
 ) -> dict[str, Predictions]:
     """Every running model's answers to one batch; models that fail are taken out of `running`."""
     answers: dict[str, dict[str, Tensor]] = {}
+    given = labels
+    if among is not None:
+        labels = torch.searchsorted(among, labels).where(labels >= 0, -1)
     compared: Tensor | None = None
     for name, model in list(running.items()):
         try:
             output = _output(name, model, images, batch_sizes)
+            if among is not None:
+                output = output[:, among.to(output.device)]
             if name == reference:
                 compared = output
-            answers[name] = _read_off(output, labels) if classifier else _without_classes(output, labels)
-            answers[name] |= _distance(output, compared, classifier)
+            if neighbors is not None:
+                neighbors.add(name, output)
+            if not classifier:
+                answers[name] = _without_classes(output, labels) | _distance(output, compared, classifier)
+            elif output.shape[1] == 1:
+                answers[name] = _without_classes(output, labels) | _one_output(output)
+            else:
+                answers[name] = _read_off(output, labels) | _distance(output, compared, classifier)
         except Exception as error:
             if on_failure is None:
                 raise
             del running[name]
             on_failure(name, error)
+        else:
+            if among is not None:
+                predicted = answers[name]["predicted"]
+                answers[name]["predicted"] = among.to(predicted.device)[predicted].where(predicted >= 0, -1)
     # Fetched only now, so that an accelerator is waited for once a batch and not once a model.
     return {
         name: Predictions(
-            labels.numpy(), **{field: values.cpu().numpy() for field, values in answer.items()}, classifies=classifier
+            given.numpy(),
+            **{field: values.cpu().numpy() for field, values in answer.items()},
+            classifies="output" not in answer and classifier,
         )
         for name, answer in answers.items()
     }
@@ -263,6 +169,12 @@ def _without_classes(features: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """`_read_off` for features (B, D): nothing is predicted."""
     nothing = torch.full((len(labels),), -1, device=features.device)
     return {"predicted": nothing, "label_probability": nothing * float("nan"), "top5": nothing > 0}
+
+
+def _one_output(output: Tensor) -> dict[str, Tensor]:
+    """The output (B, 1) itself: softmax and argmax of one number are 1 and 0 whatever it is."""
+    value = output[:, 0].float()
+    return {"output": value.where(value.isfinite(), float("nan"))}
 
 
 def _distance(output: Tensor, compared: Tensor | None, classifier: bool) -> dict[str, Tensor]:

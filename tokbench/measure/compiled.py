@@ -15,10 +15,10 @@ Model = TypeVar("Model", bound=nn.Module)
 def compile_model(model: Model, *, backend: str | Callable[..., Any] = "inductor") -> Model:
     """Compile a model in place, as `model.compile()` does, for one shape at a time and without graph breaks.
 
-    torch keeps what it compiled with the code it came from, which all models of one class share: from the ninth on
-    (`torch._dynamo.config.recompile_limit`) they would run uncompiled, with a line in the log. Here every model has
-    code of its own, so a process may hold any number of them, and none is slowed by the guards of the others.
-    A pass that cannot be compiled raises torch's error. Copies of the model (`fork`, pickle) are not compiled.
+    torch caches compiled code by code object, which all models of one class share: from the ninth model on
+    (`torch._dynamo.config.recompile_limit`) they would run uncompiled, with only a line in the log. Here every model
+    gets a code object of its own, so there is no limit and no model evaluates the guards of the others.
+    A model that cannot be compiled raises torch's error. Copies of the model (`fork`, pickle) are not compiled.
     """
 
     def call(*inputs: Any, **named: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a measurement ran on: machine, drivers and package versions. Nothing that names a person or a host."""
+"""The conditions of a measurement: machine, drivers, package versions. Nothing that identifies a person or host."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ import torch
 PACKAGES = ("tokbench", "torch", "torchvision", "timm", "fvcore", "numpy", "scipy", "safetensors", "triton")
 
 _SDPA = ("flash", "mem_efficient", "cudnn", "math")
-# What a control group of version 2 is granted: microseconds of CPU time in every so many, or "max".
+# The CPU limit of a cgroup v2: microseconds of CPU time (or "max") per period in microseconds.
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-# NVML's bits for what holds clocks down against one's will; idling and a set application clock are none of these.
+# NVML's bits for involuntary throttling; idling and application clocks are not included.
 _THROTTLING = {
     0x4: "power limit",
     0x8: "hardware slowdown",
@@ -32,7 +32,7 @@ _THROTTLING = {
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results may depend on, as far as they are installed."""
+    """Versions of Python and of the installed packages that results may depend on."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -43,14 +43,13 @@ def package_versions() -> dict[str, str]:
 
 
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What speed depends on, ready for JSON: platform, CPU, memory, threads, versions, and a GPU `device`.
+    """Everything that speed depends on, ready for JSON.
 
-    Keys always there: platform, libc (None where unknown), cpu, cpu_capability (the instructions that torch uses),
-    governor (of its clocks; None where the system does not tell), cores (see `available_cores`), threads (torch's),
-    memory_gib, sdpa (the kernels of fused attention that are switched on), device, python, torch, timm, torch_build
-    (what the version leaves out: for which CUDA, from which commit). On CUDA also: gpu, gpu_memory_gib, gpu_capability,
-    cuda, cudnn, driver (None where NVML does not tell), matmul_fp32 and conv_fp32 ("tf32" where float32 matrix products
-    and convolutions may use TF32), cudnn_benchmark.
+    Always: platform, libc (None if unknown), cpu, cpu_capability (the instruction set that torch uses), governor (of
+    the CPU clocks; None if unknown), cores (see `available_cores`), threads (torch's), memory_gib, sdpa (the enabled
+    fused attention kernels), device, python, torch, timm, torch_build (CUDA version and commit of the torch build). On
+    CUDA also: gpu, gpu_memory_gib, gpu_capability, cuda, cudnn, driver (None if NVML does not report it), matmul_fp32
+    and conv_fp32 ("tf32" if float32 matrix products and convolutions may use TF32), cudnn_benchmark.
     """
     device = torch.device(device)
     versions = package_versions()
@@ -80,7 +79,7 @@ def _describe_gpu(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         "driver": _driver(),
-        # The older allow_tf32 raises once a program has set the precision this way.
+        # Reading the older allow_tf32 raises once a program has set the precision through this API.
         "matmul_fp32": torch.backends.cuda.matmul.fp32_precision,
         "conv_fp32": torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
@@ -108,7 +107,7 @@ def _cpu_name() -> str:
 
 
 def available_cores() -> int:
-    """How many cores' time this process may use: those it may run on, and no more than its container is granted."""
+    """The number of cores this process may use: its CPU affinity, limited by its container's CPU quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = _CPU_QUOTA.read_text(encoding="utf-8").split()
@@ -123,7 +122,7 @@ def _governor() -> str | None:
 
 
 def git_state(folder: Path | None = None) -> dict[str, Any] | None:
-    """{"commit", "modified"} of the git checkout that tokbench itself runs from; None where it is no checkout."""
+    """{"commit", "modified"} of the git checkout that tokbench runs from; None if it is not a checkout."""
     folder = folder or Path(__file__).parent
     try:
         commit, status, tracked = (
@@ -136,18 +135,17 @@ def git_state(folder: Path | None = None) -> dict[str, Any] | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    # An installed copy may lie inside somebody else's checkout, such as a project's virtual environment.
+    # An installed copy may be inside another checkout, for example in a project's virtual environment.
     return {"commit": commit.strip(), "modified": bool(status.strip())} if tracked.strip() else None
 
 
 @dataclass(frozen=True)
 class Disturbance:
-    """What else went on while speed was measured, and what is to be said about it.
+    """What else the machine did while speed was measured.
 
-    other_cpu: share of the machine's CPU time that other processes took, in [0, 1]. gpu: the GPU's states put together:
-    the lowest clock, the highest power, temperature and number of other processes, every reason for throttling, and
-    in how many of the looks it throttled; None without one. warnings: sentences, each on one thing that may make the
-    timings worthless.
+    other_cpu: share of the machine's CPU time used by other processes, in [0, 1]. gpu: the summary of all looks at the
+    GPU: lowest clock, highest power, temperature and number of other processes, every reason for throttling, and in how
+    many looks it throttled; None without a GPU. warnings: sentences, one for each thing that may spoil the timings.
     """
 
     other_cpu: float
@@ -158,8 +156,7 @@ class Disturbance:
 class Watch:
     """Watches the machine while speed is measured: `watch = Watch(device)`, the work, then `watch.stop()`.
 
-    A GPU is looked at by `watch.look()`, best between two rounds: a moment after the last of them it is idle, cool and
-    throttled by nothing.
+    Call `watch.look()` after each round to sample a GPU: soon after the work it is idle and no longer throttled.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -167,16 +164,16 @@ class Watch:
         self._looks: list[dict[str, Any]] = []
         self._library = ExitStack()
         if device.type == "cuda":
-            self._library.enter_context(_nvml())  # so that a look need not open it
+            self._library.enter_context(_nvml())  # keep NVML open, so that looks are quick
         self._began = _cpu_seconds()
 
     def look(self) -> None:
-        """Note the GPU's state, if there is one to be asked."""
+        """Sample the GPU's state, if there is a GPU."""
         if state := gpu_state(self._device):
             self._looks.append(state)
 
     def stop(self) -> Disturbance:
-        """What was seen since the watch began."""
+        """End the watch and return what it saw."""
         busy, everything, own = (now - then for now, then in zip(_cpu_seconds(), self._began, strict=True))
         other = max(0.0, busy - own) / everything if everything > 0 else 0.0
         if not self._looks:
@@ -187,10 +184,10 @@ class Watch:
 
 
 def _cpu_seconds() -> tuple[float, float, float]:
-    """(seconds all cores were busy, seconds all cores had, seconds this process took), counted from some moment."""
+    """(busy seconds of all cores, total seconds of all cores, seconds of this process), from an arbitrary start."""
     times, own = psutil.cpu_times(), psutil.Process().cpu_times()
     idle = times.idle + getattr(times, "iowait", 0.0)
-    # On Linux guests' time is part of user time.
+    # On Linux, guest time is already part of user time.
     everything = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
     return everything - idle, everything, own.user + own.system
 
@@ -201,20 +198,20 @@ def _host_warnings(device: torch.device, other: float) -> list[str]:
     if other > 0.1:
         warnings.append(
             f"other work took {other:.0%} of the machine's CPU time while speed was measured: "
-            "time again on an idle machine before believing a speed-up"
+            "measure again on an idle machine before trusting a speed-up"
         )
     if device.type == "cpu" and torch.get_num_threads() > cores:
         warnings.append(
-            f"{torch.get_num_threads()} threads share {cores} cores: set OMP_NUM_THREADS={cores} and time again"
+            f"{torch.get_num_threads()} threads share {cores} cores: set OMP_NUM_THREADS={cores} and measure again"
         )
     if device.type == "cuda" and os.environ.get("CUDA_LAUNCH_BLOCKING", "0") != "0":
-        warnings.append("CUDA_LAUNCH_BLOCKING makes the host wait for every kernel: unset it and time again")
+        warnings.append("CUDA_LAUNCH_BLOCKING makes the host wait for every kernel: unset it and measure again")
     return warnings
 
 
 @contextmanager
 def _nvml() -> Iterator[bool]:
-    """NVML open inside the block, which is told whether it is there. It counts: only the last to leave closes it."""
+    """Open NVML inside the block; yields whether it is available. NVML counts opens, so blocks can be nested."""
     import pynvml
 
     try:
@@ -229,9 +226,9 @@ def _nvml() -> Iterator[bool]:
 
 
 def gpu_state(device: torch.device) -> dict[str, Any] | None:
-    """Clocks (MHz), power (W), temperature (°C), reasons for throttling, other processes: what NVML tells; else None.
+    """Clocks (MHz), power (W), temperature (°C), reasons for throttling and other processes, from NVML.
 
-    A figure that this GPU does not tell is None. On devices other than CUDA, or without NVML: None.
+    Values that the GPU does not report are None. Returns None on devices other than CUDA and without NVML.
     """
     if device.type != "cuda":
         return None
@@ -246,16 +243,16 @@ def gpu_state(device: torch.device) -> dict[str, Any] | None:
     with _nvml() as is_open:
         if not is_open:
             return None
-        # CUDA's numbers are not NVML's: CUDA_VISIBLE_DEVICES may hide and reorder GPUs. Their UUIDs are the same.
+        # By UUID, because CUDA_VISIBLE_DEVICES may hide and reorder GPUs for CUDA but not for NVML.
         uuid = torch.cuda.get_device_properties(device).uuid
         own = ask("nvmlDeviceGetHandleByUUID", f"GPU-{uuid}") or ask("nvmlDeviceGetHandleByUUID", f"MIG-{uuid}")
         if own is None:
             return None
-        # A slice of a GPU has processes of its own; clocks, power and heat are the whole card's.
+        # A MIG slice has its own processes; clocks, power and temperature are the whole card's.
         card = ask("nvmlDeviceGetDeviceHandleFromMigDeviceHandle", own) or own
         power, limit = ask("nvmlDeviceGetPowerUsage", card), ask("nvmlDeviceGetEnforcedPowerLimit", card)
         reasons = ask("nvmlDeviceGetCurrentClocksEventReasons", card)
-        if reasons is None:  # its name before driver 535
+        if reasons is None:  # the name before driver 535
             reasons = ask("nvmlDeviceGetCurrentClocksThrottleReasons", card)
         processes = ask("nvmlDeviceGetComputeRunningProcesses", own)
         return {
@@ -266,7 +263,7 @@ def gpu_state(device: torch.device) -> dict[str, Any] | None:
             "power_limit_w": None if limit is None else limit / 1000,
             "temperature_c": ask("nvmlDeviceGetTemperature", card, pynvml.NVML_TEMPERATURE_GPU),
             "throttling": None if reasons is None else [name for bit, name in _THROTTLING.items() if reasons & bit],
-            # One is this process, which in a container goes by another number: it cannot be left out by its own.
+            # One is this process, which cannot be found by its PID: in a container NVML reports another one.
             "other_processes": None if processes is None else max(0, len({one.pid for one in processes}) - 1),
         }
 
@@ -298,11 +295,11 @@ def _gpu_warnings(gpu: dict[str, Any] | None) -> list[str]:
         warnings.append(
             f"the GPU throttled in {gpu['throttled']} of {gpu['looks']} rounds ({why}; down to {gpu['clock_mhz']} of "
             f"{gpu['clock_max_mhz']} MHz, up to {hottest} °C): "
-            "compare cells within this run only, or lock its clocks lower (nvidia-smi -lgc) and time again"
+            "compare cells within this run only, or lock its clocks lower (nvidia-smi -lgc) and measure again"
         )
     if gpu and gpu["other_processes"]:
         others = (
             "another process is" if gpu["other_processes"] == 1 else f"{gpu['other_processes']} other processes are"
         )
-        warnings.append(f"{others} on the GPU: other work there slows some rounds and not others")
+        warnings.append(f"{others} on the GPU, which slows some rounds more than others")
     return warnings

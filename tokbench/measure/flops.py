@@ -11,19 +11,20 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokbench.fusion.patch import fork
 from tokbench.measure._model import placement, resolve_input_size
 
 Handler = Callable[[list[Any], list[Any]], int]
 
-# Work of the order of the number of elements: a ViT's matrix products cost a hundred times as much. Free on
-# purpose, as in the papers' figures. Any other operator that is neither counted nor ignored by fvcore itself
-# (which ignores shape and copy operators) is reported in FlopCount.unsupported.
+# Elementwise work counts as free, as in the papers: a ViT's matrix products cost a hundred times as much. Any other
+# operator that is neither counted nor ignored by fvcore (which ignores shape and copy operators) is reported in
+# FlopCount.unsupported.
 _ARITHMETIC = """
     add add_ sub sub_ rsub mul mul_ div div_ neg abs reciprocal sqrt rsqrt square pow exp log log1p log2 expm1
     sign floor ceil round clamp clamp_min clamp_min_ clamp_max maximum minimum where lerp addcmul addcdiv
@@ -46,8 +47,8 @@ _MOVEMENT = """
     scatter_add scatter_add_ scatter_reduce scatter_reduce_ index_add index_add_ index_copy index_copy_
     index_fill index_fill_ index_put index_reduce index_reduce_ masked_select masked_scatter repeat
     repeat_interleave tile flip expand_as view_as reshape_as swapaxes swapdims movedim mT numpy_T
-    unflatten ravel concat concatenate hstack vstack broadcast_to clone alias tril triu tril_ triu_
-    diagonal tensor_split unfold pad one_hot embedding meshgrid linspace new_ones new_tensor ones_like
+    eye unflatten ravel concat concatenate hstack vstack broadcast_to clone alias tril triu tril_ triu_
+    diagonal tensor_split unfold im2col pad one_hot embedding meshgrid linspace new_ones new_tensor ones_like
     empty_like rand rand_like randn randn_like randperm scalar_tensor lift_fresh avg_pool2d max_pool2d
 """
 FREE_OPERATORS = frozenset(
@@ -57,43 +58,63 @@ FREE_OPERATORS = frozenset(
 
 @dataclass(frozen=True)
 class FlopCount:
-    """Multiply-adds of one forward pass on one image.
+    """Multiply-adds of one forward pass on one image; where several were counted, their means.
 
-    `total` is the whole model's. `by_module` maps every submodule's dotted name ("" is the model) to its
-    share, children included; `by_operator` maps operator names to theirs. `unsupported` maps operators that
-    may cost multiply-adds but could not be counted to their number of calls: unless it is empty, `total` is
-    too low.
+    `total` is the whole model's, and `spread` its standard deviation over the images. `by_module` maps the dotted name
+    of every submodule ("" is the model) to its count, children included; `by_operator` does so for operators.
+    `unsupported` maps operators that may cost multiply-adds but cannot be counted to their number of calls: unless it
+    is empty, `total` is too low.
     """
 
     total: int
     by_module: dict[str, int]
     by_operator: dict[str, int]
     unsupported: dict[str, int]
+    spread: float = 0.0
 
 
-def count_flops(model: nn.Module, input_size: int | Sequence[int] | None = None) -> FlopCount:
+def count_flops(
+    model: nn.Module, input_size: int | Sequence[int] | None = None, *, images: Tensor | None = None
+) -> FlopCount:
     """Count the multiply-adds of `model` on one image, in eval mode, on the model's own device and dtype.
 
-    `input_size` is the side of a square image, or (C, H, W), or None for the size the model was built for; a
-    ValueError says so when that cannot be told. The model itself is neither run nor changed: a copy that
-    shares its parameters and buffers is traced. A compiled model counts as the eager one it was made from.
+    images: (B, C, H, W), each counted alone, for models whose work depends on the image; None: a random one.
+
+    `input_size` is the side of a square image, or (C, H, W), or None for the size the model was built for; raises
+    ValueError if that is unknown. The model is neither run nor changed: a copy that shares its parameters and buffers
+    is traced. A compiled model counts as its eager original.
     """
-    size = resolve_input_size(_eager(model), input_size)
-    # Sizes are traced integers, which a module may store, and fvcore's hooks stay when a forward pass raises: none of
-    # it may reach the caller's model.
+    # On a copy: a module may store traced sizes, and fvcore leaves its hooks in place if the forward pass raises.
     twin = fork(_eager(model)).eval()
     device, dtype = placement(twin)
-    # Random rather than zeros, so that no method meets the division by zero that equal tokens could bring.
-    image = torch.rand(1, *size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    if images is None:
+        # Random, because identical tokens could make a method divide by zero.
+        size = resolve_input_size(_eager(model), input_size)
+        images = torch.rand(1, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), warnings.catch_warnings():
-        # torch announces the deprecation of the tracer that fvcore is built on, at import and at every trace.
+        # The tracer that fvcore uses is deprecated; torch warns at import and at every trace.
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        return _analyze(twin, image)
+        return _mean([_analyze(twin, image) for image in images.to(device, dtype).split(1)])
+
+
+def _mean(counts: list[FlopCount]) -> FlopCount:
+    def each(parts: list[dict[str, int]]) -> dict[str, int]:
+        names = dict.fromkeys(name for part in parts for name in part)
+        return {name: round(fmean(part.get(name, 0) for part in parts)) for name in names}
+
+    totals = [count.total for count in counts]
+    return FlopCount(
+        total=round(fmean(totals)),
+        by_module=each([count.by_module for count in counts]),
+        by_operator=each([count.by_operator for count in counts]),
+        unsupported=each([count.unsupported for count in counts]),
+        spread=stdev(totals) if len(totals) > 1 else 0.0,
+    )
 
 
 def _analyze(model: nn.Module, image: torch.Tensor) -> FlopCount:
-    from fvcore.nn import FlopCountAnalysis  # slow to import, and not needed to import this module
+    from fvcore.nn import FlopCountAnalysis  # slow to import
 
     analysis = FlopCountAnalysis(model, image)
     analysis.set_op_handle(**dict.fromkeys(FREE_OPERATORS), **_handlers())
@@ -116,7 +137,7 @@ def _handlers() -> dict[str, Handler]:
     from fvcore.nn.jit_handles import norm_flop_counter
 
     return {
-        # fvcore's own matmul takes the first operand's batch for the result's and needs two matrices.
+        # fvcore's own matmul uses only the first operand's batch dimensions, and needs two matrices.
         **_each("matmul mm bmm mv dot vdot", _matmul),
         **_each("addmm addmm_ baddbmm baddbmm_ addbmm addmv", _added_matmul),
         **_each("inner", _inner),
@@ -142,7 +163,7 @@ def _shape(value: Any) -> list[int]:
 
 
 def _broadcast(*shapes: Sequence[int]) -> list[int]:
-    """The common shape. The larger size wins, which also gives grouped-query attention the queries' heads."""
+    """The common shape. Taking the larger size also gives grouped-query attention the number of query heads."""
     length = max(len(shape) for shape in shapes)
     padded = [[1] * (length - len(shape)) + list(shape) for shape in shapes]
     return [max(sizes) for sizes in zip(*padded, strict=True)]
@@ -182,7 +203,7 @@ def _einsum(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 def einsum_flops(equation: str, shapes: Sequence[Sequence[int]]) -> int:
-    """Multiply-adds of an einsum whose operands are contracted in pairs from the left (0 for one operand).
+    """Multiply-adds of an einsum that contracts its operands in pairs from the left (0 for one operand).
 
     A pair costs the product of the sizes of all its indices. An ellipsis stands for leading batch dimensions.
     """

@@ -1,4 +1,4 @@
-"""Which kernels compute a model's attention: what "fused attention" came to in a given model, dtype and machine."""
+"""Which fused attention kernels a model really uses, in its dtype and on this machine."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class _Called(TorchDispatchMode):
 
 
 def attention_kernels(model: nn.Module, images: Tensor) -> list[str]:
-    """The fused attention kernels that a forward pass on `images` (B, C, H, W) runs, sorted, [] where there is none.
+    """The fused attention kernels that a forward pass on `images` (B, C, H, W) runs, sorted; [] if it runs none.
 
-    Their names are PyTorch's: `flash_attention`, `efficient_attention`, `cudnn_attention`, `flash_attention_for_cpu`.
-    A mask, such as that of proportional attention, rules flash attention out on CUDA. The model must not be compiled.
+    The names are PyTorch's: `flash_attention`, `efficient_attention`, `cudnn_attention`, `flash_attention_for_cpu`. On
+    CUDA a mask, as in proportional attention, rules out flash attention. The model must not be compiled.
     """
-    # In inference mode the choice would be made where no dispatch mode sees it.
+    # In inference mode, dispatch modes do not see which kernel is chosen.
     with torch.inference_mode(False), torch.no_grad(), evaluation_mode([model]), _Called() as called:
         model(images)
     return sorted(name.removeprefix(_PREFIX) for name in called.names if name.startswith(_PREFIX))

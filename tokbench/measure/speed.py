@@ -1,4 +1,4 @@
-"""Throughput of several models, measured in turns so that what disturbs the machine disturbs them alike."""
+"""Throughput and latency of several models, measured in turns so that disturbances affect all of them alike."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -26,13 +27,13 @@ from tokbench.measure._model import (
 )
 from tokbench.measure.stats import batch_quantile, median_ratio_interval
 
-# Below this many rounds a median and its interval mean little; above that many, time is better spent in longer turns.
+# With fewer rounds, a median and its interval mean little; beyond the maximum, longer turns are worth more.
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 40
-# Half the width, relative to the speed-up, that its interval is to have, and the rounds that tell what this takes.
+# Target half-width of a speed-up's interval, relative to it, and the rounds used to estimate what that takes.
 TARGET_WIDTH, PILOT_ROUNDS = 0.01, 5
-# Passes on a single image: their 95th percentile is then not the slowest.
+# Passes on a single image: enough that the 95th percentile is not the slowest one.
 LATENCIES = 50
-# Long enough for the clock and for an accelerator's queue, short enough not to matter.
+# Long enough for the clock's resolution and an accelerator's queue, short compared with the measurement.
 ESTIMATE_SECONDS = 0.05
 
 # From glibc's malloc.h.
@@ -43,10 +44,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 class SpeedResult:
     """One model's timings.
 
-    `rounds` holds the seconds a forward pass on `batch_size` images took, one figure a round, each the mean
-    of `iterations` passes. `throughput` is in images/s, from the median round. `speedup` is the median over
-    the rounds of the first model's seconds over this one's, with its 95 % interval from `speedup_low` to
-    `speedup_high`; the first model's own is 1. `latency` holds the seconds that forward passes on a single image took.
+    `rounds` holds one value a round: the seconds of a forward pass on `batch_size` images, the mean of `iterations`
+    passes. `throughput` is in images/s, from the median round. `speedup` is the median over rounds of the first model's
+    seconds / this one's (so 1 for the first model), with its 95 % interval from `speedup_low` to `speedup_high`.
+    `latency` holds the seconds of forward passes on a single image.
     """
 
     name: str
@@ -65,55 +66,59 @@ def measure_speed(
     *,
     batch_size: int,
     input_size: int | Sequence[int] | None = None,
+    images: Tensor | None = None,
     rounds: int | None = None,
     seconds: float = 30.0,
     latency_of: Collection[str] = (),
     warmup: int = 3,
     seed: int = 0,
+    on_warm: Callable[[int], None] | None = None,
     on_round: Callable[[int, int], None] | None = None,
     on_failure: Callable[[str, Exception], None] | None = None,
 ) -> list[SpeedResult]:
     """Time the models' forward passes in interleaved rounds; speed-ups are over the first model.
 
-    All models run on the same random images, on their parameters' device and in their dtype, which must be common.
-    In each round every model has one turn. Models too slow for `seconds` get fewer rounds, at least 5 (or `rounds`),
-    and those that a busy machine slows down later on stop after twice the time.
+    All models run on the same images, random unless some are given. Their parameters must be on one device and of one
+    dtype. In each round every model has one turn. If the models are too slow for `seconds`, there are fewer rounds, at
+    least 5 (or `rounds`); if a busy machine slows them down later, the measurement stops after twice the time.
 
     Args:
-        models: the models by name, the one that speed-ups are over first.
+        models: the models by name; the first is the reference of the speed-ups.
         batch_size: images in a pass.
-        input_size: a side, (C, H, W), or None for what the first model was built for.
-        rounds: how many, if they fit in `seconds`. None: a pilot of a few rounds, not counted, tells how many make
-            every speed-up's interval ±1 % wide, and as many are made as fit in `seconds`. Their number is fixed before
-            the first counts: stopping once the interval looks narrow would make it wrong too often.
-        seconds: the time for all rounds of all models; a turn is as many passes as fit its share, at least one.
-        latency_of: models to be timed on single images too, some passes in each round, so that latency has seen as
-            much of the machine's moods as throughput: about 50 in all, or fewer that take half of `seconds` more.
-            They are on the host's clock, from the call to the answer, because launching kernels is part of it.
-        warmup: passes of every model before; a few more estimate its speed.
+        input_size: the side, (C, H, W), or None for the size the first model was built for.
+        images: (B, C, H, W), for models whose work depends on them, taken again from the first if a batch has more.
+        rounds: the number of rounds, if they fit in `seconds`. None: an uncounted pilot estimates how many give every
+            speed-up an interval of ±1 %, and as many as fit in `seconds` run. The number is fixed before the first
+            counted round: stopping once the interval looks narrow would bias it.
+        seconds: time for all rounds of all models; a turn has as many passes as fit its share, at least one.
+        latency_of: models to time on single images too, some passes in each round: about 50 in all, or fewer so that
+            they take at most half of `seconds` more. They use the host's clock, because latency includes kernel
+            launches.
+        warmup: uncounted passes of every model before; a few more estimate its speed.
         seed: of the images and of the order of turns.
-        on_round: told the rounds done and planned.
-        on_failure: told of a model that raises, which is then left out of the results; without `on_failure`, or when
-            it is the first model, the exception goes through.
+        on_warm: called with the number of warm-ups that are done: one a model, which compiles it where it compiles, and
+            one more for each of `latency_of`.
+        on_round: called with the rounds done and planned.
+        on_failure: called with a model that raises, which is then left out; without `on_failure`, and for the first
+            model, the exception propagates.
 
-    On the CPU the process keeps the memory that it frees from then on: see `keep_freed_memory`.
+    On the CPU the process keeps freed memory from then on: see `keep_freed_memory`.
 
     Raises:
-        ValueError: models on different devices or of different dtypes, and no models, images or rounds.
+        ValueError: the models differ in device or dtype, or there are no models, images or rounds.
     """
     if not models or batch_size < 1 or (rounds is not None and rounds < 1):
         raise ValueError("measure_speed needs at least one model, one image in a batch and one round")
     device, dtype = _common_placement(models)
     reference = next(iter(models))
-    size = resolve_input_size(models[reference], input_size)
-    images = torch.rand(batch_size, *size, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    images = _batch(models[reference], batch_size, input_size, images, seed)
     image = images[:1].clone()
     running = dict(models)
     if device.type == "cpu":
         keep_freed_memory()
 
     def each(order: Iterable[str], timed: Callable[[str], float]) -> dict[str, float]:
-        """What `timed` says of these models, as far as they are still in the running."""
+        """`timed` of these models, except those that have failed."""
         figures = {}
         for name in order:
             if name in running:
@@ -126,14 +131,22 @@ def measure_speed(
                     on_failure(name, error)
         return figures
 
+    warm = 0
+
+    def warmed(name: str, images: Tensor) -> float:
+        nonlocal warm
+        estimate = _warm_up(models[name], images, warmup)
+        warm += 1
+        if on_warm is not None:
+            on_warm(warm)
+        return estimate
+
     def turn(name: str) -> float:
         return _seconds(models[name], images, iterations[name])
 
     with torch.inference_mode(), evaluation_mode(models.values()), _short_collections():
-        estimates = each(models, lambda name: _warm_up(models[name], images, warmup))
-        single = each(
-            (name for name in models if name in latency_of), lambda name: _warm_up(models[name], image, warmup)
-        )
+        estimates = each(models, lambda name: warmed(name, images))
+        single = each((name for name in models if name in latency_of), lambda name: warmed(name, image))
         estimates = {name: estimates[name] for name in running}
         planned, iterations = plan(estimates, MOST_ROUNDS if rounds is None else rounds, seconds)
         if rounds is None and planned > FEWEST_ROUNDS + PILOT_ROUNDS:
@@ -148,8 +161,9 @@ def measure_speed(
         for done, order in enumerate(_orders(running, planned, seed), start=1):
             for name, mean in each(order, turn).items():
                 timings[name].append(mean)
-            for single_order in _orders(single, answers, seed + done):
-                for name, took in each(single_order, lambda name: _host_seconds(models[name], image, 1)).items():
+            for number, single_order in enumerate(_orders(single, answers, seed + done), start=done * answers):
+                image = images[number % batch_size].unsqueeze(0)  # the same for every model
+                for name, took in each(single_order, partial(_answer_seconds, models, image)).items():
                     latencies[name].append(took)
             if on_round is not None:
                 on_round(done, planned)
@@ -168,7 +182,7 @@ def measure_speed(
 
 
 def plan(estimates: Mapping[str, float], rounds: int, seconds: float) -> tuple[int, dict[str, int]]:
-    """(rounds, passes in a turn by model) for models whose passes take about `estimates` seconds."""
+    """(rounds, passes in a turn by model) for models with passes of about `estimates` seconds."""
     affordable = int(seconds / sum(estimates.values()))
     rounds = min(rounds, max(affordable, FEWEST_ROUNDS))
     turn = seconds / (rounds * len(estimates))
@@ -176,10 +190,10 @@ def plan(estimates: Mapping[str, float], rounds: int, seconds: float) -> tuple[i
 
 
 def rounds_for(pilot: Sequence[Mapping[str, float]], reference: str) -> int:
-    """How many rounds bring the 95 % interval of each median speed-up to ± `TARGET_WIDTH`, judged by a pilot's.
+    """Rounds needed for a 95 % interval of ± `TARGET_WIDTH` of every median speed-up, estimated from a pilot.
 
-    The median of n normal log ratios of deviation σ has a deviation of 1.2533 σ / √n, and the interval reaches a
-    quantile of Student's t times that.
+    The median of n normal log ratios with standard deviation σ has standard deviation 1.2533 σ / √n; the interval's
+    half-width is a quantile of Student's t times that.
     """
     names = sorted(set.intersection(*(set(seconds) for seconds in pilot)))
     logs = np.log([[seconds[reference] / seconds[name] for name in names] for seconds in pilot])
@@ -188,10 +202,10 @@ def rounds_for(pilot: Sequence[Mapping[str, float]], reference: str) -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc's malloc keep what is freed instead of giving it back to the system; False where there is no glibc.
+    """Make glibc's malloc keep freed memory instead of returning it to the system; False without glibc.
 
-    Whether it gives back depends on what the process did before, and taking it again costs a page fault for every
-    4 KiB: up to a fifth of a pass of a method that writes large matrices, in one process and not in the next.
+    Whether malloc returns memory depends on what the process did before, and getting it back costs a page fault for
+    every 4 KiB, so that the same pass is slower in one process than in another.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -199,18 +213,32 @@ def keep_freed_memory() -> bool:
     return bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
+def _batch(
+    model: nn.Module, batch_size: int, input_size: int | Sequence[int] | None, images: Tensor | None, seed: int = 0
+) -> Tensor:
+    """(batch_size, C, H, W) on the model's device: of these images, or random ones."""
+    if images is None:
+        size = resolve_input_size(model, input_size)
+        images = torch.rand(batch_size, *size, generator=torch.Generator().manual_seed(seed))
+    device, dtype = placement(model)
+    return images[torch.arange(batch_size) % len(images)].to(device, dtype)
+
+
 def measure_memory(
-    model: nn.Module, *, batch_size: int, input_size: int | Sequence[int] | None = None
+    model: nn.Module,
+    *,
+    batch_size: int,
+    input_size: int | Sequence[int] | None = None,
+    images: Tensor | None = None,
 ) -> tuple[int, int] | None:
     """(bytes allocated, bytes reserved) at the peak of a forward pass on CUDA, weights included; None elsewhere.
 
-    Everything else on the device counts as well, such as the weights of other models; models made by `fork` share one
-    copy of theirs.
+    Everything else on the device counts too, such as the weights of other models; models made by `fork` share theirs.
     """
-    device, dtype = placement(model)
+    device, _ = placement(model)
     if device.type != "cuda":
         return None
-    images = torch.rand(batch_size, *resolve_input_size(model, input_size)).to(device, dtype)
+    images = _batch(model, batch_size, input_size, images)
     with torch.inference_mode(), evaluation_mode([model]):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -222,7 +250,7 @@ def measure_memory(
 def largest_batch(
     models: Iterable[nn.Module], *, input_size: int | Sequence[int] | None = None, most: int = 1024
 ) -> int:
-    """The largest power of two, up to `most`, of images that every model has memory for. 1 is taken for granted."""
+    """The largest power of two, up to `most`, of images that fit in memory for every model; 1 is not tried."""
     size = 1
     while size < most and all(_fits(model, 2 * size, input_size) for model in models):
         size *= 2
@@ -241,14 +269,14 @@ def _fits(model: nn.Module, batch_size: int, input_size: int | Sequence[int] | N
             raise
     else:
         return True
-    # Only here: while the exception is being handled, its frames still hold what filled the memory.
+    # Not in the handler: there, the frames of the exception still hold the memory.
     release_memory(device)
     return False
 
 
 @contextmanager
 def _short_collections() -> Iterator[None]:
-    """Python's garbage collector leaves alone what is there already: walking all of it takes as long as many passes."""
+    """Exclude existing objects from garbage collection: traversing them takes as long as many passes."""
     if gc.get_freeze_count():
         yield
         return
@@ -269,10 +297,10 @@ def _common_placement(models: Mapping[str, nn.Module]) -> tuple[torch.device, to
 
 
 def _warm_up(model: nn.Module, images: Tensor, passes: int) -> float:
-    """Seconds of a pass, roughly, after the passes that compile, allocate and choose kernels."""
+    """Estimated seconds of a pass, after warm-up passes that compile, allocate and choose kernels."""
     for _ in range(passes):
         answers = model(images)
-        if isinstance(answers, Tensor) and len(answers) != len(images):  # it would look fast
+        if isinstance(answers, Tensor) and len(answers) != len(images):  # it would only look fast
             raise ValueError(f"the model gave {len(answers)} answers to {len(images)} images")
     once = _seconds(model, images, 1)
     return _seconds(model, images, max(1, int(ESTIMATE_SECONDS / once)))
@@ -284,10 +312,14 @@ def _orders(names: Iterable[str], rounds: int, seed: int) -> list[list[str]]:
 
 
 def _seconds(model: nn.Module, images: Tensor, iterations: int) -> float:
-    """Mean seconds of a forward pass over `iterations` of them."""
+    """Seconds of a forward pass, the mean of `iterations`."""
     if images.device.type == "cuda":
         return _cuda_seconds(model, images, iterations)
     return _host_seconds(model, images, iterations)
+
+
+def _answer_seconds(models: Mapping[str, nn.Module], image: Tensor, name: str) -> float:
+    return _host_seconds(models[name], image, 1)
 
 
 def _host_seconds(model: nn.Module, images: Tensor, iterations: int) -> float:
@@ -300,7 +332,7 @@ def _host_seconds(model: nn.Module, images: Tensor, iterations: int) -> float:
 
 
 def _cuda_seconds(model: nn.Module, images: Tensor, iterations: int) -> float:
-    """As `_seconds`, on the GPU's own clock: events in the stream know nothing of the host's wake-up time."""
+    """`_seconds` by CUDA events, which exclude the time until the host wakes up."""
     with torch.cuda.device(images.device):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()

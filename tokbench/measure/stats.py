@@ -1,9 +1,9 @@
-"""Intervals and tests for counts of correct images and for timing ratios. All intervals are two-sided."""
+"""Confidence intervals and tests for accuracy and for timing ratios. All intervals are two-sided."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import exp, nan, sqrt
+from math import atanh, exp, nan, sqrt, tanh
 from typing import Literal
 
 import numpy as np
@@ -17,17 +17,17 @@ BATCHES = 5
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval, in [0, 1], of a proportion: `successes` out of `n` ≥ 1."""
+    """95 % Wilson score interval, in [0, 1], of the proportion `successes` / `n`, n ≥ 1."""
     interval = binomtest(successes, n).proportion_ci(CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)
 
 
 def mean_interval(values: ArrayLike, *, resamples: int = 999, seed: int = 0) -> tuple[float, float, float]:
-    """(mean, low, high) of the finite ones of `values` (n,), with a 95 % interval that follows their skew.
+    """(mean, low, high) of the finite `values` (n,), with a 95 % interval that follows their skew.
 
-    A studentized bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 12.5): divergences
-    of a few images far above the rest's make the usual ±1.96 standard errors hold the mean 82 % of the time for 64
-    images. Fewer than 10 values have Student's interval.
+    A studentized bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 12.5), because a few
+    images with a divergence far above the rest make the usual ±1.96 standard errors too narrow. Fewer than 10 values
+    get Student's interval.
     """
     finite: NDArray[np.float64] = np.asarray(values, dtype=float)
     finite = finite[np.isfinite(finite)]
@@ -49,13 +49,28 @@ def mean_interval(values: ArrayLike, *, resamples: int = 999, seed: int = 0) -> 
     return mean, mean - float(high) * error, mean - float(low) * error
 
 
-def paired_drop(baseline_correct: ArrayLike, cell_correct: ArrayLike) -> tuple[float, float, float]:
-    """(drop, low, high) in points: how much less often the cell is right than the baseline on its images.
+def correlation_interval(first: ArrayLike, second: ArrayLike) -> tuple[float, float, float]:
+    """(r, low, high): Pearson's correlation of paired values (n,), n ≥ 2, neither constant, and its 95 % interval.
 
-    Both arguments are bool (n,), image by image in the same order; a gain is negative. The interval is
-    Tango's score interval for paired proportions (Statistics in Medicine 17, 1998) at 95 %: it keeps its
-    coverage when few images change, and leaves out zero just when McNemar's chi-squared test rejects at 5 %
-    (the exact test of `mcnemar_p` is a little stricter). Raises ValueError when lengths differ or are zero.
+    By Fisher's transformation (Metron 1, 1921): atanh r ± 1.96 / √(n − 3). Fewer than four pairs tell nothing.
+    """
+    n = np.size(first)
+    r = float(np.clip(np.corrcoef(np.stack([first, second]))[0, 1], -1, 1))
+    if n < 4:
+        return r, -1.0, 1.0
+    if abs(r) == 1:
+        return r, r, r
+    reach = float(norm.ppf((1 + CONFIDENCE) / 2)) / sqrt(n - 3)
+    return r, tanh(atanh(r) - reach), tanh(atanh(r) + reach)
+
+
+def paired_drop(baseline_correct: ArrayLike, cell_correct: ArrayLike) -> tuple[float, float, float]:
+    """(drop, low, high) in points: the baseline's accuracy minus the cell's, with a 95 % interval.
+
+    Both arguments are bool (n,), whether each image is right, in the same order; a gain is negative. The interval is
+    Tango's score interval for paired proportions (Statistics in Medicine 17, 1998). It keeps its coverage when few
+    images change, and excludes zero exactly when McNemar's chi-squared test rejects at 5 % (the exact test of
+    `mcnemar_p` is slightly stricter). Raises ValueError if the lengths differ or are zero.
     """
     lost, gained, n = _discordant(baseline_correct, cell_correct)
     low = _score_limit(lost, gained, n)
@@ -66,19 +81,19 @@ def paired_drop(baseline_correct: ArrayLike, cell_correct: ArrayLike) -> tuple[f
 def mcnemar_p(
     baseline_correct: ArrayLike, cell_correct: ArrayLike, alternative: Literal["two-sided", "greater"] = "two-sided"
 ) -> float:
-    """p value of McNemar's exact test that both are right equally often; see `paired_drop`.
+    """p value of McNemar's exact test that both are right equally often; arguments as in `paired_drop`.
 
-    alternative "greater": one-sided, small where the baseline is right more often; a gain is then no evidence.
+    alternative "greater" is one-sided: p is small only if the baseline is right more often.
     """
     lost, gained, _ = _discordant(baseline_correct, cell_correct)
     return float(binomtest(lost, lost + gained, alternative=alternative).pvalue) if lost + gained else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values adjusted for their number, in the order given: compare each with the level meant for all together.
+    """p values adjusted for multiple tests, in the order given.
 
-    Holm's step-down procedure (Scandinavian Journal of Statistics 6, 1979): the chance of any false alarm stays below
-    that level however the tests depend on each other, and no test gains less than by Bonferroni's correction.
+    Holm's step-down procedure (Scandinavian Journal of Statistics 6, 1979): it bounds the family-wise error rate for
+    any dependence between the tests, and is never weaker than Bonferroni's correction.
     """
     adjusted = [1.0] * len(p_values)
     largest = 0.0
@@ -89,12 +104,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """(median, low, high) of positive `values` (n,), n ≥ 1, in the order they were measured, with a 95 % interval.
+    """(median, low, high) of positive `values` (n,), n ≥ 1, in the order measured, with a 95 % interval.
 
-    Neighbors in time are alike on a machine that drifts, so the interval is not told by how single values scatter but
-    by how the medians of five consecutive batches do: Student's t on their logarithms (the method of batch means,
-    Conway, Management Science 10, 1963). What drifts more slowly than all the measuring takes, it cannot know.
-    One value tells nothing of itself: its interval is NaN.
+    Consecutive values are correlated on a machine that drifts, so the interval uses the medians of five consecutive
+    batches: Student's t on their logarithms (the method of batch means, Conway, Management Science 10, 1963). It does
+    not cover drift slower than the whole measurement. The interval of a single value is NaN.
     """
     middle = float(np.median(values))
     logs: NDArray[np.float64] = np.log(np.asarray(values, dtype=float) / middle)
@@ -106,10 +120,10 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def median_ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float, float]:
-    """(median, low, high) of the ratios of paired positive measurements, with `median_interval`'s 95 % interval.
+    """(median, low, high) of the ratios of paired positive measurements, with the interval of `median_interval`.
 
-    What disturbs both of a pair (a hot CPU, a busy neighbor) cancels. Raises ValueError when the lengths differ or are
-    zero.
+    Disturbances of both values of a pair (a hot CPU, other load) cancel. Raises ValueError if the lengths differ or
+    are zero.
     """
     if len(numerators) != len(denominators) or not len(numerators):
         raise ValueError(f"need as many numerators as denominators: {len(numerators)}, {len(denominators)}")
@@ -117,7 +131,7 @@ def median_ratio_interval(numerators: Sequence[float], denominators: Sequence[fl
 
 
 def batch_quantile(batches: int = BATCHES) -> float:
-    """Standard errors to either side in a 95 % interval from the scatter of so many batches."""
+    """Half-width of a 95 % interval from this many batches, in standard errors: a quantile of Student's t."""
     return float(student.ppf((1 + CONFIDENCE) / 2, batches - 1))
 
 
@@ -136,13 +150,13 @@ def _score_limit(more: int, less: int, n: int) -> float:
     observed = (more - less) / n
 
     def excess(delta: float) -> float:
-        """How far the data lie above what a true difference `delta` allows."""
-        # The likelihood's maximum under that difference gives the share of images of the smaller kind.
+        """How far the data exceed what a true difference `delta` allows."""
+        # The maximum-likelihood estimate, given that difference, of the proportion of the images in `less`.
         linear = (2 * n - more + less) * delta - more - less
         share = (sqrt(max(linear**2 + 8 * n * less * delta * (1 - delta), 0.0)) - linear) / (4 * n)
         return more - less - n * delta - z * sqrt(max(n * (2 * share + delta * (1 - delta)), 0.0))
 
     if observed == -1:
         return -1.0
-    # Just below the observed difference, because at it the variance may be zero, and a root that is no limit.
+    # Search just below the observed difference: at it, zero variance may give a root that is not the limit.
     return float(brentq(excess, -1.0, observed - 1e-9, xtol=1e-12))

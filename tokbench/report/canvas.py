@@ -1,19 +1,51 @@
-"""Figures become files: which kinds there are, and the same figure always gives the same bytes."""
+"""How figures are drawn and become files: the same everywhere, whatever the user's matplotlib is set to.
+
+Import this before anything else of matplotlib.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+# Where MPLBACKEND names what is not installed here, as a notebook's shell does, matplotlib cannot be imported.
+_backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
+import matplotlib  # noqa: E402
+from matplotlib import style  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
-from tokbench.errors import UserError, nearest
-from tokbench.store import replace_file
+from tokbench.errors import UserError, nearest  # noqa: E402
+from tokbench.report.styles import Theme  # noqa: E402
+from tokbench.results.folder import replace_file  # noqa: E402
+
+if _backend is not None:
+    os.environ["MPLBACKEND"] = _backend
+    with suppress(ValueError):
+        matplotlib.rcParams["backend"] = _backend
 
 FORMATS = ("png", "svg", "pdf")
-# Text stays text in PDF, and ids in SVG do not change from one drawing to the next.
-RC: dict[Any, Any] = {"pdf.fonttype": 42, "svg.hashsalt": "tokbench"}
+# Text is text, also between two $; it stays text in PDF; and ids in SVG do not change from one drawing to the next.
+_SETTINGS: dict[str, Any] = {"text.parse_math": False, "pdf.fonttype": 42, "svg.hashsalt": "tokbench"}
 _NO_DATE: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+_MOST_PIXELS = 30_000  # of a side; matplotlib can do 65,536, in 500 MB
+
+
+@contextmanager
+def drawing(theme: Theme, settings: dict[str, Any]) -> Iterator[None]:
+    """Figures made and saved in this context have these colors and settings, and else matplotlib's own defaults."""
+    colors = {
+        **dict.fromkeys(("figure.facecolor", "savefig.facecolor", "axes.facecolor"), theme.background),
+        **dict.fromkeys(("text.color", "axes.labelcolor"), theme.ink),
+        **dict.fromkeys(("xtick.color", "ytick.color", "hatch.color"), theme.muted),
+        "axes.edgecolor": theme.axis,
+        "grid.color": theme.grid,
+    }
+    with style.context(["default", {**colors, **_SETTINGS, **settings}]):
+        yield
 
 
 def require_format(out: Path) -> None:
@@ -27,6 +59,7 @@ def require_format(out: Path) -> None:
 def save(figure: Figure, out: Path, dpi: int) -> None:
     """Write a figure, folders included, as a whole. Raises UserError where the file cannot be written."""
     kind = out.suffix.lstrip(".").lower()
+    dpi = min(dpi, int(_MOST_PIXELS / max(figure.get_size_inches())))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         replace_file(out, lambda file: figure.savefig(file, format=kind, dpi=dpi, metadata=_NO_DATE.get(kind, {})))

@@ -1,25 +1,38 @@
-"""What a table of cells says, in sentences. Each is as strong as its interval allows and no stronger."""
+"""What measured cells say, in sentences. Each is as strong as its interval allows and no stronger."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
 
-import pandas as pd
-
-from tokbench.catalogue import controls
-from tokbench.report.metrics import METRICS, comparable, find_metric, nonfinite, pareto_front
-from tokbench.report.styles import short_schedule, variant_name
-from tokbench.report.tables import sensible_digits
-
-# What stands in for top-1 where there are no labels or no classes.
-_LIKENESS = {
-    "agreement": "agreement with the unreduced model",
-    "similarity": "cosine to the unreduced model's features",
-}
+from tokbench.catalogue import CONTROLS
+from tokbench.report.text import (
+    capital,
+    cell_name,
+    figure_text,
+    group_title,
+    hardware,
+    interval,
+    listed,
+    number,
+    plural,
+    told_caveats,
+    variant_name,
+)
+from tokbench.results.cell import Cell, Figure
+from tokbench.results.metrics import GAINS, METRICS
+from tokbench.results.table import comparable, group_by, known_gain, pareto_front
 
 _VAGUE = 5.0  # points of top-1: a drop that may be more than this is no answer
 _MODEL = "the unreduced model"
+_WITHOUT_TOP1 = {
+    "agreement": "Without labels top-1 is unknown: said below is how often answers stay what they were, right or not.",
+    "similarity": "The model has no classes, so there is no top-1: its features are compared instead.",
+    "output_correlation": "The model has one output and no classes: said below is how far it moves.",
+    "top1": "Accuracy was not measured: what the savings cost is unknown.",
+}
 _RUNS_DIFFER = 1.1  # what a speed-up at batch 1 may be multiplied with from one run to the next: docs/measuring.md
 
 
@@ -29,7 +42,7 @@ class Findings:
 
     Attributes:
         title: names them.
-        answer: what one may take without losing accuracy, for who reads one sentence; "" where that is not known.
+        answer: what one may take without losing accuracy, in one sentence; "" where that is not known.
         sentences: all of it.
     """
 
@@ -38,421 +51,336 @@ class Findings:
     sentences: list[str] = field(default_factory=list)
 
 
-def findings(df: pd.DataFrame) -> list[Findings]:
-    """Sentences for each set of comparable cells of `metrics.load_table`, in the order they were measured."""
-    return [
-        Findings(group_title(group), _answer(group), _sentences(group)) for group in comparable(tell_runs_apart(df))
-    ]
+def findings(cells: Sequence[Cell]) -> list[Findings]:
+    """Sentences for each set of comparable cells, in the order they were measured."""
+    groups = map(_Group, comparable(cells))
+    return [Findings(group_title(group.cells), group.answer(), group.sentences()) for group in groups]
 
 
-def group_title(group: pd.DataFrame) -> str:
-    """Model and conditions of comparable cells in one line."""
-    first = group.iloc[0]
-    images, batch = group["images"].dropna(), group["batch_size"].dropna()
-    parts = [
-        str(first["model"]),
-        f"{int(images.max()):,} {_plural(int(images.max()), 'image')} of {first['data']}" if len(images) else "",
-        _where(first),
-        str(first["dtype"] or ""),
-        "compiled" if first["compiled"] == "yes" else "",
-        f"batch {int(batch.max())}" if len(batch) else "",
-    ]
-    return ", ".join(part for part in parts if part)
+class _Group:
+    """Comparable cells.
 
+    Attributes:
+        reduced: all but the unreduced model.
+        sound: those of them with any figure that counts, and without NaN or infinite logits.
+    """
 
-def tell_runs_apart(df: pd.DataFrame) -> pd.DataFrame:
-    """With a column `run_of_several`: the run of each cell that may be compared with cells of other runs, else ""."""
-    told = df.assign(run_of_several="")
-    for group in comparable(df):
-        if group["run"].nunique() > 1:
-            told.loc[group.index, "run_of_several"] = group["run"]
-    return told
+    def __init__(self, cells: list[Cell]) -> None:
+        self.cells = cells
+        self.name = partial(cell_name, several_runs=len({cell.run for cell in cells}) > 1)
+        self.reduced = [cell for cell in cells if not cell.is_baseline]
+        told = [cell for cell in self.reduced if any(map(cell.__getitem__, (*GAINS, "gflops", "speedup")))]
+        self.sound = [cell for cell in told if not cell.is_broken]
 
+    def answer(self) -> str:
+        """The fastest cell, or the one with the fewest FLOPs, among those with no significant loss of top-1."""
+        known = [cell for cell in self.sound if _side(cell["drop"]) is not None]
+        if not known:
+            return ""
+        kept = [cell for cell in known if _side(cell["drop"]) != 1]
+        images, model = _images(known), known[0].model
+        unseen = f"no loss of accuracy that {images} can show"
+        if timed := any(_side(cell["speedup"], 1) is not None for cell in known):
+            metric, which, gain = "speedup", "fastest", f"makes {model} surely faster"
+            better = [cell for cell in kept if _side(cell["speedup"], 1) == 1]
+        else:
+            metric, which, gain = "flops_ratio", "cheapest", f"saves FLOPs of {model}"
+            better = [cell for cell, ratio in _known(kept, "flops_ratio") if ratio.value < 1]
+        if not better:
+            return f"Nothing that was tried {gain} with {unseen}." if timed or _known(kept, metric) else ""
+        best = _best(better, metric)
+        name, ((_, most),) = self.name(best), _drop_ends([best])
+        points = number(most, _digits(best))
+        if most > _VAGUE:
+            return (
+                f"{images} cannot tell what is to be had without losing accuracy: {name}, the {which} cell with no "
+                f"significant loss, may lose up to {points} points."
+            )
+        loss = f"with {unseen}: {_drop(best)}" + (f", so up to {points} may be lost" if most > 0 else "")
+        if timed:
+            return f"{capital(name)} {self._faster(best, better, loss)}"
+        return f"{capital(name)} takes {_share(best)} of {model}, {loss}. Whether it is faster was not measured."
 
-def cell_name(row: pd.Series) -> str:
-    """A cell as one says it: "ToMe at r=13", with its run where `tell_runs_apart` found several."""
-    name = variant_name(row["method"], row["variant"])
-    if row["schedule"] and not row["is_baseline"]:
-        name += f" at {short_schedule(row['schedule'])}"
-    return f"{name} in {row['run_of_several']}" if row.get("run_of_several") else name
+    def _faster(self, best: Cell, faster: list[Cell], loss: str) -> str:
+        """What the best of the faster cells does, and where it is a control, which is the best of the others."""
+        batches = f" in batches of {best.batch_size}" if (best.batch_size or 0) > 1 else ""
+        told = f"makes {best.model} {_times_as_fast(best)}{_on(best)}{batches}, {loss}."
+        if batches and (alone := _alone(best)):
+            told += f" One image at a time it {alone}: {figure_text(best, 'latency_speedup', unit='×')}."
+        if best.method not in CONTROLS:
+            return told
+        told += f" {capital(variant_name(best.method, best.method))} is a control, there to be beaten"
+        published = [cell for cell in faster if cell.method not in CONTROLS]
+        if not published:
+            return f"{told}; no paper's method is surely faster without such a loss."
+        other = _best(published, "speedup")
+        return f"{told}; of the papers' methods it is {self.name(other)}, {_times_as_fast(other)}."
 
+    def sentences(self) -> list[str]:
+        """All that is known."""
+        told = [self._unreduced()]
+        if not self.reduced:
+            return [*told, "Nothing but the unreduced model was measured, so there is nothing to compare."]
+        told += [*self._missing(), *self._broken(), *(f"{capital(text)}." for text in told_caveats(self.cells))]
+        shares = [100 * ratio.value for _, ratio in _known(self.sound, "flops_ratio")]
+        if shares and not _known(self.sound, "top1") and not _known(self.sound, "speedup"):
+            cells = f"The {plural(len(shares), 'reduced cell takes', 'reduced cells take')}"
+            told.append(f"{cells} {_span(shares)} of its FLOPs.")
+        if _known(self.sound, "drop"):
+            told += self._accuracy()
+        elif not _known(self.cells, "top1"):
+            told += [text for name in [*GAINS][1:] for text in self._likeness(name)]
+        told += [*self._speed(), *self._latency()]
+        y = known_gain(self.sound)
+        return [*told, *self._front("speedup", y), *self._front("gflops", y), *self._failures()]
 
-def drop_phrase(row: pd.Series) -> str:
-    """What a cell does to top-1: a loss, a gain, or nothing that could be told from chance."""
-    if pd.isna(row["drop_low"]):
-        return f"a drop of {_points(row, row['drop'])} (no interval)"
-    interval = f"[{_number(row, row['drop_low'])}, {_number(row, row['drop_high'])}]"
-    if row["drop_low"] <= 0 <= row["drop_high"]:
-        return f"top-1 that cannot be told from the unreduced model's ({_short_drop(row)})"
-    if row["drop"] < 0:
-        gain = f"[{_number(row, -row['drop_high'])}, {_number(row, -row['drop_low'])}]"
-        return f"a gain of {_points(row, -row['drop'])} of top-1 {gain}"
-    return f"a loss of {_points(row, row['drop'])} of top-1 {interval}"
+    def _unreduced(self) -> str:
+        told, base = [], [cell for cell in self.cells if cell.is_baseline]
+        for cell in base:
+            gflops = cell["gflops"]
+            values = [
+                figure_text(cell, "top1", unit=" % top-1"),
+                f"{gflops.value:.3g} GFLOPs an image (multiply-adds)" if gflops else "",
+                figure_text(cell, "throughput", unit=" images/s"),
+            ]
+            known, run = [value for value in values if value], f" in {cell.run}" if len(base) > 1 else ""
+            if known:
+                told.append(f"Unreduced, the model has{run} {listed(known)}.")
+            else:
+                told.append("Of the unreduced model no figures are known.")
+        return " ".join(told) or "The unreduced model was not measured, so no drop and no speed-up is known."
 
+    def _missing(self) -> list[str]:
+        told = [] if _known(self.cells, "top1") else [_WITHOUT_TOP1[known_gain(self.cells)]]
+        if not _known(self.cells, "throughput"):
+            told.append("Speed was not measured: fewer FLOPs need not mean more images per second.")
+        return told
 
-def _short_drop(row: pd.Series) -> str:
-    return f"drop {_points(row, row['drop'])} [{_number(row, row['drop_low'])}, {_number(row, row['drop_high'])}]"
+    def _broken(self) -> list[str]:
+        names = [
+            f"{self.name(cell)} ({cell.nonfinite:,} of {_images([cell])})" for cell in self.cells if cell.is_broken
+        ]
+        left_out = "NaN or infinite logits, so left out of fronts and of what is said of reduced cells"
+        return [f"{left_out}: {listed(names)}."] if names else []
 
+    def _accuracy(self) -> list[str]:
+        """How many cells are as good as the unreduced model as far as one can tell, and the cheapest of them."""
+        same, gained, lost = ([cell for cell in self.sound if _side(cell["drop"]) == side] for side in (0, -1, 1))
+        known = [*same, *gained, *lost]
+        if not known:
+            return []
+        count = len(known)
+        parts = [
+            (same, "cannot be told from the unreduced model in top-1"),
+            (gained, f"{plural(len(gained), 'is', 'are')} better"),
+            (lost, f"{plural(len(lost), 'loses', 'lose')} top-1"),
+        ]
+        counts = [f"{'all' if len(some) == count else len(some)} {what}" for some, what in parts if some]
+        if count == 1:
+            told = f"The one reduced cell: it {counts[0].partition(' ')[2]}"
+        elif len(same) == count:
+            told = f"None of the {count} reduced cells can be told from the unreduced model in top-1"
+        else:
+            told = f"Of {count} reduced cells, {listed(counts)}"
+        sentences = [f"{told} (95 % intervals, each cell for itself).", *self._best_kept([*same, *gained], lost)]
+        reach = median(high - low for low, high in _drop_ends(known)) / 2
+        if reach >= 0.5:
+            sentences.append(
+                f"With {_images(known)} a drop is known to about ±{reach:.1f} points; smaller ones cannot be seen."
+            )
+        return sentences
 
-def speed_phrase(row: pd.Series) -> str:
-    """A cell's speed-up with its interval: "1.46× [1.44, 1.48] the speed"."""
-    interval = "" if pd.isna(row["speedup_low"]) else f" [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
-    return f"{row['speedup']:.2f}×{interval} the unreduced model's speed"
-
-
-def _answer(group: pd.DataFrame) -> str:
-    """The fastest cell, or the one with the fewest FLOPs, among those with no significant loss of top-1."""
-    cells = group[~group["is_baseline"] & group["drop_low"].notna() & ~nonfinite(group)]
-    if cells.empty:
-        return ""
-    kept, model = cells[cells["drop_low"] <= 0], str(group["model"].iloc[0])
-    images = int(cells["images"].max())
-    unseen = f"no loss of accuracy that {images:,} {_plural(images, 'image')} can show"
-    if cells["speedup_low"].notna().any():
-        faster = kept[kept["speedup_low"] > 1]
-        if faster.empty:
-            return f"Nothing that was tried makes {model} surely faster with {unseen}."
-        best = faster.loc[faster["speedup"].idxmax()]
-        if best["drop_high"] > _VAGUE:
-            return _too_vague(best, images, "fastest")
-        batches = (
-            f" in batches of {best['batch_size']}" if pd.notna(best["batch_size"]) and best["batch_size"] > 1 else ""
-        )
-        gain = f"makes {model} {_times_as_fast(best)}{_on(best)}{batches}"
-        told = f"{_upper(cell_name(best))} {gain}, with {unseen}: {_at_most(best)}."
-        if batches and (single := _alone(best)):
-            told += f" One image at a time it {single}: {_single(best)}."
-        return told + _beaten_by_a_control(best, faster)
-    cheaper = kept[kept["flops_ratio"] < 1]
-    if cheaper.empty:
-        return (
-            f"Nothing that was tried saves FLOPs of {model} with {unseen}." if kept["flops_ratio"].notna().any() else ""
-        )
-    best = cheaper.loc[cheaper["flops_ratio"].idxmin()]
-    if best["drop_high"] > _VAGUE:
-        return _too_vague(best, images, "cheapest")
-    return (
-        f"{_upper(cell_name(best))} takes {_flops_phrase(best)} of {model}, with {unseen}: {_at_most(best)}. "
-        "Whether it is faster was not measured."
-    )
-
-
-def _beaten_by_a_control(best: pd.Series, faster: pd.DataFrame) -> str:
-    """Who wants a method from a paper is told which; "" where the best is one."""
-    if best["method"] not in controls():
-        return ""
-    told = f" {_upper(variant_name(best['method'], best['method']))} is a control, there to be beaten"
-    published = faster[~faster["method"].isin(controls())]
-    if published.empty:
-        return f"{told}; no paper's method is surely faster without such a loss."
-    row = published.loc[published["speedup"].idxmax()]
-    return f"{told}; of the papers' methods it is {cell_name(row)}, {_times_as_fast(row)}."
-
-
-def _times_as_fast(row: pd.Series) -> str:
-    return f"{row['speedup']:.2f} times as fast [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
-
-
-def _at_most(row: pd.Series) -> str:
-    return f"{_short_drop(row)}" + (
-        f", so up to {_number(row, row['drop_high'])} may be lost" if row["drop_high"] > 0 else ""
-    )
-
-
-def _too_vague(row: pd.Series, images: int, which: str) -> str:
-    return (
-        f"{images:,} {_plural(images, 'image')} cannot tell what is to be had without losing accuracy: "
-        f"{cell_name(row)}, the {which} cell with no significant loss, may lose up to {_points(row, row['drop_high'])}."
-    )
-
-
-def _sentences(group: pd.DataFrame) -> list[str]:
-    cells = group[~group["is_baseline"]]
-    measured = cells[cells[["top1", *_LIKENESS, "gflops", "speedup"]].notna().any(axis=1) & ~nonfinite(cells)]
-    sentences = [_unreduced(group)]
-    if cells.empty:
-        return [*sentences, "Nothing but the unreduced model was measured, so there is nothing to compare."]
-    sentences += _missing(group) + _nonfinite(group)
-    if measured["flops_ratio"].notna().any() and measured[["top1", "speedup"]].isna().all(axis=None):
-        sentences.append(_savings(measured))
-    if measured["drop"].notna().any():
-        sentences += _accuracy(measured)
-    elif group["top1"].isna().all():
-        sentences += [text for name in _LIKENESS for text in _likeness(measured, name)]
-    if measured["speedup"].notna().any():
-        sentences += _speed(measured) + _latency(measured)
-    gains = [name for name in ("top1", *_LIKENESS) if measured[name].notna().any()]
-    sentences += [text for y in gains[:1] for x in ("speedup", "gflops") for text in _front(group, x, y)]
-    return [*sentences, *_failures(cells)]
-
-
-def _unreduced(group: pd.DataFrame) -> str:
-    base = group[group["is_baseline"]]
-    if base.empty:
-        return "The unreduced model was not measured, so no drop and no speed-up is known."
-    if len(base) > 1:
-        return " ".join(_unreduced_of(row, f"Unreduced, the model has in {row['run']} ") for _, row in base.iterrows())
-    return _unreduced_of(base.iloc[0], "Unreduced, the model has ")
-
-
-def _unreduced_of(row: pd.Series, begin: str) -> str:
-    values = [
-        f"{row['top1']:.{sensible_digits(METRICS['top1'], row['images'])}f} % top-1" if pd.notna(row["top1"]) else "",
-        f"{row['gflops']:.3g} GFLOPs an image (multiply-adds)" if pd.notna(row["gflops"]) else "",
-        f"{row['throughput']:,.0f} images/s" if pd.notna(row["throughput"]) else "",
-    ]
-    told = [value for value in values if value]
-    return f"{begin}{_list(told)}." if told else "Of the unreduced model no figures are known."
-
-
-def _missing(group: pd.DataFrame) -> list[str]:
-    texts = []
-    if group["top1"].isna().all() and group["agreement"].notna().any():
-        texts.append(
-            "Without labels top-1 is unknown: said below is how often answers stay what they were, right or not."
-        )
-    elif group["top1"].isna().all() and group["similarity"].notna().any():
-        texts.append("The model has no classes, so there is no top-1: its features are compared instead.")
-    elif group["top1"].isna().all():
-        texts.append("Accuracy was not measured: what the savings cost is unknown.")
-    if group["throughput"].isna().all():
-        texts.append("Speed was not measured: fewer FLOPs need not mean more images per second.")
-    return texts
-
-
-def _nonfinite(group: pd.DataFrame) -> list[str]:
-    broken = group[nonfinite(group)]
-    if broken.empty:
+    def _best_kept(self, kept: list[Cell], lost: list[Cell]) -> list[str]:
+        """The fastest or cheapest cell that loses nothing as far as one can tell, or else the smallest loss."""
+        gains = (("speedup", "fastest", _speed), ("flops_ratio", "cheapest", _share))
+        if not kept:
+            best = _best(lost, "drop")
+            gain = [phrase(best) for metric, _, phrase in gains if best[metric]][:1]
+            return [f"The smallest loss is that of {self.name(best)}: {', with '.join([*gain, _cost(best)])}."]
+        for metric, which, phrase in gains:
+            if _known(kept, metric):
+                best = _best(kept, metric)
+                subject = f"The {which} of the {len(kept)} with no significant loss" if len(kept) > 1 else "That one"
+                on = _on(best) if metric == "speedup" else ""
+                return [f"{subject} is {self.name(best)}:{on} {phrase(best)}, {_drop(best)}."]
         return []
-    names = _list([f"{cell_name(row)} ({row['nonfinite']:,} of {row['images']:,} images)"
-                   if pd.notna(row["images"]) else cell_name(row) for _, row in broken.iterrows()])  # fmt: skip
-    return [f"NaN or infinite logits, so left out of fronts and of what is said of reduced cells: {names}."]
+
+    def _likeness(self, name: str) -> list[str]:
+        """How near cells without a top-1 come to the unreduced model: in its answers, or in its features."""
+        known = _known(self.sound, name)
+        if not known:
+            return []
+        unit = METRICS[name].unit
+        best = _best(self.sound, name)
+        told = figure_text(best, name, bounds=True, unit=unit)
+        kl = best["kl"] if name == "agreement" else None
+        told += f", KL divergence {kl.value:.3g} nats" if kl else ""
+        if len(known) == 1:
+            return [f"The one reduced cell has its {GAINS[name]} at {told}."]
+        worst, _ = min(known, key=lambda pair: pair[1].value)
+        ends = dict.fromkeys(figure_text(cell, name) for cell in (worst, best))
+        of = f"Of {len(known)} reduced cells the {GAINS[name]} is {' to '.join(ends)}{unit}"
+        return [f"{of}; it is the highest with {self.name(best)}: {told}."]
+
+    def _speed(self) -> list[str]:
+        timed = [cell for cell, _ in _known(self.sound, "speedup")]
+        methods, limits = ([cell for cell in timed if (cell.method == "free") == free] for free in (False, True))
+        told = self._speed_of_methods(methods) if methods else []
+        same_shapes = "the same shapes, nothing chosen or merged"
+        return [*told, *(f"{self.name(cell)} runs at {_speed(cell)}: {same_shapes}." for cell in limits)]
+
+    def _speed_of_methods(self, timed: list[Cell]) -> list[str]:
+        best = _best(timed, "speedup")
+        cost = _cost(best) and f", with {_cost(best)}"
+        told = [f"The fastest cell{_on(best)} is {self.name(best)}: {_speed(best)}{cost}."]
+        for side, beginning in ((-1, f"Slower than {_MODEL}"), (0, f"Not to be told from {_MODEL} in speed")):
+            if some := [cell for cell in timed if _side(cell["speedup"], 1) == side]:
+                told.append(f"{beginning}: {self._named(some, 'speedup')}.")
+        shares = [
+            100 * speedup.value * ratio.value
+            for cell, speedup in _known(timed, "speedup")
+            if (ratio := cell["flops_ratio"]) and ratio.value < 0.95
+        ]
+        if shares:
+            told.append(f"The speed-ups are {_span(shares)} of what the FLOPs saved would give if time followed FLOPs.")
+        return told
+
+    def _latency(self) -> list[str]:
+        """Which cells that are faster in batches are not at batch 1, by speed-ups paired there too."""
+        timed = [
+            cell
+            for cell, _ in _known(self.sound, "latency_speedup")
+            if cell.method != "free" and _side(cell["speedup"], 1) == 1 and (cell.batch_size or 0) > 1
+        ]
+        told = []
+        for alike in group_by(timed, _alone):
+            verb, _, rest = _alone(alike[0]).replace(_MODEL, "it").partition(" ")
+            if verb:
+                names = self._named(alike, "latency_speedup")
+                told.append(f"{len(alike)} {plural(len(alike), verb, 'are')} {rest}: {names}")
+        if not told:
+            return []
+        faster = f"faster than {_MODEL} at batch {max(cell.batch_size or 0 for cell in timed)}"
+        if len(timed) == 1:
+            return [f"One image at a time the one cell {faster} {told[0].partition(' ')[2]}."]
+        return [f"One image at a time it is another story: of the {len(timed)} cells {faster}, {'; '.join(told)}."]
+
+    def _front(self, x: str, y: str) -> list[str]:
+        """Which methods are on the front of y against x, and which never are."""
+        there = group_by((cell for cell in self.sound if cell[x] and cell[y]), lambda cell: cell.variant)
+        if len({cells[0].method for cells in there}) < 2:
+            return []
+        front = pareto_front(self.cells, x, y)
+        counts = {variant_name(cells[0].method, cells[0].variant): len(front.intersection(cells)) for cells in there}
+        times = {1: "once", 2: "twice"}
+        on = [f"{name} ({times.get(count, f'{count} times')})" for name, count in counts.items() if count]
+        never = [name for name, count in counts.items() if not count]
+        what = f"{GAINS[y]} against {'speed' if x == 'speedup' else 'FLOPs'}"
+        if not on:
+            return [f"No reduced cell is on the front of {what}."]
+        rest = f"; {listed(never)} {plural(len(never), 'is', 'are')} never on it" if never else ""
+        return [f"On the front of {what}, by the measured values: {listed(on)}{rest}."]
+
+    def _failures(self) -> list[str]:
+        reasons = [f"{self.name(cell)}: {cell.error}" for cell in self.reduced if cell.error is not None]
+        return [f"{len(reasons)} {plural(len(reasons), 'cell')} failed ({'; '.join(reasons)})."] if reasons else []
+
+    def _named(self, cells: list[Cell], metric: str) -> str:
+        """The first four cells by name, each with a figure, and how many more there are."""
+        names = [f"{self.name(cell)} ({figure_text(cell, metric, unit='×')})" for cell in cells[:4]]
+        return listed(names) if len(cells) <= 4 else f"{', '.join(names)} and {len(cells) - 4} more"
 
 
-def _savings(cells: pd.DataFrame) -> str:
-    shares = 100 * cells["flops_ratio"].dropna()
-    low, high = round(shares.min()), round(shares.max())
-    span = f"{low} %" if low == high else f"{low} to {high} %"
-    return f"The {_plural(len(shares), 'reduced cell')} {_plural(len(shares), 'takes', 'take')} {span} of its FLOPs."
+def _known(cells: Iterable[Cell], metric: str) -> list[tuple[Cell, Figure]]:
+    return [(cell, figure) for cell in cells if (figure := cell[metric])]
 
 
-def _accuracy(cells: pd.DataFrame) -> list[str]:
-    """How many cells are as good as the unreduced model as far as one can tell, and the cheapest of them."""
-    known = cells[cells["drop_low"].notna()]
-    if known.empty:
-        return []
-    same = known[(known["drop_low"] <= 0) & (known["drop_high"] >= 0)]
-    gained = known[known["drop_high"] < 0]
-    lost = known[known["drop_low"] > 0]
-    count = len(known)
-    parts = [
-        f"{_count(len(same), count)} cannot be told from the unreduced model in top-1" if len(same) else "",
-        f"{_count(len(gained), count)} {'is' if len(gained) == 1 else 'are'} better" if len(gained) else "",
-        f"{_count(len(lost), count)} {'loses' if len(lost) == 1 else 'lose'} top-1" if len(lost) else "",
-    ]
-    total = f"Of {count} reduced {_plural(count, 'cell')}, " if count > 1 else "The one reduced cell: "
-    told = total + _list([part for part in parts if part])
-    if len(same) == count > 1:
-        told = f"None of the {count} reduced cells can be told from the unreduced model in top-1"
-    sentences = [f"{told} (95 % intervals, each cell for itself)."]
-    as_good = pd.concat([same, gained])
-    which = f"of the {len(as_good)} with no significant loss is" if len(as_good) > 1 else ""
-    if len(as_good) and as_good["speedup"].notna().any():
-        best = as_good.loc[as_good["speedup"].idxmax()]
-        subject = f"The fastest {which}" if which else "That one is"
-        sentences.append(f"{subject} {cell_name(best)}:{_on(best)} {speed_phrase(best)}, {_short_drop(best)}.")
-    elif len(as_good) and as_good["flops_ratio"].notna().any():
-        best = as_good.loc[as_good["flops_ratio"].idxmin()]
-        subject = f"The cheapest {which}" if which else "That one is"
-        sentences.append(f"{subject} {cell_name(best)}: {_flops_phrase(best)}, {_short_drop(best)}.")
-    elif len(lost) and as_good.empty:
-        best = lost.loc[lost["drop"].idxmin()]
-        sentences.append(f"The smallest loss is that of {cell_name(best)}: {_costs(best)}{drop_phrase(best)}.")
-    widest = (known["drop_high"] - known["drop_low"]).median() / 2
-    if widest >= 0.5:
-        images = int(known["images"].max())
-        sentences.append(
-            f"With {images:,} {_plural(images, 'image')} a drop is known to about ±{widest:.1f} points; smaller ones "
-            "cannot be seen."
-        )
-    return sentences
+def _best(cells: Iterable[Cell], metric: str) -> Cell:
+    """The first of those that are best in the metric."""
+    sign = 1 if METRICS[metric].better == "lower" else -1
+    return min(_known(cells, metric), key=lambda pair: sign * pair[1].value)[0]
 
 
-def _likeness(cells: pd.DataFrame, name: str) -> list[str]:
-    """How near cells without a top-1 come to the unreduced model: in its answers, or in its features."""
-    known = cells[cells[name].notna()]
-    if known.empty:
-        return []
-    metric = METRICS[name]
-    digits, unit = sensible_digits(metric, known["images"].max()), " %" if name == "agreement" else ""
-    ends = [f"{value:.{digits}f}" for value in (known[name].min(), known[name].max())]
-    span = ends[0] if ends[0] == ends[1] else " to ".join(ends)
-    best = known.loc[known[name].idxmax()]
-    interval = f" [{best[metric.low]:.{digits}f}, {best[metric.high]:.{digits}f}]" if pd.notna(best[metric.low]) else ""
-    kl = f", KL divergence {best['kl']:.3g} nats" if name == "agreement" and pd.notna(best["kl"]) else ""
-    which = f"Of {len(known)} reduced cells the {_LIKENESS[name]} is {span}{unit}; it is the highest with"
-    if len(known) == 1:
-        which = f"The one reduced cell has its {_LIKENESS[name]} at"
-        return [f"{which} {ends[0]}{unit}{interval}{kl}."]
-    return [f"{which} {cell_name(best)}: {ends[1]}{unit}{interval}{kl}."]
+def _side(figure: Figure | None, low: float = 0, high: float | None = None) -> int | None:
+    """-1 where the figure's interval lies below `low`, 1 where above `high` or else `low`, 0 where in neither.
+
+    None where there is no interval.
+    """
+    if figure is None or figure.interval is None:
+        return None
+    first, last = figure.interval
+    return -1 if last < low else int(first > (low if high is None else high))
 
 
-def _speed(cells: pd.DataFrame) -> list[str]:
-    timed = cells[cells["speedup"].notna()]
-    limits, timed = timed[timed["method"] == "free"], timed[timed["method"] != "free"]
-    told = [f"{cell_name(row)} runs at {speed_phrase(row)}: the same shapes, nothing chosen or merged."
-            for _, row in limits.iterrows()]  # fmt: skip
-    return [*(_speed_of_methods(timed) if len(timed) else []), *told]
+def _drop_ends(cells: Iterable[Cell]) -> list[tuple[float, float]]:
+    return [drop.interval for _, drop in _known(cells, "drop") if drop.interval]
 
 
-def _speed_of_methods(timed: pd.DataFrame) -> list[str]:
-    best = timed.loc[timed["speedup"].idxmax()]
-    cost = f", with {_cost(best)}" if _cost(best) else ""
-    sentences = [f"The fastest cell{_on(best)} is {cell_name(best)}: {speed_phrase(best)}{cost}."]
-    slower, unclear = (
-        timed[timed["speedup_high"] < 1],
-        timed[(timed["speedup_low"] <= 1) & (timed["speedup_high"] >= 1)],
-    )
-    if len(slower):
-        sentences.append(f"Slower than the unreduced model: {_named(slower, _factor)}.")
-    if len(unclear):
-        sentences.append(f"Not to be told from the unreduced model in speed: {_named(unclear, _factor)}.")
-    counted = timed[(timed["flops_ratio"] < 0.95) & timed["flops_ratio"].notna()]
-    if len(counted):
-        promise = counted["speedup"] * counted["flops_ratio"]
-        low, high = 100 * promise.min(), 100 * promise.max()
-        span = f"{low:.0f} %" if round(low) == round(high) else f"{low:.0f} to {high:.0f} %"
-        sentences.append(f"The speed-ups are {span} of what the FLOPs saved would give if time followed FLOPs.")
-    return sentences
+def _digits(cell: Cell) -> int:
+    return METRICS["drop"].digits_for(cell.images)
 
 
-def _cost(row: pd.Series) -> str:
-    """What a cell's speed costs in top-1, or else how near it stays to the unreduced model; "" if neither is known."""
-    if pd.notna(row["drop"]):
-        return drop_phrase(row)
-    digits = sensible_digits(METRICS["agreement"], row["images"])
-    if pd.notna(row["agreement"]):
-        return f"the unreduced model's answer for {row['agreement']:.{digits}f} % of the images"
-    return f"a cosine of {row['similarity']:.4f} to its features" if pd.notna(row["similarity"]) else ""
+def _cost(cell: Cell) -> str:
+    """What a cell does to top-1: a loss, a gain, or nothing that could be told from chance.
+
+    Without labels how near it stays to the unreduced model; "" where nothing is known.
+    """
+    drop, side = cell["drop"], _side(cell["drop"])
+    if drop and drop.interval is None:
+        return f"a drop of {figure_text(cell, 'drop', unit=' points')} (no interval)"
+    if side == 0:
+        return f"top-1 that cannot be told from the unreduced model's ({_drop(cell)})"
+    if side == 1:
+        return f"a loss of {figure_text(cell, 'drop', bounds=True, unit=' points of top-1')}"
+    if drop and drop.interval:
+        gain = Figure(-drop.value, -drop.interval[1], -drop.interval[0])
+        return f"a gain of {number(gain.value, _digits(cell))} points of top-1 {interval(gain, _digits(cell))}"
+    if cell["agreement"]:
+        return f"the unreduced model's answer for {figure_text(cell, 'agreement')} % of the images"
+    if cell["similarity"]:
+        return f"a cosine of {figure_text(cell, 'similarity')} to its features"
+    known = figure_text(cell, "output_correlation")
+    return f"a correlation of {known} with its output" if known else ""
 
 
-def _latency(cells: pd.DataFrame) -> list[str]:
-    """Which cells that are faster in batches are not at batch 1, by speed-ups paired there too."""
-    timed = cells[
-        cells["latency_speedup"].notna() & (cells["method"] != "free")
-        & (cells["speedup_low"] > 1) & (cells["batch_size"].fillna(0) > 1)
-    ]  # fmt: skip
-    told = []
-    for word, alike in timed.groupby(timed.apply(_alone, axis=1, result_type="reduce"), sort=False):
-        if word:
-            verb, _, rest = str(word).replace(_MODEL, "it").partition(" ")
-            told.append(f"{len(alike)} {_plural(len(alike), verb, 'are')} {rest}: {_named(alike, _single)}")
-    if not told:
-        return []
-    faster = f"faster than {_MODEL} at batch {int(timed['batch_size'].max())}"
-    if len(timed) == 1:
-        return [f"One image at a time the one cell {faster} {told[0].partition(' ')[2]}."]
-    return [f"One image at a time it is another story: of the {len(timed)} cells {faster}, {'; '.join(told)}."]
+def _drop(cell: Cell) -> str:
+    return f"drop {figure_text(cell, 'drop', bounds=True, unit=' points')}"
 
 
-def _alone(row: pd.Series) -> str:
+def _speed(cell: Cell) -> str:
+    """A cell's speed-up with its interval: "1.46× [1.44, 1.48] the unreduced model's speed"."""
+    return f"{figure_text(cell, 'speedup', bounds=True, unit='×')} the unreduced model's speed"
+
+
+def _times_as_fast(cell: Cell) -> str:
+    return figure_text(cell, "speedup", bounds=True, unit=" times as fast")
+
+
+def _share(cell: Cell) -> str:
+    return f"{100 * (cell.value('flops_ratio') or 0):.0f} % of the FLOPs"
+
+
+def _alone(cell: Cell) -> str:
     """Whether a cell is slower at batch 1 than the unreduced model, as far as one run can tell; "" if it is faster."""
-    if row["latency_speedup_high"] < 1 / _RUNS_DIFFER:
+    side = _side(cell["latency_speedup"], 1 / _RUNS_DIFFER, _RUNS_DIFFER)
+    if side == -1:
         return f"is slower than {_MODEL}"
-    if row["latency_speedup_low"] <= _RUNS_DIFFER:
-        return f"is within {100 * (_RUNS_DIFFER - 1):.0f} % of {_MODEL}, by which runs differ"
-    return ""
+    return f"is within {100 * (_RUNS_DIFFER - 1):.0f} % of {_MODEL}, by which runs differ" if side == 0 else ""
 
 
-def _factor(row: pd.Series) -> str:
-    return f"{row['speedup']:.2f}×"
-
-
-def _single(row: pd.Series) -> str:
-    return f"{row['latency_speedup']:.2f}×"
-
-
-def _named(cells: pd.DataFrame, figure: Callable[[pd.Series], str]) -> str:
-    """The first four cells by name, each with a figure, and how many more there are."""
-    names = [f"{cell_name(row)} ({figure(row)})" for _, row in cells.head(4).iterrows()]
-    return _list(names) if len(cells) <= 4 else f"{', '.join(names)} and {len(cells) - 4} more"
-
-
-def _front(group: pd.DataFrame, x: str, y: str) -> list[str]:
-    """Which methods are on the front of y against x, and which never are."""
-    known = group[find_metric(x).column].notna() & group[y].notna()
-    there = group[known & ~group["is_baseline"] & ~nonfinite(group)]
-    if there["method"].nunique() < 2:
-        return []
-    front = there[pareto_front(group, x, y)[there.index]]
-    names = {variant: variant_name(method, variant) for variant, method in there[["variant", "method"]].to_numpy()}
-    on = [variant for variant in names if (front["variant"] == variant).any()]
-    never = [names[variant] for variant in names if variant not in on]
-    what = f"{_LIKENESS.get(y, 'top-1')} against {'speed' if x == 'speedup' else 'FLOPs'}"
-    if not on:
-        return [f"No reduced cell is on the front of {what}."]
-    counts = [f"{names[variant]} ({_times(int((front['variant'] == variant).sum()))})" for variant in on]
-    verb = "is" if len(never) == 1 else "are"
-    rest = f"; {_list(never)} {verb} never on it" if never else ""
-    return [f"On the front of {what}, by the measured values: {_list(counts)}{rest}."]
-
-
-def _failures(cells: pd.DataFrame) -> list[str]:
-    failed = cells[cells["error"].notna()]
-    if failed.empty:
-        return []
-    reasons = "; ".join(f"{cell_name(row)}: {row['error']}" for _, row in failed.iterrows())
-    return [f"{len(failed)} {_plural(len(failed), 'cell')} failed ({reasons})."]
-
-
-def _costs(row: pd.Series) -> str:
-    if pd.notna(row["speedup"]):
-        return f"{speed_phrase(row)}, with "
-    return f"{_flops_phrase(row)}, with " if pd.notna(row["flops_ratio"]) else ""
-
-
-def _flops_phrase(row: pd.Series) -> str:
-    return f"{100 * row['flops_ratio']:.0f} % of the FLOPs"
-
-
-def _where(row: pd.Series) -> str:
-    return str(row["machine"] or row["device"] or "")
-
-
-def _upper(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _on(row: pd.Series) -> str:
-    if pd.isna(row["device"]):
+def _on(cell: Cell) -> str:
+    if cell.device is None:
         return ""
-    return " on this CPU" if str(row["device"]) == "cpu" else f" on {_where(row)}"
+    return " on this CPU" if cell.device == "cpu" else f" on {hardware(cell)}"
 
 
-def _points(row: pd.Series, value: float) -> str:
-    return f"{_number(row, value)} points"
+def _images(cells: Iterable[Cell]) -> str:
+    """How many images the cells saw."""
+    count = max(cell.images or 0 for cell in cells)
+    return f"{count:,} {plural(count, 'image')}"
 
 
-def _number(row: pd.Series, value: float) -> str:
-    digits = sensible_digits(METRICS["drop"], row["images"])
-    text = f"{value:.{digits}f}"
-    return (text.removeprefix("-") if float(text) == 0 else text).replace("-", "−")
-
-
-def _count(part: int, whole: int) -> str:
-    if whole == 1:
-        return "it"
-    return "all" if part == whole else f"{part}"
-
-
-def _times(count: int) -> str:
-    return {1: "once", 2: "twice"}.get(count, f"{count} times")
-
-
-def _plural(count: int, word: str, plural: str = "") -> str:
-    return word if count == 1 else plural or f"{word}s"
-
-
-def _list(words: Iterable[str]) -> str:
-    *rest, last = words
-    return f"{', '.join(rest)} and {last}" if rest else last
+def _span(shares: Sequence[float]) -> str:
+    """`50 to 75 %`."""
+    ends = dict.fromkeys(f"{share:.0f}" for share in (min(shares), max(shares)))
+    return f"{' to '.join(ends)} %"

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from itertools import permutations
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from tokbench import __version__
 from tokbench.errors import UserError
-from tokbench.report.findings import cell_name, findings, group_title, tell_runs_apart
-from tokbench.report.metrics import COLUMNS, GAINS, METRICS, comparable, find_metric, load_cells, pareto_front
-from tokbench.report.styles import method_style, variant_name
-from tokbench.report.tables import readable, sensible_digits
-from tokbench.store import RunFolder, replace_file
+from tokbench.report.findings import findings
+from tokbench.report.scene import bar_reach
+from tokbench.report.styles import method_style
+from tokbench.report.tables import readable
+from tokbench.report.text import cell_name, group_title, interval, number, variant_name
+from tokbench.results.cell import Cell, Figure
+from tokbench.results.folder import RunFolder, replace_file
+from tokbench.results.metrics import GAINS, METRICS
+from tokbench.results.table import comparable, load_shown, measured, unbeaten
 
-_TEMPLATE = Path(__file__).with_name("report.html.jinja")
+_TEMPLATE, _SCRIPT = (Path(__file__).with_name(name) for name in ("report.html.jinja", "report.js"))
 _SYMBOLS = {
     "*": "star", "o": "circle", "s": "square", "^": "triangle-up", "v": "triangle-down", "D": "diamond",
     "h": "hexagon", "P": "cross", "X": "x", "p": "pentagon", "<": "triangle-left", ">": "triangle-right",
@@ -45,17 +47,18 @@ def write_report(runs: Sequence[str | Path], out: str | Path, *, tell: Callable[
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise UserError(f"the report needs a package that is not here: pip install jinja2 plotly ({error}).") from error
-    df = tell_runs_apart(load_cells(runs, tell))
+    cells = load_shown(runs, tell)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False}
     page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
-        title=", ".join(dict.fromkeys(df["model"])),
-        findings=findings(df),
-        plot=plot_data(df),
-        table=readable(df),
+        title=", ".join(dict.fromkeys(cell.model for cell in cells)),
+        findings=findings(cells),
+        plot=plot_data(cells),
+        table=readable(cells),
         manifests=[_manifest(run) for run in dict.fromkeys(Path(run).resolve() for run in runs)],
         version=__version__,
-        plotly=Markup(get_plotlyjs()),  # the library's own code
+        plotly=Markup(get_plotlyjs()),  # the library's own code, and ours
+        script=Markup(_SCRIPT.read_text(encoding="utf-8")),
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -65,45 +68,61 @@ def write_report(runs: Sequence[str | Path], out: str | Path, *, tell: Callable[
     return out
 
 
-def plot_data(df: pd.DataFrame) -> dict[str, Any]:
-    """What the page's plot draws, as JSON can hold it: metrics that were measured, groups, cells and fronts."""
-    names = [name for name, metric in METRICS.items() if df[metric.column].notna().any()]
-    metrics = {
-        name: {"label": metric.label, "column": metric.column, "low": metric.low, "high": metric.high,
-               "better": metric.better, "digits": sensible_digits(metric, df["images"].max())}
-        for name, metric in ((name, find_metric(name)) for name in names)
-    }  # fmt: skip
-    groups = comparable(df)
-    group_of = {index: number for number, group in enumerate(groups) for index in group.index}
-    place_of = {run: place for group in groups for place, run in enumerate(dict.fromkeys(group["run"]))}
-    cells = []
-    for index, row in df.iterrows():
-        style = method_style(row["method"])
-        cells.append(
-            _plain({column: row[column] for column in COLUMNS})
-            | {
-                "name": cell_name(row),
-                "series": " · ".join(
-                    filter(None, (variant_name(row["method"], row["variant"]), row.get("run_of_several")))
-                ),
-                "dash": _DASHES[place_of[row["run"]] % len(_DASHES)],
-                "color": style.color,
-                "symbol": _SYMBOLS[style.marker],
-                "size": round(9 * style.size, 1),
-                "group": group_of[index],
-            }
-        )
-    fronts = {
-        f"{x}|{y}": [group.index.tolist() for group in comparable(df[pareto_front(df, x, y)], x, y)]
-        for x, y in permutations(names, 2)
-    }
+def plot_data(cells: Sequence[Cell]) -> dict[str, Any]:
+    """What the page's plot draws, as JSON can hold it: metrics that were measured, groups, cells and fronts.
+
+    Cells of a front are numbers in `cells`; `fronts` has each pair of metrics in one order.
+    """
+    names, groups = measured(cells), comparable(cells)
+    group_of = {cell: number for number, group in enumerate(groups) for cell in group}
+    number_of = {cell: number for number, cell in enumerate(cells)}
+    runs = [list(dict.fromkeys(cell.run for cell in group)) for group in groups]
+    each = {paced: comparable(cells, *(name for name in names if METRICS[name].paced == paced)) for paced in (0, 1)}
     return {
-        "metrics": metrics,
+        "metrics": {name: {"label": METRICS[name].label, "better": METRICS[name].better} for name in names},
         "axes": _axes(names),
-        "groups": [group_title(group) for group in groups],
-        "cells": cells,
-        "fronts": fronts,
+        "groups": [
+            {"title": group_title(group), "reach": {name: [*bar_reach(group, name)] for name in names}}
+            for group in groups
+        ],
+        "cells": [_drawn(cell, runs[group_of[cell]]) | {"group": group_of[cell]} for cell in cells],
+        "fronts": {
+            f"{x}|{y}": [
+                [number_of[cell] for cell in front]
+                for group in each[METRICS[x].paced or METRICS[y].paced]
+                if (front := unbeaten(group, x, y))
+            ]
+            for x, y in combinations(names, 2)
+        },
     }
+
+
+def _drawn(cell: Cell, runs: Sequence[str]) -> dict[str, Any]:
+    """How the plot draws and names a cell that may be compared with those of these runs."""
+    style, changed, several = method_style(cell.method), cell.variant != cell.method, len(runs) > 1
+    place = runs.index(cell.run)
+    return {
+        "name": cell_name(cell, several),
+        "series": variant_name(cell.method, cell.variant) + (f" · {cell.run}" if several else ""),
+        "baseline": cell.is_baseline,
+        "dash": _DASHES[(place or changed) % len(_DASHES)],
+        "color": style.color,
+        "symbol": _SYMBOLS[style.marker] + ("-open" if changed else ""),
+        "size": round(9 * style.size, 1),
+        "figures": {name: [f.value, *(f.interval or ())] for name, f in cell.figures.items()},
+        "words": {name: _in_words(cell, name) for name in METRICS if cell[name]},
+        "broken": [f"NaN or infinite logits: {cell.nonfinite:,} images"] if cell.is_broken else [],
+    }
+
+
+def _in_words(cell: Cell, name: str) -> str:
+    """The figure with its own interval: that of top-1 is Wilson's, where bars show that of the difference."""
+    figure, digits = cell.figures[name], METRICS[name].digits_for(cell.images)
+    own = [cell.also[column] for column in METRICS[name].also if column in cell.also]
+    ends = "" if cell.is_baseline else interval(figure, digits)
+    if METRICS[name].also:
+        ends = interval(Figure(figure.value, *own), digits)
+    return f"{number(figure.value, digits)} {ends}".strip()
 
 
 def _axes(names: Sequence[str]) -> list[str]:
@@ -112,15 +131,9 @@ def _axes(names: Sequence[str]) -> list[str]:
     return [x, next((name for name in (*GAINS, "gflops", *names) if name in names and name != x), x)]
 
 
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """Values as JSON has them; what is missing is null."""
-    known = {key: value.item() if hasattr(value, "item") else value for key, value in row.items()}
-    return {key: None if pd.isna(value) else value for key, value in known.items()}
-
-
 def _manifest(run: str | Path) -> dict[str, Any]:
     folder = RunFolder.open(run)
-    manifest = dict(folder.manifest)
+    manifest = folder.manifest.plain()
     parts = {part: manifest.pop(part, {}) for part in ("machine", "packages", "grid", "conditions", "continued")}
     return {
         "run": folder.path.resolve().name,

@@ -53,6 +53,7 @@ def place(
         lines: (n, 2) points along lines, covered only where nothing else is free.
         frame: (4,) box that labels stay inside.
     """
+    lines = lines[np.argsort(lines[:, 0])]
     priced = [[(spot, _own_cost(spot, markers, lines, frame)) for spot in spots] for spots in options]
     indices = range(len(options))
     # Who chooses first matters even after the sweeps, so both directions are tried.
@@ -116,10 +117,13 @@ def spots_along(line: float, axis: int, size: np.ndarray, frame: np.ndarray, gap
 
 
 def _own_cost(spot: Spot, markers: np.ndarray, lines: np.ndarray, frame: np.ndarray) -> float:
+    """lines: from left to right."""
     inside = (spot.box[:2] >= frame[:2]).all() and (spot.box[2:] <= frame[2:]).all()
     if not inside or _overlaps(spot.box, markers).any():
         return np.inf
-    covered = _inside(lines, spot.box[None]).sum()
+    start, end = np.searchsorted(lines[:, 0], spot.box[[0, 2]], side="right")
+    heights = lines[start:end, 1]
+    covered = np.count_nonzero((heights > spot.box[1]) & (heights < spot.box[3]))
     return spot.cost + _COVERS_LINE * covered + _LEADER_OVER_MARKER * _inside(spot.leader, markers).sum()
 
 

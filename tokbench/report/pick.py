@@ -8,27 +8,21 @@ The unreduced model takes part, with a drop of 0 and a speed-up of 1. What faile
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import shlex
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from keyword import iskeyword
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
-import numpy as np
-import pandas as pd
-from scipy.stats import norm
-
-from tokbench.catalogue import controls
+from tokbench.catalogue import CONTROLS
 from tokbench.errors import UserError
-from tokbench.report.findings import cell_name, group_title
-from tokbench.report.metrics import METRICS, comparable, load_table
-from tokbench.report.styles import STYLES
-from tokbench.report.tables import sensible_digits
-from tokbench.store import RunFolder
+from tokbench.report.code import python_of
+from tokbench.report.text import cell_name, figure_text, group_title, number, told_caveats
+from tokbench.results.cell import Cell, Figure
+from tokbench.results.folder import RunFolder
+from tokbench.results.metrics import METRICS
+from tokbench.results.table import columns_of, comparable, group_by, load_cells
 
 # For each limit one may ask for: the metric, and how it is said.
 LIMITS = {
@@ -40,7 +34,7 @@ LIMITS = {
 }
 # Limits on what is lost; and what is lost, best known first.
 _ACCURACY = ("max_drop", "min_agreement")
-_QUALITIES = ("drop", "agreement", "similarity")
+_QUALITIES = ("drop", "agreement", "similarity", "output_correlation")
 
 
 @dataclass(frozen=True)
@@ -48,32 +42,39 @@ class _Words:
     """How a metric is said: what has to be measured for it, its values, and cells that are first or later by it."""
 
     measured: str
-    value: str
+    unit: str
+    known: str
+    judged: str
     best: str = ""
     worse: str = ""
     surely: str = ""
 
 
 _WORDS = {
-    "drop": _Words("accuracy", "a drop of {}{:.2f} points", "the most accurate", "less accurate"),
+    "drop": _Words("accuracy", " points", "drop {}", "a drop of {}", "the most accurate", "less accurate"),
     "agreement": _Words(
-        "agreement", "{}{:.2f} % agreement", "in most agreement with the unreduced model", "in less agreement"
+        "agreement", " %", "agreement {}", "{} agreement", "in most agreement with the unreduced model",
+        "in less agreement",
     ),
     "similarity": _Words(
-        "features", "a cosine of {}{:.4f}", "the nearest to the unreduced model's features", "further away in features"
+        "features", "", "cosine of features {}", "a cosine of {}", "the nearest to the unreduced model's features",
+        "further away in features",
     ),
-    "speedup": _Words("speed", "{}{:.2f}× the speed", "the fastest", "slower", "faster"),
-    "latency": _Words("latency", "a median latency of {}{:.2f} ms"),
-    "gflops": _Words("FLOPs", "{}{:.4g} GFLOPs", "the one with the fewest FLOPs", "more FLOPs", "cheaper"),
-}
+    "output_correlation": _Words(
+        "outputs", "", "correlation of outputs {}", "a correlation of {}",
+        "the nearest to the unreduced model's output", "further away in outputs",
+    ),
+    "speedup": _Words("speed", "×", "{} the speed", "{} the speed", "the fastest", "slower", "faster"),
+    "latency": _Words("latency", " ms", "{} at batch 1", "a median latency of {}"),
+    "gflops": _Words("FLOPs", " GFLOPs", "{}", "{}", "the one with the fewest FLOPs", "more FLOPs", "cheaper"),
+}  # fmt: skip
 # What is known of the unreduced model without measuring, being compared with itself.
-_OF_ITSELF = {"drop": 0.0, "agreement": 100.0, "similarity": 1.0, "speedup": 1.0}
+_OF_ITSELF = {"drop": 0.0, "agreement": 100.0, "similarity": 1.0, "output_correlation": 1.0, "speedup": 1.0}
 _FIELDS = (
     "cell", "method", "params", "schedule", "resolved", "top1", "drop", "drop_low", "drop_high", "agreement",
     "agreement_low", "agreement_high", "similarity", "similarity_low", "similarity_high", "speedup", "speedup_low",
     "speedup_high", "throughput", "latency_ms", "latency_low_ms", "latency_high_ms", "gflops",
 )  # fmt: skip
-_CAST = {None: "", "fp32": "", "bf16": ".bfloat16()", "fp16": ".half()"}
 
 
 @dataclass
@@ -86,7 +87,7 @@ class Pick:
         asked: the limits, in words.
         limits: the limits, by option.
         rule: what made the best the best.
-        best: its row of `load_table`; None where nothing meets the limits.
+        best: None where nothing meets the limits.
         other: the runner-up, or where nothing meets the limits what comes nearest; None where there is no other.
         other_meets: whether `other` meets the limits.
         why: why `other` lost, or what it misses; without `other`, why nothing could be judged.
@@ -100,8 +101,8 @@ class Pick:
     asked: str
     limits: dict[str, float]
     rule: str = ""
-    best: pd.Series | None = None
-    other: pd.Series | None = None
+    best: Cell | None = None
+    other: Cell | None = None
     other_meets: bool = False
     why: str = ""
     misses: dict[str, float] = field(default_factory=dict)
@@ -124,19 +125,11 @@ class Pick:
     def to_dict(self) -> dict[str, Any]:
         """For programs: plain JSON values. `nearest` is a cell that does not meet the limits."""
         return {
-            "model": self.model,
-            "title": self.title,
-            "limits": self.limits,
-            "met": self.best is not None,
-            "rule": self.rule,
-            "pick": _plain(self.best),
-            "runner_up": _plain(self.other) if self.other_meets else None,
-            "nearest": None if self.other_meets else _plain(self.other),
-            "why": self.why,
-            "misses": self.misses,
-            "notes": self.notes,
-            "code": self.code,
-        }
+            "model": self.model, "title": self.title, "limits": self.limits, "met": self.best is not None,
+            "rule": self.rule, "pick": _plain(self.best), "runner_up": _plain(self.other) if self.other_meets else None,
+            "nearest": None if self.other_meets else _plain(self.other), "why": self.why, "misses": self.misses,
+            "notes": self.notes, "code": self.code,
+        }  # fmt: skip
 
 
 def pick_cells(run: str | Path, **limits: float | None) -> list[Pick]:
@@ -146,22 +139,14 @@ def pick_cells(run: str | Path, **limits: float | None) -> list[Pick]:
     limit, one that cannot be, and one on something that the run has not measured.
     """
     asked = {name: value for name, value in limits.items() if value is not None}
-    if not asked:
-        raise UserError(f"pick needs a limit: {', '.join(map(_option, LIMITS))}")
-    for name, value in asked.items():
-        if not math.isfinite(value) or (name != "max_drop" and value <= 0):
-            raise UserError(
-                f"{_option(name)} must be a number{'' if name == 'max_drop' else ' above 0'}, not {value:g}"
-            )
-        if name == "min_agreement" and value > 100:
-            raise UserError(f"{_option(name)} is a percentage: at most 100, not {value:g}")
+    _require_limits(asked)
     folder = RunFolder.open(run)
-    groups = comparable(_judged(load_table([run])))
+    groups = comparable([_compared_with_itself(cell) for cell in load_cells([run])])
     if not groups:
         raise UserError(f"the run {folder.path} has measured nothing yet")
     picks, refused = [], []
     for group in groups:
-        found = Pick(str(group.iloc[0]["model"]), group_title(group), _said(asked), asked)
+        found = Pick(group[0].model, group_title(group), _said(asked), asked)
         try:
             _decide(found, group, folder)
         except UserError as error:
@@ -173,87 +158,102 @@ def pick_cells(run: str | Path, **limits: float | None) -> list[Pick]:
     return picks
 
 
+def _require_limits(asked: Mapping[str, float]) -> None:
+    if not asked:
+        raise UserError(f"pick needs a limit: {', '.join(map(_option, LIMITS))}")
+    for name, value in asked.items():
+        if not math.isfinite(value) or value < 0 or (value == 0 and name != "max_drop"):
+            least = "of 0 or more" if name == "max_drop" else "above 0"
+            raise UserError(f"{_option(name)} must be a number {least}, not {value:g}")
+        if name == "min_agreement" and value > 100:
+            raise UserError(f"{_option(name)} is a percentage: at most 100, not {value:g}")
+
+
 def _said(asked: Mapping[str, float]) -> str:
-    words = " and ".join(LIMITS[name][1].format(f"{value:.10g}") for name, value in asked.items())
+    words = " and ".join(LIMITS[name][1].format(_limit(value)) for name, value in asked.items())
     return words.replace("at most 1 points", "at most 1 point")
 
 
-def _judged(df: pd.DataFrame) -> pd.DataFrame:
-    """The table with the columns that decide (`_end`), and why a cell can never be picked (`unsound`, "" if it can).
+def _compared_with_itself(cell: Cell) -> Cell:
+    """The unreduced model with what is known of it without measuring, so that its figures are exact."""
+    known = {name: Figure(value, value, value) for name, value in _OF_ITSELF.items() if cell[name]}
+    return replace(cell, figures={**cell.figures, **known}) if cell.is_baseline else cell
+
+
+def _ends(cell: Cell) -> dict[str, float]:
+    """What counts of a cell, by metric: the unfavorable end of the interval, the value where there can be none.
 
     A latency of a run that kept no interval of it counts as it is; other metrics without their interval do not.
     """
-    for metric, value in _OF_ITSELF.items():
-        found = METRICS[metric]
-        for column in (found.column, found.low, found.high):
-            df.loc[df["is_baseline"] & df[found.column].notna(), column] = value
+    ends = {}
     for metric in _WORDS:
-        found = METRICS[metric]
-        df[_end(metric)] = df[(found.high if found.better == "lower" else found.low) or found.column].astype(float)
-    latency = METRICS["latency"]
-    df["latency_without_interval"] = df[_end("latency")].isna() | (latency.high == "")
-    df[_end("latency")] = df[_end("latency")].fillna(df[latency.column])
-    df["unsound"] = [_unsound(row) for _, row in df.iterrows()]
-    return df
+        figure, found = cell[metric], METRICS[metric]
+        if figure and figure.interval:
+            ends[metric] = figure.interval[1 if found.better == "lower" else 0]
+        elif figure and (not found.interval or metric == "latency"):
+            ends[metric] = figure.value
+    return ends
 
 
-def _end(metric: str) -> str:
-    """The column with what counts of a metric: the unfavorable end of its interval; itself where it has none."""
-    return f"end of {metric}"
-
-
-def _unsound(row: pd.Series) -> str:
-    if row["method"] == "free":
+def _unsound(cell: Cell) -> str:
+    """Why a cell can never be picked; "" if it can."""
+    if cell.method == "free":
         return "a speed limit, and no method"
-    if pd.notna(row["nonfinite"]) and row["nonfinite"]:
-        return f"NaN or infinite for {row['nonfinite']:,} of {row['images']:,} images"
-    return "" if pd.isna(row["error"]) else f"failed: {row['error']}"
+    if cell.is_broken:
+        return f"NaN or infinite for {cell.nonfinite:,} of {cell.images:,} images"
+    return "" if cell.error is None else f"failed: {cell.error}"
 
 
-def _decide(found: Pick, group: pd.DataFrame, folder: RunFolder) -> None:
+def _decide(found: Pick, group: Sequence[Cell], folder: RunFolder) -> None:
     """Fill in a decision. Raises UserError where none can be made."""
-    asked, reduced = found.limits, group[~group["is_baseline"]]
-    if reduced.empty:
+    asked, reduced = found.limits, [cell for cell in group if not cell.is_baseline]
+    if not reduced:
         raise UserError(f"the run {folder.path} holds only the unreduced {found.model}: nothing to pick from")
-    sound = reduced[reduced["unsound"] == ""]
-    if sound.empty:
+    sound = [cell for cell in reduced if not _unsound(cell)]
+    if not sound:
         raise UserError(f"the run {folder.path} has no cell of {found.model} to pick: {_reasons(reduced, ())}")
-    _require_measured(sound, asked, folder)
-    quality = next(metric for metric in _QUALITIES if sound[_end(metric)].notna().any())
-    rank = _rank(sound, asked, quality, folder)
-    needed = list(dict.fromkeys([*(LIMITS[name][0] for name in asked), quality, rank]))
-    known = group[(group["unsound"] == "") & group[list(map(_end, needed))].notna().all(axis=1)]
-    misses = pd.DataFrame({name: _excess(known, name, limit) for name, limit in asked.items()}, index=known.index)
-    met = _ranked(known[(misses <= 0).all(axis=1)], rank, quality)
+    rank, quality = _ranking(sound, asked, f"the run {folder.path}")
+    by = list(dict.fromkeys([rank, quality, "gflops"]))
+    needed = dict.fromkeys([*(LIMITS[name][0] for name in asked), quality, rank])
+    known = [cell for cell in group if not _unsound(cell) and _ends(cell).keys() >= needed.keys()]
+    misses = {cell: _misses(cell, asked) for cell in known}
+    met = [cell for cell in known if not misses[cell]]
+    costs = _costs(met, by)
+    met.sort(key=costs.__getitem__)
     # A cell that is not faster than the unreduced model is no answer to how much accuracy may be paid for speed.
-    futile = set(asked) <= set(_ACCURACY) and len(met) and met.iloc[0]["is_baseline"]
-    rows = [] if futile else [row for _, row in met.iterrows()]
-    found.notes = _notes(group, known, needed, asked, rank, folder)
-    if rows:
-        found.code, more = _code(rows[0], folder)
-        found.best, found.notes = rows[0], [*found.notes, *more]
-    if len(rows) > 1:
+    if met and met[0].is_baseline and set(asked) <= set(_ACCURACY):
+        met = []
+    found.notes = _notes(group, known, needed, asked, rank)
+    if met:
+        found.code, notes = python_of(met[0], folder)
+        found.best, found.rule = met[0], "the only one that meets the limits with the unfavorable end of its interval"
+        control = [f"{met[0].method} is a control, there to be beaten"] if met[0].method in CONTROLS else []
+        found.notes += control + notes
+    if len(met) > 1:
         found.rule = (
-            f"{_WORDS[rank].best} of {len(rows)} that meet the limits with the unfavorable end of their intervals"
+            f"{_WORDS[rank].best} of {len(met)} that meet the limits with the unfavorable end of their intervals"
         )
-        found.other, found.other_meets, found.why = rows[1], True, _why(rows[0], rows[1], rank, quality)
+        found.other, found.other_meets, found.why = met[1], True, _why(met[0], met[1], by, costs)
         return
-    if rows:
-        found.rule = "the only one that meets the limits with the unfavorable end of its interval"
-    fails = _ranked(known[~known["is_baseline"] & ~known.index.isin([row.name for row in rows])], rank, quality)
-    if len(fails):
-        found.other, found.misses = _nearest(fails, misses.loc[fails.index], asked)
-        found.why = " and ".join(_missed(found.other, name, asked[name], by) for name, by in found.misses.items()) or (
-            f"it is within the limit, but not surely {_WORDS[rank].surely} than the unreduced model"
-        )
+    fails = [cell for cell in known if not cell.is_baseline and cell not in met]
+    if fails:
+        found.other = _nearest(fails, misses, asked, by)
+        found.misses = misses[found.other]
+        found.why = " and ".join(_missed(found.other, name, asked[name], over) for name, over in found.misses.items())
+        if not found.misses:
+            found.why = f"it is within the limit, but not surely {_WORDS[rank].surely} than the unreduced model"
 
 
-def _require_measured(sound: pd.DataFrame, asked: Iterable[str], folder: RunFolder) -> None:
-    """Raise UserError, saying what can be asked instead, for a limit that no sound cell can be held to."""
-    there = {metric for metric in _WORDS if sound[_end(metric)].notna().any()}
-    run = f"the run {folder.path}"
-    if there.isdisjoint(_QUALITIES):
-        needs = next((f"{_option(name)}: " for name in asked if name in _ACCURACY), "")
+def _ranking(sound: Sequence[Cell], asked: Mapping[str, float], run: str) -> tuple[str, str]:
+    """The metric that decides among those that meet the limits, and what tells how much of the model is kept.
+
+    Raises UserError, saying what can be asked instead, for a limit that no sound cell can be held to.
+    """
+    there = {metric for cell in sound for metric in _ends(cell)}
+    on_accuracy = [name for name in asked if name in _ACCURACY]
+    quality = next((metric for metric in _QUALITIES if metric in there), "")
+    if not quality:
+        needs = f"{_option(on_accuracy[0])}: " if on_accuracy else ""
         raise UserError(f"{needs}{run} has not measured accuracy, which this needs")
     can = " or ".join(_option(name) for name, (metric, _) in LIMITS.items() if metric in there)
     hint = f"; ask for {can} instead" if can else ", nor anything else that can be limited"
@@ -262,288 +262,154 @@ def _require_measured(sound: pd.DataFrame, asked: Iterable[str], folder: RunFold
         if metric in there:
             continue
         why = f"has not measured {_WORDS[metric].measured}, which this needs"
-        if sound[METRICS[metric].column].notna().any():
+        if any(cell[metric] for cell in sound):
             why = f"knows no interval of {_WORDS[metric].measured}, which this needs"
-        elif name in _ACCURACY and not there & {"drop", "agreement"}:
-            why = "compared features only, because the model has no classes"
+        elif name in on_accuracy and quality in ("similarity", "output_correlation"):
+            why = f"compared {_WORDS[quality].measured} only, because the model has no classes"
         elif name == "max_drop":
             why = "had images without labels, so that no drop is known"
         raise UserError(f"{_option(name)}: {run} {why}{hint}")
+    rank = next((metric for metric in ("speedup", "gflops") if metric in there), "") if on_accuracy else quality
+    if not rank:
+        raise UserError(f"{run} has measured neither speed nor FLOPs, so no cell is better than another")
+    return rank, quality
 
 
-def _rank(sound: pd.DataFrame, asked: Iterable[str], quality: str, folder: RunFolder) -> str:
-    """The metric that decides among those that meet the limits."""
-    if not set(asked) & set(_ACCURACY):
-        return quality
-    for metric in ("speedup", "gflops"):
-        if sound[_end(metric)].notna().any():
-            return metric
-    raise UserError(f"the run {folder.path} has measured neither speed nor FLOPs, so no cell is better than another")
+def _costs(cells: Sequence[Cell], by: Sequence[str]) -> dict[Cell, list[float]]:
+    """What cells are sorted by, smallest first; what is not known comes last.
 
-
-def _ranked(df: pd.DataFrame, rank: str, quality: str) -> pd.DataFrame:
-    """Best first; where that is equal, what loses less, then what costs less."""
-    keys = _keys(df, rank, quality)
-    return df.loc[keys.sort_values(list(keys), kind="stable", na_position="last").index]
-
-
-def _keys(df: pd.DataFrame, rank: str, quality: str) -> pd.DataFrame:
-    """What cells are sorted by, smallest first. Costs to rank by that differ too little to matter are equal."""
-    keys = {}
-    for metric in dict.fromkeys([rank, quality, "gflops"]):
-        found, values = METRICS[metric], df[_end(metric)].astype(float)
-        if metric == rank and found.tie and not found.low:
-            values = np.floor(np.log(values / values.min()) / math.log1p(found.tie))
-        keys[metric] = values if found.better == "lower" else -values
-    return pd.DataFrame(keys, index=df.index)
-
-
-def _excess(df: pd.DataFrame, name: str, limit: float) -> pd.Series:
-    """By how much each cell misses a limit, in its unit; 0 or below where it meets it."""
-    metric = LIMITS[name][0]
-    excess = (df[_end(metric)] - limit) * (1 if METRICS[metric].better == "lower" else -1)
-    return excess.mask(excess.abs() <= 1e-9 * max(1e-3, abs(limit)), 0.0)
-
-
-def _nearest(cells: pd.DataFrame, misses: pd.DataFrame, asked: dict[str, float]) -> tuple[pd.Series, dict[str, float]]:
-    """The cell that misses the fewest limits, and these by the least (relative to them, or in points); and its misses.
-
-    misses: one column a limit, one row a cell.
+    Costs without an interval that differ too little to matter are equal where they come first.
     """
-    scale = {name: 1.0 if name in _ACCURACY else limit for name, limit in asked.items()}
-    over = misses.clip(lower=0)
-    order = pd.DataFrame({"count": (over > 0).sum(axis=1), "most": (over / pd.Series(scale)).max(axis=1)})
-    row = cells.loc[order.sort_values(["count", "most"], kind="stable").index[0]]
-    return row, {name: float(by) for name, by in over.loc[row.name].items() if by > 0}
+    signs = {metric: 1 if METRICS[metric].better == "lower" else -1 for metric in by}
+    costs = {cell: [sign * _ends(cell).get(metric, math.inf) for metric, sign in signs.items()] for cell in cells}
+    first = METRICS[by[0]]
+    if first.tie and not first.interval:
+        least = min((cost[0] for cost in costs.values()), default=0)
+        for cost in costs.values():
+            cost[0] = math.floor(math.log(cost[0] / least) / math.log1p(first.tie))
+    return costs
 
 
-def _missed(row: pd.Series, name: str, limit: float, by: float) -> str:
+def _misses(cell: Cell, asked: Mapping[str, float]) -> dict[str, float]:
+    """By how much a cell misses which limits, in their units."""
+    misses = {}
+    for name, limit in asked.items():
+        metric = LIMITS[name][0]
+        over = (_ends(cell)[metric] - limit) * (1 if METRICS[metric].better == "lower" else -1)
+        if over > 1e-9 * max(1e-3, abs(limit)):
+            misses[name] = over
+    return misses
+
+
+def _nearest(
+    cells: Sequence[Cell], misses: Mapping[Cell, Mapping[str, float]], asked: Mapping[str, float], by: Sequence[str]
+) -> Cell:
+    """The cell that misses the fewest limits, and these by the least, relative to them or in points."""
+    costs = _costs(cells, by)
+
+    def key(cell: Cell) -> tuple[int, float, list[float]]:
+        shares = [over / (1 if name in _ACCURACY else asked[name]) for name, over in misses[cell].items()]
+        return len(shares), max(shares, default=0), costs[cell]
+
+    return min(cells, key=key)
+
+
+def _missed(cell: Cell, name: str, limit: float, over: float) -> str:
     metric = LIMITS[name][0]
     more = "more" if METRICS[metric].better == "lower" else "less"
-    return f"{_value(row, metric)}, {by:.3g} {more} than the limit of {limit:.10g}"
+    return f"{_judged(cell, metric)}, {over:.3g} {more} than the limit of {_limit(limit)}"
 
 
-def _why(best: pd.Series, other: pd.Series, rank: str, quality: str) -> str:
+def _why(best: Cell, other: Cell, by: Sequence[str], costs: Mapping[Cell, list[float]]) -> str:
     """Why the runner-up lost, and whether that is sure."""
-    keys = _keys(pd.DataFrame([best, other]), rank, quality)
-    differing = [metric for metric, (first, second) in keys.items() if first < second]
-    if not differing:
+    pairs = zip(by, costs[best], costs[other], strict=True)
+    metric = next((metric for metric, first, second in pairs if first < second < math.inf), "")
+    if not metric:
         return "equal in everything that counts, and measured later"
-    metric = differing[0]
-    text = f"{_WORDS[metric].worse}: {_value(other, metric)}, against {_value(best, metric)}"
-    if metric != rank:
-        text = f"equal in {_WORDS[rank].measured}, but {text}"
-    low, high = METRICS[metric].low, METRICS[metric].high
-    if low and best[low] <= other[high] and other[low] <= best[high]:
+    text = f"{_WORDS[metric].worse}: {_judged(other, metric)}, against {_judged(best, metric)}"
+    if metric != by[0]:
+        text = f"equal in {_WORDS[by[0]].measured}, but {text}"
+    intervals = [figure.interval for cell in (best, other) if (figure := cell[metric]) and figure.interval]
+    if len(intervals) == 2 and max(low for low, _ in intervals) <= min(high for _, high in intervals):
         text += "; the intervals overlap, so that is not sure"
     return text
 
 
-def _value(row: pd.Series, metric: str) -> str:
-    """What counts of a cell in a metric: the unfavorable end of the interval, where there is one."""
-    exact = (
-        not METRICS[metric].low
-        or (row["is_baseline"] and metric in _OF_ITSELF)
-        or (metric == "latency" and row["latency_without_interval"])
-    )
-    return _WORDS[metric].value.format("" if exact else "at worst ", row[_end(metric)])
+def _judged(cell: Cell, metric: str) -> str:
+    """What counts of a cell in a metric, in words."""
+    figure, end = cell[metric], _ends(cell)[metric]
+    exact = figure is None or figure.interval is None or figure.low == figure.high
+    text = f"{end:.4g}" if metric == "gflops" else number(end, METRICS[metric].digits)
+    return _WORDS[metric].judged.format(f"{'' if exact else 'at worst '}{text}{_WORDS[metric].unit}")
 
 
 def _notes(
-    group: pd.DataFrame,
-    known: pd.DataFrame,
-    needed: list[str],
-    asked: dict[str, float],
-    rank: str,
-    folder: RunFolder,
+    group: Sequence[Cell], known: Sequence[Cell], needed: Iterable[str], asked: Mapping[str, float], rank: str
 ) -> list[str]:
-    notes = []
+    notes = told_caveats(group)
     if rank == "gflops":
         notes.append("speed was not measured, and fewer FLOPs need not be faster")
-    if "max_latency_ms" in asked and known["latency_without_interval"].any():
-        whose = known[known["latency_without_interval"]]
-        of = "" if len(whose) == len(known) else f" of {', '.join(_name(row) for _, row in whose.iterrows())}"
+    latencies = [(cell, cell["latency"]) for cell in known if "max_latency_ms" in asked]
+    alone = [cell for cell, latency in latencies if latency and not latency.interval]
+    if alone:
+        of = "" if len(alone) == len(known) else f" of {', '.join(map(_name, alone))}"
         notes.append(f"the run has no interval of the latency{of}: that limit is held against the median itself")
-    out = group[~group.index.isin(known.index)]
-    if len(out):
+    out = [cell for cell in group if cell not in known]
+    if out:
         notes.append(f"left out: {_reasons(out, needed)}")
-    images = group["images"].max()
-    if pd.notna(images):
-        # The end of the interval of a cell that answers just as the unreduced model does; see measure/stats.py.
-        z = float(norm.ppf(0.975))
-        least = 100 * z**2 / (float(images) + z**2)
-        if asked.get("max_drop", least) < least:
-            notes.append(
-                f"on {int(images):,} images even a cell with the unreduced model's every answer may lose {least:.2f} "
-                "points: a lower limit needs more images"
-            )
-        if asked.get("min_agreement", 0) > 100 - least:
-            notes.append(
-                f"on {int(images):,} images even a cell with the unreduced model's every answer surely agrees on "
-                f"{100 - least:.2f} % only: a higher limit needs more images"
-            )
+    images = max(cell.images or 0 for cell in group)
+    # The end of the interval of a cell that answers just as the unreduced model does; see measure/stats.py.
+    z = NormalDist().inv_cdf(0.975)
+    least = 100 * z**2 / (images + z**2)
+    same = f"on {images:,} images even a cell with the unreduced model's every answer"
+    if asked.get("max_drop", least) < least:
+        notes.append(f"{same} may lose {least:.2f} points: a lower limit needs more images")
+    if asked.get("min_agreement", 0) > 100 - least:
+        notes.append(f"{same} surely agrees on {100 - least:.2f} % only: a higher limit needs more images")
     return notes
 
 
-def _reasons(out: pd.DataFrame, needed: Iterable[str]) -> str:
+def _reasons(out: Iterable[Cell], needed: Iterable[str]) -> str:
     """Why these cells were left out, those of one reason together: "ToMe at r=8 (failed: out of memory)"."""
-    by: dict[str, list[str]] = {}
-    for _, row in out.iterrows():
-        missing = ", ".join(
-            f"no {_WORDS[metric].measured} {'measured' if pd.isna(row[METRICS[metric].column]) else 'interval'}"
-            for metric in needed
-            if pd.isna(row[_end(metric)])
-        )
-        by.setdefault(row["unsound"] or missing, []).append(_name(row))
-    return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by.items())
+
+    def reason(cell: Cell) -> str:
+        missing = [metric for metric in needed if metric not in _ends(cell)]
+        told = [f"no {_WORDS[metric].measured} {'interval' if cell[metric] else 'measured'}" for metric in missing]
+        return _unsound(cell) or ", ".join(told)
+
+    return "; ".join(f"{', '.join(map(_name, cells))} ({reason(cells[0])})" for cells in group_by(out, reason))
 
 
-def _name(row: pd.Series) -> str:
-    return "the unreduced model" if row["is_baseline"] else cell_name(row)
+def _name(cell: Cell) -> str:
+    return "the unreduced model" if cell.is_baseline else cell_name(cell)
 
 
-def _told(row: pd.Series, limits: Iterable[str]) -> str:
-    """A cell with what is known of it."""
-    parts = ["as it is"] if row["is_baseline"] else _qualities(row, limits)
-    if pd.notna(row["speedup"]) and not row["is_baseline"]:
-        parts.append(f"{row['speedup']:.2f}×{_interval(row, 'speedup', 2)} the speed")
-    if pd.notna(row["latency_ms"]):
-        parts.append(f"{row['latency_ms']:.2f} ms{_interval(row, 'latency', 2)} at batch 1")
-    if pd.notna(row["gflops"]):
-        parts.append(f"{row['gflops']:.4g} GFLOPs")
-    return f"{_name(row)} ({', '.join(parts)})"
+def _told(cell: Cell, limits: Iterable[str]) -> str:
+    """A cell with what is known of it: what it keeps by the best measure there is and by those that are limited."""
+    shown = {"latency", "gflops"}
+    if not cell.is_baseline:
+        shown |= {"speedup", next(metric for metric in _QUALITIES if cell[metric])}
+        shown |= {LIMITS[name][0] for name in limits}
+    parts = ["as it is"] if cell.is_baseline else []
+    for metric, words in _WORDS.items():
+        figure = cell[metric]
+        if metric in shown and figure:
+            exact = f"{figure.value:.4g}{words.unit}"
+            text = exact if metric == "gflops" else figure_text(cell, metric, bounds=True, unit=words.unit)
+            parts.append(words.known.format(text))
+    return f"{_name(cell)} ({', '.join(parts)})"
 
 
-def _qualities(row: pd.Series, limits: Iterable[str]) -> list[str]:
-    """What a reduced cell keeps of the model: by the best measure known, and by those that are limited."""
-    first = next(metric for metric in _QUALITIES if pd.notna(row[METRICS[metric].column]))
-    shown = {first, *(LIMITS[name][0] for name in limits)}
-    forms = {"drop": "drop {} points{}", "agreement": "agreement {} %{}", "similarity": "cosine of features {}{}"}
-    parts = []
-    for metric, form in forms.items():
-        if metric in shown:
-            digits = 4 if metric == "similarity" else sensible_digits(METRICS[metric], row["images"])
-            value = _rounded(row[METRICS[metric].column], digits)
-            parts.append(form.format(value, _interval(row, metric, digits)))
-    return parts
-
-
-def _interval(row: pd.Series, metric: str, digits: int) -> str:
-    low, high = METRICS[metric].low, METRICS[metric].high
-    if not low or pd.isna(row[low]) or pd.isna(row[high]):
-        return ""
-    return f" [{_rounded(row[low], digits)}, {_rounded(row[high], digits)}]"
-
-
-def _rounded(value: float, digits: int) -> str:
-    text = f"{value:.{digits}f}"
-    return (text.removeprefix("-") if float(text) == 0 else text).replace("-", "−")
-
-
-def _code(row: pd.Series, folder: RunFolder) -> tuple[str, list[str]]:
-    """The Python that makes a cell: its model, and its method with the schedule it was resolved to; and notes on it."""
-    if row["dtype"] not in _CAST:
-        raise UserError(f"the run {folder.path} was made in {row['dtype']!r}, which this tokbench does not know")
-    spec = _model_spec(folder, row["model"])
-    words = [_literal(spec[key]) for key in ("name", "checkpoint") if spec.get(key)]
-    words += [f"{key}={spec[key]!r}" for key in ("input_size", "random_weights") if spec.get(key)]
-    device = f".to({_literal(row['device'])})" if row["device"] not in (None, "cpu") else ""
-    lines = ["import tokbench"]
-    notes: list[str] = []
-    if row["method"] in controls():
-        notes.append(f"{row['method']} is a control, there to be beaten")
-    if row["method"] not in STYLES:
-        paths, notes = _plugins(folder, row["method"])
-        if paths:
-            lines += ["from tokbench.plugins import load_plugins", f"load_plugins([{', '.join(map(_literal, paths))}])"]
-    lines.append(f"model = tokbench.load_model({', '.join(words)}){device}{_CAST[row['dtype']]}")
-    if not row["is_baseline"]:
-        params = {**json.loads(row["params"]), **_calibrated(folder, row["cell"])}
-        words = [_literal(value) for value in (row["method"], row["resolved"] or row["schedule"])]
-        words += [f"{key}={_literal(value)}" for key, value in params.items() if _is_plain(key)]
-        odd = [f"{_literal(key)}: {_literal(value)}" for key, value in params.items() if not _is_plain(key)]
-        words += [f"**{{{', '.join(odd)}}}"] if odd else []
-        lines.append(f"tokbench.apply(model, {', '.join(words)})")
-    if _dict(folder.manifest.get("conditions")).get("compile") and pd.notna(row["speedup"]):
-        lines.append("model.compile(dynamic=False, fullgraph=True)")
-        notes.append("speed is that of the compiled model, for one batch size")
-    return "\n".join(lines), notes
-
-
-def _is_plain(name: str) -> bool:
-    """Whether a name can stand before = in a call."""
-    return name.isascii() and name.isidentifier() and not iskeyword(name)
-
-
-def _literal(value: Any) -> str:
-    """A JSON value as Python, in double quotes where they do."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return f'float("{value}")'
-    text = repr(value)
-    return f'"{text[1:-1]}"' if isinstance(value, str) and "'" not in value and '"' not in value else text
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    """What should be an object, or nothing: a manifest may have been edited."""
-    return value if isinstance(value, dict) else {}
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _sessions(folder: RunFolder) -> list[dict[str, Any]]:
-    """What was asked each time the run was continued, last first."""
-    return [_dict(session) for session in reversed([folder.manifest, *_list(folder.manifest.get("continued"))])]
-
-
-def _model_spec(folder: RunFolder, label: str) -> dict[str, Any]:
-    for session in _sessions(folder):
-        for model in map(_dict, _list(_dict(session.get("grid")).get("models"))):
-            if model.get("label") == label and model.get("name"):
-                return model
-    return {"name": label}
-
-
-def _plugins(folder: RunFolder, method: str) -> tuple[list[str], list[str]]:
-    """The files with a run's own methods, as the command line named them; and what may be wrong with them now."""
-    digests = _dict(folder.manifest.get("plugins"))
-    if not digests:
-        return [], [f"{method} is no method of tokbench, and the run loaded no plugin: register it before these lines"]
-    named = {Path(path).name: path for session in reversed(_sessions(folder)) for path in _plugin_words(session)}
-    paths, notes = [], []
-    for name, digest in digests.items():
-        path = named.get(name, name)
-        paths.append(path)
-        if not Path(path).is_file():
-            notes.append(f"the plugin {path!r} is not found from this folder: say where it is")
-        elif hashlib.sha256(Path(path).read_bytes()).hexdigest() != digest:
-            notes.append(f"the plugin {path!r} is no longer the file that the run loaded")
-    return paths, notes
-
-
-def _plugin_words(session: Mapping[str, Any]) -> list[str]:
-    try:
-        words = shlex.split(str(session.get("command") or ""))
-    except ValueError:  # written by hand
-        return []
-    after = [word for option, word in zip(words, words[1:], strict=False) if option == "--plugin"]
-    return after + [word.partition("=")[2] for word in words if word.startswith("--plugin=")]
-
-
-def _calibrated(folder: RunFolder, cell: str) -> dict[str, Any]:
-    """What was measured on calibration images for a cell's parameters, so that nobody needs them again."""
-    for record in reversed(folder.records()):
-        if record["cell"] == cell and record.get("calibrated") and record.get("params"):
-            return {key: value for key, value in _dict(record["calibrated"]).items() if key in record["params"]}
-    return {}
-
-
-def _plain(row: pd.Series | None) -> dict[str, Any] | None:
-    if row is None:
+def _plain(cell: Cell | None) -> dict[str, Any] | None:
+    if cell is None:
         return None
-    plain = {name: None if pd.isna(row.get(name)) else row[name] for name in _FIELDS}
-    return {**plain, "params": json.loads(row["params"])}
+    row = columns_of(cell)
+    return {name: row[name] for name in _FIELDS} | {"params": dict(sorted(cell.params.items()))}
+
+
+def _limit(value: float) -> str:
+    """A limit as it was given."""
+    return f"{value:.10g}".replace("-", "−")
 
 
 def _option(name: str) -> str:

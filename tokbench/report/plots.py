@@ -3,50 +3,39 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
-from itertools import product
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-from matplotlib import rc_context
+from tokbench.report.canvas import drawing, require_format, save
+
+# isort: split
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 
 from tokbench.errors import UserError, nearest
-from tokbench.report.canvas import require_format, save
-from tokbench.report.metrics import (
-    METRICS,
-    PANEL,
-    find_metric,
-    known_gain,
-    measured_names,
-    nonfinite,
-    pareto_front,
-    run_names,
-)
 from tokbench.report.panels import (
     DASHES,
+    MOST_LABELS,
     Art,
     Size,
-    broken_marks,
     draw_panel,
     draw_published,
     label_panel,
-    published_marks,
     scale_y,
-    series_marks,
-    side_by_side,
-    variant_ranks,
 )
-from tokbench.report.published import PUBLISHED, published_points
-from tokbench.report.styles import STYLES, find_theme, variant_name
+from tokbench.report.published import PUBLISHED, Published, published_points
+from tokbench.report.scene import Scene, scene, side_by_side
+from tokbench.report.styles import find_theme, method_order
+from tokbench.report.text import capital, listed, plural, told_caveats, variant_name
+from tokbench.results.cell import Cell
+from tokbench.results.metrics import METRICS, find_metric, metric_name
+from tokbench.results.table import PANEL, group_by, known_gain, measured_names, run_names
 
 DEFAULT_X = ("gflops", "throughput")
-_OVER_IMAGES = ("top5", "agreement", "kl", "similarity")  # intervals of means over all images
 SIZES = {
     "wide": Size(panel=4.9, width=1.3, height=4.5, font=9.5, label=8.5, marker=6.5, text=True),
     "page": Size(panel=None, width=7.0, height=2.7, font=8, label=7, marker=5),
@@ -54,8 +43,21 @@ SIZES = {
 }
 
 
+def plot_run(cells: Sequence[Cell], out: str | Path, tell: Callable[[str], None]) -> Path | None:
+    """Draw what a run measured as `plot_pareto` does; None where there are no two metrics to draw, which is told."""
+    try:
+        return plot_pareto(cells, out, tell=tell)
+    except NothingToPlot as nothing:
+        tell(f"no plot was drawn: {nothing}")
+        return None
+
+
+class NothingToPlot(UserError):
+    """No cell has two metrics that could be set against each other."""
+
+
 def plot_pareto(
-    df: pd.DataFrame,
+    cells: Sequence[Cell],
     out: str | Path,
     *,
     x: str | Sequence[str] | None = None,
@@ -64,14 +66,15 @@ def plot_pareto(
     theme: str = "light",
     published: bool = False,
     linear: bool = False,
-    tell: Callable[[str], None] | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Path:
-    """Draw y against each x for the cells of `metrics.load_table`; returns `out`.
+    """Draw y against each x; returns `out`.
 
     Args:
         out: the file; .png, .svg or .pdf.
         x: one or several metrics, a panel each; None means GFLOPs and images/s, as far as they were measured.
-        y: a metric; None means top-1, agreement where images have no labels, features where there are no classes.
+        y: a metric; None means top-1, agreement where images have no labels, features where there are no classes,
+            and the speed-up where only the cost was measured.
         size: "wide", for screens; "page", two columns of a paper; "paper", one column.
         theme: "light" or "dark".
         published: lay over what papers printed for the same model and metrics.
@@ -79,139 +82,135 @@ def plot_pareto(
         tell: is told in a line which runs are not in a panel, because none of their cells has both of its metrics, and
             for which panels nothing was published.
 
-    Raises UserError for an unknown metric, size, theme or suffix, when no cell has both metrics of a panel, and when
-    nothing was published that fits.
+    Raises UserError for an unknown metric, size, theme or suffix, when nothing was published that fits, and
+    NothingToPlot when no cell has both metrics of a panel.
     """
     out = Path(out)
     require_format(out)
     if size not in SIZES:
         raise UserError(f"no size {size!r}; there are {', '.join(SIZES)}.{nearest(size, SIZES)}")
-    y = known_gain(df) if y is None else y
-    names = list(dict.fromkeys(_panels(df, x, y)))
-    absent = [f"{' and '.join(lacking)} of {run}" for run, lacking in _absent(df, names, y).items()]
-    groups = [group for _, group in df.groupby(list(PANEL), sort=False, dropna=False)]
-    rows = [{name: cells for name in names if len(cells := _drawable(group, name, y))} for group in groups]
-    rows = [row for row in rows if row]
-    laid_over = {run for row in rows for cells in row.values() if cells["run"].nunique() > 1 for run in cells["run"]}
-    art = Art(SIZES[size], find_theme(theme), run_names(df[df["run"].isin(laid_over)]))
-    printed = _published(df, names, y, tell) if published else {}
-    with rc_context(art.rc):
-        figure = _draw(rows, y, art, printed, linear)
-        save(figure, out, dpi=200 if art.size.text else 300)
-    if absent and tell:
+    names, y = _axes(cells, x, y)
+    groups = group_by(cells, attrgetter(*PANEL))
+    rows = [row for group in groups if (row := {x: shown for x in names if (shown := scene(group, x, y))})]
+    art = _art(rows, SIZES[size], theme)
+    if published:
+        _tell_unpublished(cells, names, y, tell)
+    with drawing(art.theme, art.settings):
+        save(_draw(rows, y, art, published, linear), out, dpi=200 if art.size.text else 300)
+    if absent := _absent(cells, names, y):
         tell(f"left out of the plot: {', '.join(absent)} (no cell has that together with {y}).")
     return out
 
 
-def _panels(df: pd.DataFrame, x: str | Sequence[str] | None, y: str) -> list[str]:
-    def measured(name: str) -> bool:
-        return bool((df[find_metric(name).column].notna() & df[find_metric(y).column].notna()).any())
+def _axes(cells: Sequence[Cell], x: str | Sequence[str] | None, y: str | None) -> tuple[list[str], str]:
+    """The metrics of the panels, as asked for or as far as they were measured."""
 
-    asked = list(DEFAULT_X) if x is None else [x] if isinstance(x, str) else list(x)
+    def have(name: str, other: str) -> bool:
+        return any(cell[name] and cell[other] for cell in cells)
+
+    asked = list(dict.fromkeys(map(metric_name, DEFAULT_X if x is None else [x] if isinstance(x, str) else x)))
+    y = metric_name(y) if y else y
+    for name in (*asked, *([y] if y else [])):
+        find_metric(name)
+    if y is None:
+        # What is kept of the model against what it costs; else one cost against the other.
+        others = (name for name in (known_gain(cells), "speedup", "throughput") if x is None or name not in asked)
+        y = next((name for name in others if any(have(name, across) for across in asked if across != name)), None)
+        y = y or known_gain(cells)
+        if x is None and y in ("speedup", "throughput"):
+            asked = ["gflops"]
     if y in asked:
         raise UserError(f"nothing to plot: {y} is on both axes; choose another --x or --y.")
-    missing = [name for name in asked if not measured(name)]
-    if x is None:
-        asked = [name for name in asked if name not in missing]
-    if missing and (x is not None or not asked):
-        raise UserError(
-            f"nothing to plot: no cell has both {y} and {' or '.join(missing)}; measured here: {measured_names(df)}."
+    there = [name for name in asked if have(name, y)]
+    missing = [name for name in asked if name not in there]
+    if not there or (missing and x is not None):
+        raise NothingToPlot(
+            f"nothing to plot: no cell has both {y} and {' or '.join(missing)}; measured here: {measured_names(cells)}."
         )
-    return asked
+    return there, y
 
 
-def _drawable(df: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
-    """The cells of one panel: what has both metrics, and a baseline with one of them for its reference line."""
-    both = df[find_metric(x).column].notna() & df[find_metric(y).column].notna()
-    return df[both | (df["is_baseline"] & df["run"].isin(df["run"][both]))]
+def _art(rows: Sequence[Mapping[str, Scene]], size: Size, theme: str) -> Art:
+    shown = [scene.cells for row in rows for scene in row.values()]
+    cells = list(dict.fromkeys(cell for part in shown for cell in part))
+    runs = [{cell.run for cell in part} for part in shown]
+    laid_over = {run for names in runs if len(names) > 1 for run in names}
+    return Art(size, find_theme(theme), cells, run_names([cell for cell in cells if cell.run in laid_over]))
 
 
-def _absent(df: pd.DataFrame, names: Sequence[str], y: str) -> dict[str, list[str]]:
-    """By run, or run and model where it has several: the x metrics of the panels it is not in."""
-    absent: dict[str, list[str]] = {}
-    for (run, model), cells in df.groupby(["run", "model"], sort=False):
-        lacking = [name for name in names if _drawable(cells, name, y).empty]
+def _absent(cells: Sequence[Cell], names: Sequence[str], y: str) -> list[str]:
+    """The x metrics that a run lacks, in words; of a model, where the run has several."""
+    absent = []
+    for group in group_by(cells, lambda cell: (cell.run, cell.model)):
+        run, model = group[0].run, group[0].model
+        lacking = [name for name in names if scene(group, name, y) is None]
         if lacking:
-            several = df.loc[df["run"] == run, "model"].nunique() > 1
-            absent[f"{model} of {run}" if several else str(run)] = lacking
+            several = len({cell.model for cell in cells if cell.run == run}) > 1
+            absent.append(f"{listed(lacking)} of {f'{model} of {run}' if several else run}")
     return absent
 
 
-def _published(
-    df: pd.DataFrame, names: Sequence[str], y: str, tell: Callable[[str], None] | None
-) -> dict[str, pd.DataFrame]:
-    """Printed points by x metric. Raises UserError where there are none for these models and metrics at all."""
-    lacking: dict[str, list[str]] = {}
-    printed = {
-        name: published_points(df["model"].unique(), [find_metric(name).column, find_metric(y).column])
-        for name in names
-    }
-    for (name, points), model in product(printed.items(), df["model"].unique()):
-        if not (points["model"] == model).any():
-            lacking.setdefault(str(model), []).append(name)
-    if all(points.empty for points in printed.values()):
-        raise UserError(f"--published: {'; '.join(_unpublished(model, names, y) for model in lacking)}.")
-    if lacking and tell:
-        tell(f"--published: {'; '.join(_unpublished(model, without, y) for model, without in lacking.items())}.")
-    return printed
+def _tell_unpublished(cells: Sequence[Cell], names: Sequence[str], y: str, tell: Callable[[str], None]) -> None:
+    """Tell what was not printed for these models and metrics. Raises UserError where nothing was."""
+    models = dict.fromkeys(cell.model for cell in cells)
+    lacking = {model: [name for name in names if not published_points(model, name, y)] for model in models}
+    told = "; ".join(_unpublished(model, without, y) for model, without in lacking.items() if without)
+    if all(without == list(names) for without in lacking.values()):
+        raise UserError(f"--published: {told}.")
+    if told:
+        tell(f"--published: {told}.")
 
 
 def _unpublished(model: str, names: Sequence[str], y: str) -> str:
     """That nothing was printed for a model in these panels, and what was: for it, or else for which models."""
-    rows = [row.values for row in PUBLISHED if model in row.models]
-    known = [name for name, metric in METRICS.items() if any(metric.column in values for values in rows)]
-    there = (
-        f"only {', '.join(known)}" if known else f"only for {', '.join(dict.fromkeys(r.models[0] for r in PUBLISHED))}"
-    )
-    return f"no paper printed {y} against {' or '.join(names)} for {model}, {there}"
+    known = [name for name in METRICS if published_points(model, name)]
+    there = f"only {', '.join(known)}" if known else (
+        f"only for {', '.join(dict.fromkeys(row.models[0] for row in PUBLISHED))}"
+    )  # fmt: skip
+    name, at, _ = model.partition("@")
+    official = next((row.models[0] for row in PUBLISHED if at and name in row.models), "")
+    # A file's hash would tell, but nobody publishes one; its owner can.
+    hint = f"; if the checkpoint holds the official weights, run it with --label {official}" if official else ""
+    return f"no paper printed {y} against {' or '.join(names)} for {model}, {there}{hint}"
 
 
-def _draw(
-    rows: list[dict[str, pd.DataFrame]], y: str, art: Art, printed: dict[str, pd.DataFrame], linear: bool
-) -> Figure:
-    """A figure of rows of panels, each given as the cells for each x metric."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    groups = [pd.concat(row.values()).pipe(lambda cells: cells[~cells.index.duplicated()]) for row in rows]
+def _draw(rows: Sequence[Mapping[str, Scene]], y: str, art: Art, published: bool, linear: bool) -> Figure:
+    """A figure of rows of panels, each given as what is shown for each x metric."""
+    groups = [list(dict.fromkeys(cell for shown in row.values() for cell in shown.cells)) for row in rows]
     lines = [
         (number, line)
         for number, row in enumerate(rows)
-        for line in ([{name: cells} for name, cells in row.items()] if art.size.stacked else [row])
+        for line in ([[shown] for shown in row.values()] if art.size.stacked else [list(row.values())])
     ]
     columns = max(len(line) for _, line in lines)
     figure = Figure(figsize=art.size.figure(len(lines), columns), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(lines), columns, squeeze=False, sharey=False if art.size.stacked else "row")
-    heads: dict[int, Axes] = {}
-    jobs: list[tuple[Axes, pd.DataFrame, str]] = []
+    jobs: list[tuple[Axes, Scene, list[Published]]] = []
+    titled: set[int] = set()
     for panels, (number, line) in zip(axes, lines, strict=True):
-        heads.setdefault(number, panels[0])
         for panel in panels[len(line) :]:
             panel.remove()
-        for panel, (name, cells) in zip(panels, line.items(), strict=False):
-            jobs.append((panel, side_by_side(cells.assign(front=pareto_front(cells, name, y)), name, art), name))
-    for number, head in heads.items():
-        _row_title(head, groups[number], groups, columns, art)
-    for panel, cells, name in jobs:
-        draw_panel(panel, cells, name, y, art, first=panel in axes[:, 0])
-        if name in printed:
-            draw_published(panel, _of_model(printed[name], cells), name, y, art)
-    for panels, (number, _) in zip(axes, lines, strict=True):
+        if number not in titled:
+            titled.add(number)
+            _row_title(panels[0], groups[number], groups, columns, art)
+        for panel, shown in zip(panels, line, strict=False):
+            printed = published_points(shown.cells[0].model, shown.x, y) if published else []
+            jobs.append((panel, side_by_side(shown, art.size.marker_share), printed))
+            draw_panel(panel, jobs[-1][1], art, first=panel is panels[0])
+            draw_published(panel, printed, shown.x, y, art)
         scale_y(panels[0], groups[number], y, linear)
-    _legend(figure, pd.concat(groups), names, y, art, printed)
+    _legend(figure, [(shown, printed) for _, shown, printed in jobs], art)
     # Labels are placed by their size on the page, so everything else has to be in its place before.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    for panel, group, name in jobs:
-        label_panel(panel, group, name, y, art, _of_model(printed[name], group) if name in printed else None)
+    for panel, shown, printed in jobs:
+        label_panel(panel, shown, art, printed)
     return figure
 
 
-def _of_model(printed: pd.DataFrame, group: pd.DataFrame) -> pd.DataFrame:
-    return printed[printed["model"] == group["model"].iloc[0]]
-
-
-def _row_title(panel: Axes, group: pd.DataFrame, groups: Sequence[pd.DataFrame], columns: int, art: Art) -> None:
-    model = str(group["model"].iloc[0])
+def _row_title(panel: Axes, group: Sequence[Cell], groups: Sequence[Sequence[Cell]], columns: int, art: Art) -> None:
+    model = group[0].model
     if not art.size.text:
         if len(groups) > 1:
             room = 72 * 0.8 * art.size.width / columns
@@ -234,25 +233,24 @@ def _row_title(panel: Axes, group: pd.DataFrame, groups: Sequence[pd.DataFrame],
         note.set_in_layout(False)
 
 
-def _conditions(group: pd.DataFrame, groups: Sequence[pd.DataFrame]) -> list[str]:
+def _conditions(group: Sequence[Cell], groups: Sequence[Sequence[Cell]]) -> list[str]:
     """What all cells of the group share, in words; what tells it from another group of the same model included."""
 
-    def shared(column: str) -> Any:
-        values = group[column].dropna().unique()
-        return values[0] if len(values) == 1 else None
+    def shared(name: str) -> Any:
+        values = {getattr(cell, name) for cell in group} - {None}
+        return values.pop() if len(values) == 1 else None
 
-    def differs(column: str) -> bool:
-        same_model = [other for other in groups if other["model"].iloc[0] == group["model"].iloc[0]]
-        return len({other[column].iloc[0] for other in same_model}) > 1
+    def differing(name: str) -> Any:
+        same_model = [other for other in groups if other[0].model == group[0].model]
+        return shared(name) if len({getattr(other[0], name) for other in same_model}) > 1 else None
 
-    device, machine = shared("device"), shared("machine")
-    where = f"{machine} ({device})" if machine and device else machine or device
+    device, machine, images = shared("device"), shared("machine"), shared("images")
     parts = [
         ("data {}", shared("data")),
-        ("{} px", shared("input_size") if differs("input_size") else None),
-        ("weights {:.8}", shared("weights_sha256") if differs("weights_sha256") else None),
-        ("{:,} images", shared("images")),
-        ("{}", where),
+        ("{} px", differing("input_size")),
+        ("weights {:.8}", differing("weights_sha256")),
+        ("{:,} " + plural(images or 0, "image"), images),
+        ("{}", f"{machine} ({device})" if machine and device else machine or device),
         ("{}", shared("dtype")),
         ("{}", "compiled" if shared("compiled") == "yes" else None),
         ("random weights", "random" if shared("weights") == "random" else None),
@@ -261,74 +259,78 @@ def _conditions(group: pd.DataFrame, groups: Sequence[pd.DataFrame]) -> list[str
     return [text.format(value) for text, value in parts if value is not None]
 
 
-def _legend(
-    figure: Figure, df: pd.DataFrame, names: list[str], y: str, art: Art, printed: dict[str, pd.DataFrame]
-) -> None:
-    entries: list[tuple[Any, str]] = []
-    order = [*STYLES, *sorted(set(df["method"]))]
-    ranks = variant_ranks(df)
-    plain_art = Art(art.size, art.theme)
-    for variant, cells in sorted(df.groupby("variant"), key=lambda item: order.index(item[1]["method"].iloc[0])):
-        method = cells["method"].iloc[0]
-        name = variant_name(method, variant)
-        text = name.replace(":", "\n", 1) if art.size.text else name
-        entries.append((Line2D([], [], **series_marks(method, ranks[variant], 0, plain_art)), text))
-    entries += [(_run_handle(place, art), name) for place, name in enumerate(art.runs.values())]
-    for where in dict.fromkeys(where for points in printed.values() for where in points["where"]):
-        marks = published_marks("tome", art) | {"marker": "o", "markeredgecolor": art.theme.muted}
-        handle = Line2D([], [], **{**marks, "linestyle": ":", "color": art.theme.muted})
-        entries.append((handle, "published" + (f":\n{where}" if art.size.text else f" ({where})")))
-    band = Line2D([], [], **art.front)
-    ring = Line2D([], [], marker="o", linestyle="none", color=art.theme.ink, markersize=art.size.marker)
-    ring.set_markerfacecolor(art.theme.background)
-    entries.append(((band, ring), "Pareto front"))
-    if nonfinite(df).any():
-        entries.append(
-            (Line2D([], [], **broken_marks(art)), "NaN logits,\non no front" if art.size.text else "NaN logits")
-        )
-    handles, labels = zip(*entries, strict=True)
+def _legend(figure: Figure, shown: Sequence[tuple[Scene, list[Published]]], art: Art) -> None:
+    marks = _other_entries(shown, art)
+    names = [variant_name(cell.method, cell.variant) for cell in art.cells]
+    lines, font, height = (1 + any(":" in name for name in names)), art.size.font, 72 * figure.get_figheight()
     if art.size.text:
-        legend = figure.legend(
-            handles, labels, loc="outside right center", frameon=False, handlelength=2.2, labelspacing=0.75
-        )
-        _slant_runs(legend, art)
-        figure.supxlabel(_footnote(df, names, y), x=0.01, ha="left", fontsize=8, color=art.theme.muted)
-        return
-    longest = max(len(label) for label in labels)
-    per_row = int(art.size.width * 72 / (0.55 * art.size.font * (longest + 5)))
-    legend = figure.legend(
-        handles, labels, loc="outside lower center", frameon=False, ncols=max(1, min(per_row, len(labels))),
-        handlelength=1.8, labelspacing=0.35, columnspacing=1.2, handletextpad=0.5,
-    )  # fmt: skip
-    _slant_runs(legend, art)
-
-
-def _slant_runs(legend: Legend, art: Art) -> None:
-    """Further runs are named in italics, as the labels of their cells are."""
+        place: dict[str, Any] = {"loc": "outside right center", "handlelength": 2.2, "labelspacing": 0.75}
+        room = int(height / (font * (1.2 * lines + 0.75)))
+        notes = "\n".join(_footnotes([scene for scene, _ in shown], art))
+        figure.supxlabel(notes, x=0.01, ha="left", fontsize=8, color=art.theme.muted)
+    else:
+        longest = max(map(len, [*names, *(text for _, text in marks)]))
+        per_row = max(1, int(art.size.width * 72 / (0.55 * font * (longest + 5))))
+        room = per_row * int(0.4 * height / (1.55 * font))
+        place = {"loc": "outside lower center", "handlelength": 1.8, "labelspacing": 0.35, "columnspacing": 1.2,
+                 "handletextpad": 0.5}  # fmt: skip
+    entries = _method_entries(art, max(room - len(marks), 1)) + marks
+    if not art.size.text:
+        place["ncols"] = min(per_row, len(entries))
+    handles, labels = zip(*entries, strict=True)
+    legend = figure.legend(handles, labels, frameon=False, **place)
     further = list(art.runs.values())[1:]
     for text in legend.get_texts():
         if text.get_text() in further:
             text.set_fontstyle("italic")
 
 
-def _run_handle(place: int, art: Art) -> Line2D:
-    marks = series_marks("none", 0, place, art)
-    return Line2D([], [], **{**marks, "marker": "o", "markersize": art.size.marker, "linestyle": DASHES[place % 4]})
+def _method_entries(art: Art, room: int) -> list[tuple[Any, str]]:
+    """(line, text) of each method and set of parameters; where there are more than `room`, how many are left out."""
+    methods = {cell.variant: cell.method for cell in art.cells}
+    order = method_order(methods.values())
+    most = room if len(methods) <= room else room - 1
+    named = sorted(sorted(methods, key=lambda variant: art.ranks[variant])[:most])
+    plain, entries = Art(art.size, art.theme, art.cells), []
+    for variant in sorted(named, key=lambda variant: order.index(methods[variant])):
+        name = variant_name(methods[variant], variant)
+        text = name.replace(":", "\n", 1) if art.size.text else name
+        entries.append((Line2D([], [], **plain.series(variant, methods[variant], 0)), text))
+    rest = [(Line2D([], [], linestyle="none"), f"and {len(methods) - most} more")] if len(methods) > most else []
+    return entries + rest
 
 
-def _footnote(df: pd.DataFrame, names: list[str], y: str) -> str:
+def _other_entries(shown: Sequence[tuple[Scene, list[Published]]], art: Art) -> list[tuple[Any, str]]:
+    """(lines, text) of what is no method: runs, published points, the front, NaN logits."""
+    theme, size = art.theme, art.size.marker
+    entries: list[tuple[Any, str]] = []
+    for place, name in enumerate(art.runs.values()):
+        marks = {"marker": "o", "markersize": size, "linestyle": DASHES[place % len(DASHES)]}
+        entries.append((Line2D([], [], **{**art.series("none", "none", place), **marks}), name))
+    for where in dict.fromkeys(row.where for _, printed in shown for row in printed):
+        marks = {"marker": "o", "markeredgecolor": theme.muted, "linestyle": ":", "color": theme.muted}
+        text = "published" + (f":\n{where}" if art.size.text else f" ({where})")
+        entries.append((Line2D([], [], **{**art.published("tome"), **marks}), text))
+    ring = Line2D([], [], marker="o", linestyle="none", color=theme.ink, markersize=size)
+    ring.set_markerfacecolor(theme.background)
+    entries.append(((Line2D([], [], **art.front), ring), "Pareto front"))
+    if any(cell.is_broken for cell in art.cells):
+        entries.append((Line2D([], [], **art.broken), "NaN logits,\non no front" if art.size.text else "NaN logits"))
+    return entries
+
+
+def _footnotes(shown: Sequence[Scene], art: Art) -> list[str]:
+    names, y = list(dict.fromkeys(scene.x for scene in shown)), shown[0].y
     notes = ["Pareto front: no other cell is as good in both metrics and better in one (costs within 1 % are equal)."]
-    if df["run"].nunique() > 1 and any(find_metric(name).paced for name in (*names, y)):
+    if len({cell.run for cell in art.cells}) > 1 and any(METRICS[name].paced for name in (*names, y)):
         notes.append("Each run has a front of its own in images/s and ms: machines change their pace between runs.")
-    bars = [("Vertical", [y]), ("Horizontal", names)]
-    for direction, metrics in bars:
-        shown = {find_metric(name).low for name in metrics} - {""}
-        if {"top1_paired_low", "drop_low"} & shown and df["drop_low"].notna().any():
-            notes.append(f"{direction} bars: 95 % interval of the difference from the unreduced model, same images.")
-        if any(name in metrics and df[find_metric(name).low].notna().any() for name in _OVER_IMAGES):
-            notes.append(f"{direction} bars: 95 % interval over images.")
-        if {"throughput_low", "speedup_low", "latency_speedup_low", "efficiency_low"} & shown:
-            notes.append(f"{direction} bars: 95 % interval over timing rounds.")
-        if "latency_low_ms" in shown and df["latency_low_ms"].notna().any():
-            notes.append(f"{direction} bars: 95 % interval of the median latency.")
-    return "\n".join(notes)
+    for direction, metrics in (("Vertical", [y]), ("Horizontal", names)):
+        has = [name for name in metrics if any(figure.interval for cell in art.cells if (figure := cell[name]))]
+        notes += [f"{direction} bars: {bars}" for bars in dict.fromkeys(METRICS[name].bars for name in has) if bars]
+    notes += [f"{capital(text)}." for text in told_caveats(art.cells)]
+    if any(scene.has_cut for scene in shown):
+        notes.append("Arrow heads: the bar is longer than the panel shows.")
+    most = max(sum(point.on_front for point in scene.points) for scene in shown)
+    if most > MOST_LABELS:
+        notes.append(f"Too many cells are on the front to name all: {MOST_LABELS} of up to {most} in a panel.")
+    return notes

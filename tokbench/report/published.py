@@ -1,16 +1,15 @@
 """What papers published for models that timm has, to lay over one's own measurements. Nothing here was measured by us.
 
 ToMe's rows are "off the shelf", without training (Bolya et al., ICLR 2023): ImageNet-1k, AugReg weights, images/s on
-a V100. The others give FLOPs only (multiply-adds), as printed in the papers of MCTF (Lee et al., CVPR 2024), ToMe and
-EViT (Liang et al., ICLR 2022).
+a V100. Some give FLOPs only (multiply-adds), as printed in the papers of MCTF (Lee et al., CVPR 2024), ToMe and EViT
+(Liang et al., ICLR 2022). Those of DiffRate, PPT and GTP are from their repositories' READMEs, off the shelf as well;
+that of ATS, of whose authors no such figure is known, is a user's (adaptivetokensampling/ATS, issue 2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-
-import pandas as pd
+from typing import Any
 
 _AUGREG = "augreg_in21k_ft_in1k"
 
@@ -22,8 +21,9 @@ class Published:
     Attributes:
         models: labels in a run that mean just these weights.
         method, schedule: as the command line writes them.
-        values: columns of `metrics.load_table`, as far as they were printed or follow from what was.
-        where: data and hardware.
+        values: by metric, as far as they were printed or follow from what was.
+        where: data and hardware, and parameters other than the defaults.
+        left_out: the most that the printed FLOPs leave out, as a share: norms, and what choosing tokens takes.
     """
 
     models: tuple[str, ...]
@@ -31,6 +31,7 @@ class Published:
     schedule: str
     values: dict[str, float] = field(default_factory=dict)
     where: str = ""
+    left_out: float = 0.0
 
 
 def _names(name: str, tag: str, *, is_default: bool = True) -> tuple[str, ...]:
@@ -61,7 +62,21 @@ def _flops(models: tuple[str, ...], unreduced: float, reduced: dict[tuple[str, s
     ]
 
 
+def _imagenet(
+    models: tuple[str, ...],
+    method: str,
+    schedule: str,
+    top1: float,
+    gflops: tuple[float, float] | None = None,
+    **rest: Any,
+) -> Published:
+    """A row off the shelf on ImageNet-1k. gflops: the reduced model's and the unreduced one's."""
+    cost = {"gflops": gflops[0], "flops_ratio": gflops[0] / gflops[1]} if gflops else {}
+    return Published(models, method, schedule, {"top1": top1, **cost}, **{"where": "ImageNet-1k", **rest})
+
+
 _DEIT_TI, _DEIT_S = _names("deit_tiny_patch16_224", "fb_in1k"), _names("deit_small_patch16_224", "fb_in1k")
+_DEIT_B = _names("deit_base_patch16_224", "fb_in1k")
 _MCTF_FAST = "keep:0.65@3,6,9"
 
 PUBLISHED: tuple[Published, ...] = (
@@ -78,22 +93,21 @@ PUBLISHED: tuple[Published, ...] = (
             ("mctf", "16"): 2.60,
             ("mctf", _MCTF_FAST): 2.76,
             ("tome", "8"): 3.43,
-            ("tome", "13"): 2.71,
             ("tome", "16"): 2.30,
             ("evit", "keep:0.7@3,6,9"): 3.0,
         },
     ),
+    _imagenet(_DEIT_S, "tome", "13", 78.8, (2.71, 4.61)),
+    _imagenet(_DEIT_S, "diffrate", "diffrate:2.9", 79.538, (2.905, 4.61), left_out=0.007),
+    _imagenet(_DEIT_B, "diffrate", "diffrate:11.5", 81.498, (11.517, 17.58), left_out=0.007),
+    _imagenet(_DEIT_S, "diffrate", "diffrate:2.3", 78.75, where="ImageNet-1k, by MaMe's authors"),
+    _imagenet(_DEIT_B, "diffrate", "diffrate:8.7", 78.98, where="ImageNet-1k, by MaMe's authors"),
+    _imagenet(_DEIT_S, "ppt", "list:0,0,0,50,0,0,50,0,0,50", 79.498, (2.944, 4.61), left_out=0.002),
+    _imagenet(_DEIT_B, "gtp", "4", 81.76, where="ImageNet-1k, alpha 0.4"),
+    _imagenet(_DEIT_S, "ats", "list:0,0,0,1,1,1,1,1,1,1,1,1", 79.13, (3.4, 4.61), where="ImageNet-1k, form released"),
 )
 
 
-def published_points(models: Iterable[str], columns: Iterable[str]) -> pd.DataFrame:
-    """Printed rows of these models that have all of these columns: model, method, schedule, where and the columns."""
-    wanted, needed = set(models), list(dict.fromkeys(columns))
-    rows = [
-        {"model": model, "method": row.method, "schedule": row.schedule, "where": row.where}
-        | {column: row.values[column] for column in needed}
-        for row in PUBLISHED
-        for model in row.models
-        if model in wanted and row.values.keys() >= set(needed)
-    ]
-    return pd.DataFrame(rows, columns=["model", "method", "schedule", "where", *needed])
+def published_points(model: str, *metrics: str) -> list[Published]:
+    """The printed rows of a model that have all of these metrics."""
+    return [row for row in PUBLISHED if model in row.models and row.values.keys() >= set(metrics)]

@@ -1,15 +1,12 @@
-"""How methods look wherever they are drawn: the name papers use, a color, a marker, and short words for schedules."""
+"""How methods look wherever they are drawn: the name papers use, a color and a marker; and the colors of all else."""
 
 from __future__ import annotations
 
 import hashlib
-import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import groupby
 
 from tokbench.errors import UserError, nearest
-
-Color = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -48,44 +45,9 @@ def method_style(method: str) -> Style:
     return Style(method, _SPARE_COLORS[color], _SPARE_MARKERS[marker])
 
 
-def variant_name(method: str, variant: str) -> str:
-    """The method as papers call it, and the parameters it was given: `tome:a=1` → "ToMe:a=1"."""
-    return method_style(method).name + variant.removeprefix(method)
-
-
-def short_schedule(schedule: str) -> str:
-    """A schedule in few words, and no two schedules in the same: `constant:13` is "r=13", `keep:0.7@3,6,9`
-    "keep 0.7@3,6,9", `flops:0.5` "50 % FLOPs", `list:8,8,8,0` "list 3×8 0".
-    """
-    kind, _, rest = schedule.rpartition(":")
-    if kind in ("", "constant"):
-        return f"r={rest}" if rest else ""
-    if kind == "flops":
-        return f"{100 * float(rest):.10g} % FLOPs"
-    if kind == "list":
-        counts = [(value, len(list(same))) for value, same in groupby(rest.split(","))]
-        return "list " + " ".join(f"{n}×{value}" if n > 1 else value for value, n in counts)
-    return f"{kind} {rest}"
-
-
-# Where a line may end, best first: words, parameters, their values, parts of names.
-_BREAKS = (r"(?<=\s)", r"(?<=[:,;])", r"(?<=[=/@])", r"(?<=[_-])", r"(?<=\.)")
-
-
-def broken(text: str, width: int) -> str:
-    """A text in lines of at most so many characters. What has no end of a word in so many stays whole."""
-    lines = [""]
-    for piece in _pieces(text, width):
-        if lines[-1] and len((lines[-1] + piece).rstrip()) > width:
-            lines.append("")
-        lines[-1] += piece
-    return "\n".join(line.strip() for line in lines)
-
-
-def _pieces(text: str, width: int, level: int = 0) -> list[str]:
-    if len(text.rstrip()) <= width or level == len(_BREAKS):
-        return [text]
-    return [piece for part in re.split(_BREAKS[level], text) for piece in _pieces(part, width, level + 1)]
+def method_order(methods: Iterable[str]) -> list[str]:
+    """Ours as they are listed here, then others by name."""
+    return [*STYLES, *sorted(set(methods))]
 
 
 @dataclass(frozen=True)
@@ -100,9 +62,9 @@ class Theme:
 
     @property
     def is_dark(self) -> bool:
-        return sum(rgb(self.background)) < 1.5
+        return sum(_parts(self.background)) < 1.5 * 255
 
-    def shade(self, color: str, share: float) -> Color:
+    def shade(self, color: str, share: float) -> str:
         """A color moved towards the ink, so that thin lines and small text stand out from the background."""
         return blend(color, "#FFFFFF" if self.is_dark else "#000000", share)
 
@@ -124,13 +86,11 @@ def find_theme(name: str) -> Theme:
     return THEMES[name]
 
 
-def rgb(color: str) -> Color:
-    """`#RRGGBB` as three numbers from 0 to 1."""
-    red, green, blue = (int(color[start : start + 2], 16) / 255 for start in (1, 3, 5))
-    return red, green, blue
+def blend(color: str, other: str, share: float) -> str:
+    """`color` with `share` of `other` mixed in; `#RRGGBB` all."""
+    mixed = (a + share * (b - a) for a, b in zip(_parts(color), _parts(other), strict=True))
+    return "#" + "".join(f"{round(part):02X}" for part in mixed)
 
 
-def blend(color: str, other: str, share: float) -> Color:
-    """`color` with `share` of `other` mixed in, as three numbers from 0 to 1."""
-    red, green, blue = (a + share * (b - a) for a, b in zip(rgb(color), rgb(other), strict=True))
-    return red, green, blue
+def _parts(color: str) -> tuple[int, ...]:
+    return tuple(bytes.fromhex(color[1:]))

@@ -3,105 +3,173 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args, overload
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, get_args
 
-import pandas as pd
 import rich
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from tokbench.errors import UserError, nearest
-from tokbench.report.metrics import (
-    GAINS,
-    METRICS,
-    Metric,
+from tokbench.report.text import (
+    capital,
+    figure_text,
+    interval,
+    not_significant,
+    number,
+    short_schedule,
+    told_caveats,
+    variant_name,
+)
+from tokbench.results.cell import Cell
+from tokbench.results.metrics import GAINS, METRICS, metric_name, metric_of_column
+from tokbench.results.table import (
+    COUNTS,
+    all_columns,
+    columns_of,
     comparable,
     filter_cells,
-    find_metric,
+    frame,
     known_gain,
     measured_names,
-    nonfinite,
     pareto_front,
     run_names,
 )
 
-TextFormat = Literal["md", "csv", "tex", "json"]
 Format = Literal["rich", "md", "csv", "tex", "json"]
 FORMATS: tuple[str, ...] = get_args(Format)
 
 # The fronts that are marked: word in the table → x metric; y is top-1, or what stands in for it.
 FRONTS = {"FLOPs": "gflops", "speed": "throughput"}
 _GAINS = {
-    "top1": "top-1",
-    "agreement": "agreement with the unreduced model, as the images have no labels,",
-    "similarity": "cosine to the unreduced model's features, as the model has no classes,",
+    "top1": GAINS["top1"],
+    "agreement": f"{GAINS['agreement']}, as the images have no labels,",
+    "similarity": f"{GAINS['similarity']}, as the model has no classes,",
+    "output_correlation": f"{GAINS['output_correlation']}, as the model has but one,",
 }
 _ALL = 100_000  # characters: wide enough for every column
-_SORT_ALSO = ("model", "method", "schedule", "tokens_final")
+_TOKENS = 8  # the place of the tokens' column among those of the metrics
+_SORT_ALSO: dict[str, Callable[[Cell], Any]] = {
+    "model": lambda cell: cell.model,
+    "method": lambda cell: cell.method,
+    "schedule": lambda cell: cell.schedule,
+    "tokens_final": lambda cell: cell.tokens[-1:],
+}
+
+
+class Fronts:
+    """Who is on which front, among all cells of a table whatever is shown of them."""
+
+    names = (*(f"front_{x}" for x in FRONTS.values()), "front_by", "front")
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        self._members: dict[str, set[Cell]] = {x: set() for x in FRONTS.values()}
+        self.gain: dict[Cell, str] = {}
+        for group in comparable(cells):
+            gain = known_gain(group)
+            self.gain |= dict.fromkeys(group, gain)
+            for x, members in self._members.items():
+                # Of several runs the speed-ups compare, and not the throughputs, which follow the machine's pace.
+                members |= pareto_front(group, "speedup" if x == "throughput" else x, gain)
+
+    def word(self, cell: Cell) -> str:
+        """Which fronts the cell is on."""
+        words = [word for word, x in FRONTS.items() if cell in self._members[x]]
+        return "both" if len(words) == len(FRONTS) else "".join(words)
+
+    def columns(self, cell: Cell) -> dict[str, Any]:
+        """The same for files."""
+        on = {f"front_{x}": cell in own for x, own in self._members.items()}
+        return {**on, "front_by": self.gain[cell], "front": self.word(cell)}
 
 
 @dataclass(frozen=True)
 class _Column:
     head: str
-    text: Callable[[pd.Series], str]
+    text: Callable[[Cell], str]
     left: bool = False
     # Where a terminal is too narrow for all, the highest rank goes first; 0 never goes. Files get every column.
     rank: float = 0
-    # The table's column whose numbers sort it; "" sorts by the text.
-    sort: str = ""
+    # What sorts its cells, None where it is missing; without it the text does.
+    value: Callable[[Cell], float | None] | None = None
+    falls: bool = False  # whether the best is the highest
+    metric: str = ""
 
     @property
     def name(self) -> str:
         """The head, where no neighbor explains it."""
-        return f"Speed-up {self.head}" if self.sort == "speedup_low" else self.head
+        return "Speed-up [95 %]" if self.head == "[95 %]" else self.head
 
 
-@overload
-def render_table(
-    df: pd.DataFrame,
-    format: Literal["rich"] = "rich",
-    sort: str = "",
-    pareto: bool = False,
-    *,
-    filters: Sequence[str] = (),
-    width: int | None = None,
-) -> Table: ...
-@overload
-def render_table(
-    df: pd.DataFrame,
-    format: TextFormat,
-    sort: str = "",
-    pareto: bool = False,
-    *,
-    filters: Sequence[str] = (),
-    width: int | None = None,
-) -> str: ...
-@overload
-def render_table(
-    df: pd.DataFrame,
-    format: str,
-    sort: str = "",
-    pareto: bool = False,
-    *,
-    filters: Sequence[str] = (),
-    width: int | None = None,
-) -> str | Table: ...
+@dataclass(frozen=True, eq=False)
+class _Sheet:
+    """The table for reading: its columns, and what stands in them."""
+
+    cells: Sequence[Cell]
+    fronts: Fronts
+    columns: Sequence[_Column]
+
+    @classmethod
+    def of(cls, cells: Sequence[Cell], fronts: Fronts) -> _Sheet:
+        """All columns that say something, in their order."""
+        sheet = cls(cells, fronts, _columns(cells, fronts))
+        return sheet.narrowed(
+            [
+                column
+                for column, texts in zip(sheet.columns, sheet.texts, strict=True)
+                if column.left or not {*texts} <= {"", "failed"}
+            ]
+        )
+
+    def narrowed(self, columns: Sequence[_Column]) -> _Sheet:
+        """With these columns only."""
+        return _Sheet(self.cells, self.fronts, columns)
+
+    @cached_property
+    def texts(self) -> list[list[str]]:
+        """By column."""
+        return [[column.text(cell) for cell in self.cells] for column in self.columns]
+
+    @cached_property
+    def widths(self) -> list[int]:
+        """Characters that each column takes."""
+        return [max(map(len, (column.head, *texts))) for column, texts in zip(self.columns, self.texts, strict=True)]
+
+    @property
+    def width(self) -> int:
+        return sum(self.widths) + len(self.widths) - 1
+
+    def fitting(self, width: int) -> _Sheet:
+        """With the columns that there is room for, the lowest ranks first; those of rank 0 in any case."""
+        needed = dict(zip(self.columns, self.widths, strict=True))
+        chosen: list[_Column] = []
+        for column in sorted(self.columns, key=lambda column: column.rank):
+            if not column.rank or sum(needed[own] + 1 for own in (*chosen, column)) - 1 <= width:
+                chosen.append(column)
+        return self.narrowed([column for column in self.columns if column in chosen])
+
+    def rows(self) -> list[tuple[Cell, tuple[str, ...]]]:
+        return list(zip(self.cells, zip(*self.texts, strict=True), strict=True))
+
+    def is_best(self, column: _Column, cell: Cell) -> bool:
+        """Whether this is what puts the cell on a front."""
+        return column.metric == self.fronts.gain[cell] and bool(self.fronts.word(cell))
 
 
 def render_table(
-    df: pd.DataFrame,
+    cells: Sequence[Cell],
     format: str = "rich",
     sort: str = "",
     pareto: bool = False,
     *,
     filters: Sequence[str] = (),
+    columns: Sequence[str] | None = None,
     width: int | None = None,
-) -> str | Table:
-    """The cells of `metrics.load_table` as a table.
+) -> Any:
+    """Cells as a table: a rich Table for "rich", else text.
 
     `rich`, `md` and `tex` are for reading: rounded, columns nobody measured left out, the best for their cost (members
     of a Pareto front) marked, drops that cannot be told from none followed by `n.s.`. `csv` and `json` carry every
@@ -110,181 +178,100 @@ def render_table(
     Args:
         sort: a metric (best first), or model, method, schedule, tokens_final; "" keeps the order of the runs.
         pareto: only members of a front, and the unreduced models.
-        filters: conditions as of `metrics.filter_cells`; who is on a front does not depend on them.
+        filters: conditions as of `filter_cells`; who is on a front does not depend on them.
+        columns: names of metrics, of columns of `load_table`, or "front": these only, in this order. LaTeX then has
+            methods and schedules as the plots name them.
         width: characters to fill, the terminal's when None; the least important columns go where all do not
             fit (`rich` only).
 
-    Raises UserError for an unknown format, sort column or filter, for filters that no cell meets, and for a metric or a
-    front that cells were to be chosen or sorted by and that none has.
+    Raises UserError for an unknown format, sort column, column or filter, for filters that no cell meets, and for a
+    metric or a front that cells were to be chosen or sorted by, or that was to be shown, and that none has.
     """
     if format not in FORMATS:
         raise UserError(f"no table format {format!r}; there are {', '.join(FORMATS)}.{nearest(format, FORMATS)}")
-    df = _with_fronts(df)
+    fronts, chosen = Fronts(cells), list(cells)
     if pareto:
-        _require_front(df)
-        df = df[df["is_baseline"] | df[[f"front_{x}" for x in FRONTS.values()]].any(axis=1)]
-    chosen = _sorted(filter_cells(df, filters), sort)
-    if filters and chosen.empty and not df.empty:
-        raise UserError(f"no cell meets {' and '.join(filters)}; there are {_some_cells(df)}.")
-    df = chosen
-    if format == "csv":
-        return df.to_csv(index=False, lineterminator="\n")
-    if format == "json":
-        return _json(df)
-    columns = _columns(df)
+        chosen = [cell for cell in cells if fronts.word(cell)]
+        if cells and not chosen:
+            raise UserError(
+                "--pareto: there is no front, as no cell has both accuracy and FLOPs or speed; "
+                f"measured: {measured_names(cells)}."
+            )
+        chosen = [cell for cell in cells if cell.is_baseline or cell in chosen]
+    before = chosen
+    chosen = _sorted(filter_cells(chosen, filters), sort)
+    if before and not chosen:
+        raise UserError(f"no cell meets {' and '.join(filters)}; there are {_some_cells(before)}.")
+    names = None if columns is None else [_known_column(name, chosen) for name in columns]
+    match format:
+        case "csv":
+            more = {name: [fronts.columns(cell)[name] for cell in chosen] for name in fronts.names}
+            table = frame(chosen).assign(**more)
+            table = table.drop(columns="front") if names is None else table[names]
+            texts = table.select_dtypes(object).columns
+            table[texts] = table[texts].map(_harmless)
+            return table.to_csv(index=False, lineterminator="\n")
+        case "json":
+            rows = [columns_of(cell) | {"params": dict(cell.params)} | fronts.columns(cell) for cell in chosen]
+            kept = [name for name in rows[0] if name != "front"] if names is None and rows else names or ()
+            rows = [{name: row[name] for name in kept} for row in rows]
+            return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
+    if names is None:
+        sheet = _Sheet.of(chosen, fronts)
+    else:
+        sheet = _Sheet(chosen, fronts, [_chosen_column(name, fronts, printed=format == "tex") for name in names])
     if format == "rich":
-        fitting = _fitting(df, columns, width or rich.get_console().width)
-        return _rich(df, fitting, [column.name for column in columns if column not in fitting])
-    title, notes = _title(df), _notes(df, columns)
-    return (_markdown if format == "md" else _latex)(df, columns, title, notes)
+        fitting = sheet.fitting(width or rich.get_console().width)
+        return _rich(fitting, [column.name for column in sheet.columns if column not in fitting.columns])
+    return (_markdown if format == "md" else _latex)(sheet)
 
 
-def readable(df: pd.DataFrame) -> dict[str, Any]:
+def readable(cells: Sequence[Cell]) -> dict[str, Any]:
     """The table for reading, in parts for a page: title, heads, rows of cells with sort values, notes.
 
     A cell's `value` sorts it: the number behind it, "" where it is missing, else its text. A head's `first` is the
     order that puts the best first.
     """
-    df = _with_fronts(df)
-    columns = _columns(df)
-    rows = [
-        {
-            "kind": "failed" if row["error"] else "baseline" if row["is_baseline"] else "front" if _front(row) else "",
-            "cells": [
-                {"text": column.text(row), "left": column.left, "value": _sort_value(column, row)} for column in columns
-            ],
-        }
-        for _, row in df.iterrows()
-    ]
-    falling = {
-        column for metric in METRICS.values() if metric.better == "higher" for column in (metric.column, metric.low)
+    sheet = _Sheet.of(cells, Fronts(cells))
+    return {
+        "title": _title(cells),
+        "heads": [
+            {"text": column.head, "left": column.left, "first": "descending" if column.falls else "ascending"}
+            for column in sheet.columns
+        ],
+        "rows": [
+            {
+                "kind": _kind(cell, sheet.fronts),
+                "cells": [
+                    {"text": text, "left": column.left, "value": _sort_value(column, cell, text)}
+                    for column, text in zip(sheet.columns, texts, strict=True)
+                ],
+            }
+            for cell, texts in sheet.rows()
+        ],
+        "notes": _notes(sheet),
     }
-    heads = [
-        {
-            "text": column.head,
-            "left": column.left,
-            "first": "descending" if column.sort in falling - {""} else "ascending",
-        }
-        for column in columns
-    ]
-    return {"title": _title(df), "heads": heads, "rows": rows, "notes": _notes(df, columns)}
 
 
-def _with_fronts(df: pd.DataFrame) -> pd.DataFrame:
-    """With columns `front_<x>`, whether a cell is on that front, and `front_by`, by which metric it is one."""
-    marked = df.assign(**{f"front_{x}": False for x in FRONTS.values()}, front_by=GAINS[0])
-    for group in comparable(df):
-        gain = known_gain(group)
-        for x in FRONTS.values():
-            # Of several runs the speed-ups compare, and not the throughputs, which follow the machine's pace.
-            judged = "speedup" if x == "throughput" else x
-            marked.loc[group.index, f"front_{x}"] = pareto_front(group, judged, gain)
-        marked.loc[group.index, "front_by"] = gain
-    return marked
+def _kind(cell: Cell, fronts: Fronts) -> str:
+    return "failed" if cell.error else "baseline" if cell.is_baseline else "front" if fronts.word(cell) else ""
 
 
-def _sort_value(column: _Column, row: pd.Series) -> str:
-    if not column.sort:
-        return column.text(row)
-    value = row[column.sort]
-    return "" if pd.isna(value) else f"{float(value)!r}"
-
-
-def _sorted(df: pd.DataFrame, sort: str) -> pd.DataFrame:
-    if not sort:
-        return df
-    if sort in _SORT_ALSO:
-        return df.sort_values(sort, kind="stable")
-    if sort not in METRICS:
-        options = [*METRICS, *_SORT_ALSO]
-        hint = nearest(sort, options)
-        raise UserError(f"cannot sort by {sort!r}; there are {', '.join(options)}.{hint}")
-    metric = find_metric(sort)
-    if len(df) and df[metric.column].isna().all():
-        raise UserError(f"cannot sort by {sort}: no cell here has it; measured: {measured_names(df)}.")
-    return df.sort_values(metric.column, ascending=metric.better == "lower", kind="stable", na_position="last")
-
-
-def _require_front(df: pd.DataFrame) -> None:
-    if len(df) and not df[[f"front_{x}" for x in FRONTS.values()]].to_numpy().any():
-        raise UserError(
-            "--pareto: there is no front, as no cell has both accuracy and FLOPs or speed; "
-            f"measured: {measured_names(df)}."
-        )
-
-
-def _some_cells(df: pd.DataFrame) -> str:
-    """What a filter could have named."""
-    words = {column: sorted(set(df[column])) for column in ("method", "schedule")}
-    return "; ".join(f"{column}s {', '.join(filter(None, values))}" for column, values in words.items())
-
-
-def _json(df: pd.DataFrame) -> str:
-    rows = [
-        {key: None if not isinstance(value, bool) and pd.isna(value) else value for key, value in row.items()}
-        for row in df.to_dict("records")
-    ]
-    for row in rows:
-        row["params"] = json.loads(str(row["params"]))
-    return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
-
-
-def _columns(df: pd.DataFrame) -> list[_Column]:
-    """The columns for reading, in a fixed order, without those that say nothing in this table."""
-    columns = [
-        _Column("Method", lambda row: row["variant"], left=True),
-        _Column("Schedule", lambda row: "" if row["is_baseline"] else row["schedule"], left=True),
-        _number(METRICS["top1"]),
-        _number(METRICS["top5"], rank=6),
-        _Column("Drop [95 %]", _drop, rank=0.1, sort="drop"),
-        _number(METRICS["agreement"], rank=2),
-        _number(METRICS["kl"], rank=9),
-        _number(METRICS["similarity"]),
-        _Column("Tokens", lambda row: _digits(row, "tokens_final", 0), rank=4, sort="tokens_final"),
-        _number(METRICS["gflops"], rank=0.3),
-        _number(METRICS["flops_ratio"], rank=5),
-        _number(METRICS["method_share"], rank=10),
-        _number(METRICS["throughput"], rank=1),
-        _Column("Speed-up", _speedup, rank=0.2, sort="speedup"),
-        _Column("[95 %]", _speedup_interval, rank=8, sort="speedup_low"),
-        _number(METRICS["efficiency"], rank=2),
-        _number(METRICS["latency"], rank=3),
-        _number(METRICS["latency_p95"], rank=9),
-        _number(METRICS["latency_speedup"], rank=6),
-        _number(METRICS["memory"], rank=7),
-        _Column("Front", _front, left=True, rank=0.4),
-    ]
-    if df["model"].nunique() > 1:
-        columns.insert(0, _Column("Model", lambda row: row["model"], left=True))
-    if df["run"].nunique() > 1:
-        columns.insert(0, _Column("Run", lambda row: row["run"], left=True))
-    return [c for c in columns if c.left or any(c.text(row) not in ("", "failed") for _, row in df.iterrows())]
-
-
-def _needed(df: pd.DataFrame, column: _Column) -> int:
-    return max(len(column.head), *(len(column.text(row)) for _, row in df.iterrows()), 0)
-
-
-def _fitting(df: pd.DataFrame, columns: list[_Column], width: int) -> list[_Column]:
-    """The columns that there is room for, the lowest ranks first; those of rank 0 in any case."""
-    chosen: list[_Column] = []
-    for column in sorted(columns, key=lambda column: column.rank):
-        if not column.rank or _width(df, [*chosen, column]) <= width:
-            chosen.append(column)
-    return [column for column in columns if column in chosen]
-
-
-def _width(df: pd.DataFrame, columns: list[_Column]) -> int:
-    return sum(_needed(df, column) + 1 for column in columns) - 1
+def _sort_value(column: _Column, cell: Cell, text: str) -> str:
+    if column.value is None:
+        return text
+    value = column.value(cell)
+    return "" if value is None else repr(float(value))
 
 
 def print_table(
     console: Console,
-    df: pd.DataFrame,
+    cells: Sequence[Cell],
     sort: str = "",
     pareto: bool = False,
     *,
     filters: Sequence[str] = (),
+    columns: Sequence[str] | None = None,
     every_column: bool = False,
 ) -> None:
     """Print a table of `render_table` on a console: the columns that fit, or every one.
@@ -293,154 +280,208 @@ def print_table(
     last digits would be another one.
     """
     width = _ALL if every_column else console.width
-    table = render_table(df, "rich", sort, pareto, filters=filters, width=width)
+    table = render_table(cells, "rich", sort, pareto, filters=filters, columns=columns, width=width)
     console.width = max(console.width, table.min_width or 0)
     console.print(table)
 
 
-def _number(metric: Metric, rank: float = 0) -> _Column:
-    def text(row: pd.Series) -> str:
-        return _digits(row, metric.column, sensible_digits(metric, row["images"]))
-
-    return _Column(metric.short, text, rank=rank, sort=metric.column)
+def _harmless(value: Any) -> Any:
+    """Text that no spreadsheet takes for a formula."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
-def sensible_digits(metric: Metric, images: float) -> int:
-    """One digit of accuracy for fewer than 10,000 images, where the second would be noise."""
-    per_image = metric.column in ("top1", "top5", "drop", "agreement")
-    few = pd.isna(images) or images < 10_000
-    return 1 if per_image and few else metric.digits
+def _known_column(name: str, cells: Sequence[Cell]) -> str:
+    """The column that a name stands for: a metric's, or that of the name itself."""
+    column = METRICS[name].columns[0] if name in METRICS else name
+    options = dict.fromkeys([*METRICS, *all_columns(), *Fronts.names])
+    if column not in options:
+        raise UserError(f"no column {name!r}.{nearest(name, options) or ' Try method, schedule, tokens_final, top1.'}")
+    metric = metric_of_column(column)
+    if metric and cells and not any(cell[metric] for cell in cells):
+        raise UserError(f"no cell here has {name}; measured: {measured_names(cells)}.")
+    return column
 
 
-def _digits(row: pd.Series, column: str, digits: int) -> str:
-    if pd.isna(row[column]):
-        return "failed" if row["error"] else ""
-    return f"{row[column]:,.{digits}f}"
+def _chosen_column(name: str, fronts: Fronts, printed: bool) -> _Column:
+    """A column for reading that was asked for. printed: names as in plots."""
+    if metric := metric_of_column(name):
+        return replace(_figures(metric)[0], rank=0)
+    if printed and name in ("method", "variant"):
+        return _Column("Method", lambda cell: variant_name(cell.method, cell.variant), left=True)
+    if printed and name == "schedule":
+        return _Column("Schedule", lambda cell: short_schedule(cell.schedule), left=True)
+    if name in _READ:
+        return _READ[name]
+    row = fronts.columns if name in Fronts.names else columns_of
+    interval_of = next((metric for metric in METRICS.values() if name in metric.columns), None)
+    digits = None if interval_of is None else interval_of.digits
+
+    def text(cell: Cell) -> str:
+        value = row(cell)[name]
+        if value is None:
+            return ""
+        return str(value) if digits is None else number(value, digits)
+
+    return _Column(name.replace("_", " "), text, left=name not in COUNTS and interval_of is None)
 
 
-def _drop(row: pd.Series) -> str:
-    digits = sensible_digits(METRICS["drop"], row["images"])
-    if row["is_baseline"] or pd.isna(row["drop"]):
-        return "" if row["is_baseline"] else _digits(row, "drop", digits)
-    text = _signed(row["drop"], digits)
-    if pd.isna(row["drop_low"]):
-        return text
-    interval = f"[{_signed(row['drop_low'], digits)}, {_signed(row['drop_high'], digits)}]"
-    return f"{text} {interval}{' n.s.' if not_significant(row) else ''}"
+def _sorted(cells: list[Cell], sort: str) -> list[Cell]:
+    if not sort:
+        return cells
+    sort = metric_name(sort)
+    if sort in _SORT_ALSO:
+        return sorted(cells, key=_SORT_ALSO[sort])
+    if sort not in METRICS:
+        options = [*METRICS, *_SORT_ALSO]
+        raise UserError(f"cannot sort by {sort!r}; there are {', '.join(options)}.{nearest(sort, options)}")
+    known = [cell for cell in cells if cell[sort]]
+    if cells and not known:
+        raise UserError(f"cannot sort by {sort}: no cell here has it; measured: {measured_names(cells)}.")
+    sign = 1 if METRICS[sort].better == "lower" else -1
+    known.sort(key=lambda cell: sign * (cell.value(sort) or 0.0))
+    return known + [cell for cell in cells if not cell[sort]]
 
 
-def not_significant(row: pd.Series) -> bool:
-    """True where the drop's 95 % interval holds 0."""
-    return bool(row["drop_low"] <= 0 <= row["drop_high"])
+def _some_cells(cells: Sequence[Cell]) -> str:
+    """What a filter could have named."""
+    words = {name: sorted({getattr(cell, name) for cell in cells} - {""}) for name in ("method", "schedule")}
+    return "; ".join(f"{name}s {', '.join(values)}" for name, values in words.items())
 
 
-def _signed(value: float, digits: int) -> str:
-    text = f"{value:.{digits}f}"
-    return text.removeprefix("-") if float(text) == 0 else text
+def _columns(cells: Sequence[Cell], fronts: Fronts) -> list[_Column]:
+    """All columns for reading, in their order."""
+    columns = [_READ[name] for name in ("run", "model") if len({getattr(cell, name) for cell in cells}) > 1]
+    columns += [_READ["method"], _READ["schedule"]]
+    placed = {metric.place: _figures(name) for name, metric in METRICS.items() if metric.place is not None}
+    placed[_TOKENS] = [replace(_READ["tokens_final"], rank=4)]
+    columns += [column for place in sorted(placed) for column in placed[place]]
+    return [*columns, _Column("Front", fronts.word, left=True, rank=0.4)]
 
 
-def _speedup(row: pd.Series) -> str:
-    text = _digits(row, "speedup", 2)
-    return text if text in ("", "failed") else f"{text}×"
+def _figures(name: str) -> list[_Column]:
+    """The columns of a metric."""
+    metric = METRICS[name]
+    head, text = metric.short, lambda cell: figure_text(cell, name) or _failed(cell)
+    if name == "drop":
+        head, text = "Drop [95 %]", _drop
+    elif name == "knn_drop":
+        head, text = "k-NN drop [95 %]", lambda cell: "" if cell.is_baseline else figure_text(cell, name, bounds=True)
+    elif name == "speedup":
+        head, text = metric.short, lambda cell: figure_text(cell, name, unit="×") or _failed(cell)
+    falls = metric.better == "higher"
+    column = _Column(head, text, rank=metric.rank, value=lambda cell: cell.value(name), falls=falls, metric=name)
+    if name != "speedup":
+        return [column]
+    return [column, _Column("[95 %]", _speedup_interval, rank=8, value=_slowest, falls=True)]
 
 
-def _speedup_interval(row: pd.Series) -> str:
-    if row["is_baseline"] or pd.isna(row["speedup_low"]):
+def _failed(cell: Cell) -> str:
+    return "failed" if cell.error else ""
+
+
+def _tokens(cell: Cell) -> str:
+    return f"{cell.tokens_final:,}" if cell.tokens else _failed(cell)
+
+
+_READ = {
+    "run": _Column("Run", lambda cell: cell.run, left=True),
+    "model": _Column("Model", lambda cell: cell.model, left=True),
+    "method": _Column("Method", lambda cell: cell.variant, left=True),
+    "schedule": _Column("Schedule", lambda cell: "" if cell.is_baseline else cell.schedule, left=True),
+    "tokens_final": _Column("Tokens", _tokens, value=lambda cell: cell.tokens_final),
+}
+
+
+def _drop(cell: Cell) -> str:
+    if cell.is_baseline:
         return ""
-    return f"[{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
+    text = figure_text(cell, "drop", bounds=True) or _failed(cell)
+    return f"{text} n.s." if not_significant(cell) else text
 
 
-def _front(row: pd.Series) -> str:
-    words = [word for word, x in FRONTS.items() if row[f"front_{x}"]]
-    return "both" if len(words) == len(FRONTS) else "".join(words)
+def _speedup_interval(cell: Cell) -> str:
+    figure = cell["speedup"]
+    return "" if cell.is_baseline or figure is None else interval(figure, METRICS["speedup"].digits)
 
 
-def _title(df: pd.DataFrame) -> str:
+def _slowest(cell: Cell) -> float | None:
+    figure = cell["speedup"]
+    return figure.low if figure else None
+
+
+def _title(cells: Sequence[Cell]) -> str:
     """What all rows share: model, data, images, hardware."""
 
-    def shared(column: str) -> str:
-        values = df[column].dropna().unique()
-        return str(values[0]) if len(values) == 1 else ""
+    def shared(name: str, form: str = "{}") -> str:
+        values = {getattr(cell, name) for cell in cells} - {None}
+        return form.format(values.pop()) if len(values) == 1 else ""
 
-    images = df["images"].dropna().unique()
-    count = f"{int(images[0]):,} images" if len(images) == 1 else ""
-    batch = df["batch_size"].dropna().unique()
     parts = [
-        f"model {shared('model')}" if shared("model") else "",
-        f"data {shared('data')}" if shared("data") else "",
-        count,
+        shared("model", "model {}"),
+        shared("data", "data {}"),
+        shared("images", "{:,} images"),
         shared("machine") or shared("device"),
         shared("dtype"),
         "compiled" if shared("compiled") == "yes" else "",
-        f"batch {int(batch[0])}" if len(batch) == 1 else "",
+        shared("batch_size", "batch {}"),
     ]
     return ", ".join(part for part in parts if part)
 
 
-def _notes(df: pd.DataFrame, columns: Sequence[_Column]) -> list[str]:
+def _notes(sheet: _Sheet) -> list[str]:
     """Only what a reader of this table, with these columns, needs."""
-    heads = {column.head for column in columns}
+    cells, shown = sheet.cells, {column.metric for column in sheet.columns}
     notes = []
-    runs = {run: name for run, name in run_names(df).items() if run != name}
+    runs = {run: name for run, name in run_names(cells).items() if run != name}
     if len(runs) > 1:
         notes.append(f"Runs: {', '.join(f'{run} ({name})' for run, name in runs.items())}.")
-    if df["gflops"].notna().any():
+    if "gflops" in shown and any(cell["gflops"] for cell in cells):
         notes.append("FLOPs are multiply-adds, per image.")
-    if df["drop"].notna().any():
+    if "drop" in shown and any(cell["drop"] for cell in cells):
         notes.append(
             "Drop: points of top-1 lost against `none` (negative: gained), same images, with its 95 % interval."
         )
-    if any(not_significant(row) for _, row in df[~df["is_baseline"]].iterrows()):
+    if "drop" in shown and any(not_significant(cell) for cell in cells if not cell.is_baseline):
         notes.append("n.s.: cannot be told from no drop.")
-    on_front = df[df[[f"front_{x}" for x in FRONTS.values()]].any(axis=1)]
-    for gain in on_front["front_by"].unique():
+    for gain in dict.fromkeys(sheet.fronts.gain[cell] for cell in cells if sheet.fronts.word(cell)):
         notes.append(
             f"Front: the best {_GAINS[gain]} for its FLOPs (or speed-up): no other cell is as good in both and better "
             "in one; costs within 1 % are equal."
         )
-    if METRICS["agreement"].short in heads:
-        notes.append("Agree: share of the images on which the answer is that of `none`, right or wrong.")
-    if METRICS["kl"].short in heads:
-        notes.append("KL: how far the class probabilities are from those of `none`; 0 is the same.")
-    if METRICS["similarity"].short in heads:
-        notes.append("Cosine: of the features with those of `none`; 1 is the same direction.")
-    if "Tokens" in heads:
+    told = [(metric.place or 0, metric.note) for name, metric in METRICS.items() if name in shown and metric.note]
+    notes += [note for place, note in told if place < _TOKENS]
+    if "Tokens" in {column.head for column in sheet.columns}:
         notes.append("Tokens: left after the last block, class token and the like included.")
-    if METRICS["latency"].short in heads:
-        notes.append("Latency: of a single image, the median; p95: 95 % of the passes are faster.")
-    if METRICS["latency_speedup"].short in heads:
-        notes.append("× at batch 1: speed-up for a single image, by pairs of passes side by side.")
-    if METRICS["efficiency"].short in heads:
-        notes.append("Efficiency: speed relative to the control `free`, which drops as many tokens without choosing.")
-    if (df["fused_attention"] == "off").any():
+    notes += [note for place, note in told if place > _TOKENS]
+    notes += [f"{capital(sentence)}." for sentence in told_caveats(cells)]
+    if any(cell.fused_attention == "off" for cell in cells):
         notes.append("Fused attention was off: speed-ups are over a model that is slower than timm's own.")
-    if (df["weights"] == "random").any():
+    if any(cell.weights == "random" for cell in cells):
         notes.append("Random weights: FLOPs and speed only, nothing here is a trained model.")
-    if METRICS["method_share"].short in heads and df["method_share"].gt(0).any():
+    if "method_share" in shown and any((cell.value("method_share") or 0) > 0 for cell in cells):
         notes.append("Overhead: what the method itself computes, as a share of the cell's FLOPs.")
-    for _, row in df[nonfinite(df)].iterrows():
-        notes.append(
-            f"{_cell_words(row, df)}: NaN or infinite logits for {row['nonfinite']:,} images, which count as wrong; "
-            "on no front."
-        )
-    for _, row in df[df["error"].notna()].iterrows():
-        notes.append(f"{_cell_words(row, df)} failed: {row['error']}")
-    return notes
+    notes += [
+        f"{_cell_words(cell, cells)}: NaN or infinite logits for {cell.nonfinite:,} images, which count as wrong; "
+        "on no front."
+        for cell in cells
+        if cell.is_broken
+    ]
+    return notes + [f"{_cell_words(cell, cells)} failed: {cell.error}" for cell in cells if cell.error]
 
 
-def _cell_words(row: pd.Series, df: pd.DataFrame) -> str:
-    """A row as one says it, with its run and model where there are several."""
-    several = [row[column] for column in ("run", "model") if df[column].nunique() > 1]
-    return " ".join(filter(None, (*several, row["variant"], row["schedule"])))
+def _cell_words(cell: Cell, cells: Sequence[Cell]) -> str:
+    """A cell as the command line writes it, with its run and model where there are several."""
+    several = [getattr(cell, name) for name in ("run", "model") if len({getattr(own, name) for own in cells}) > 1]
+    return " ".join(filter(None, (*several, cell.variant, cell.schedule)))
 
 
-def _rich(df: pd.DataFrame, columns: list[_Column], left_out: list[str]) -> Table:
-    notes = _notes(df, columns)
+def _rich(sheet: _Sheet, left_out: list[str]) -> Table:
+    notes = _notes(sheet)
     if left_out:
         notes.append(f"Too narrow for: {', '.join(left_out)}.")
     caption = "\n".join(notes)
     table = Table(
-        title=_title(df) or None,
+        title=Text(_title(sheet.cells)) if _title(sheet.cells) else None,
         caption=Text(caption, style="dim") if caption else None,
         title_justify="left",
         caption_justify="left",
@@ -449,64 +490,53 @@ def _rich(df: pd.DataFrame, columns: list[_Column], left_out: list[str]) -> Tabl
         pad_edge=False,
         padding=(0, 1, 0, 0),
         header_style="bold",
-        min_width=_width(df, columns),
+        min_width=sheet.width,
     )
-    for column in columns:
+    for column, width in zip(sheet.columns, sheet.widths, strict=True):
         # Folded numbers cannot be read; long method parameters and `list:` schedules may fold.
         table.add_column(
-            column.head,
+            Text(column.head),
             justify="left" if column.left else "right",
             overflow="fold",
-            no_wrap=not column.left or _needed(df, column) <= 16,
+            no_wrap=not column.left or width <= 16,
         )
-    for _, row in df.iterrows():
-        style = "bold" if row["is_baseline"] else "green" if _front(row) else "red" if row["error"] else ""
-        table.add_row(*(Text(column.text(row)) for column in columns), style=style)
+    styles = {"failed": "red", "baseline": "bold", "front": "green", "": ""}
+    for cell, texts in sheet.rows():
+        style = "bold" if cell.is_baseline else styles[_kind(cell, sheet.fronts)]
+        table.add_row(*map(Text, texts), style=style)
     return table
 
 
-def _marked(column: _Column, row: pd.Series, bold: str, escape: Callable[[str], str] = str) -> str:
-    """A cell's text, in bold where it puts the cell on a front."""
-    text = escape(column.text(row))
-    return bold.format(text) if column.head == METRICS[row["front_by"]].short and _front(row) else text
-
-
-def _markdown(df: pd.DataFrame, columns: list[_Column], title: str, notes: list[str]) -> str:
-    def line(cells: list[str]) -> str:
+def _markdown(sheet: _Sheet) -> str:
+    def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
+    title, notes = _title(sheet.cells), _notes(sheet)
     lines = [f"**{title}**", ""] if title else []
-    lines.append(line([column.head for column in columns]))
-    lines.append("|" + "|".join(":---" if column.left else "---:" for column in columns) + "|")
-    lines += [line([_marked(column, row, "**{}**") for column in columns]) for _, row in df.iterrows()]
+    lines.append(line([column.head for column in sheet.columns]))
+    lines.append("|" + "|".join(":---" if column.left else "---:" for column in sheet.columns) + "|")
+    for cell, texts in sheet.rows():
+        marked = [
+            f"**{text}**" if sheet.is_best(column, cell) else text
+            for column, text in zip(sheet.columns, texts, strict=True)
+        ]
+        lines.append(line(marked))
     # Two spaces end a line without a paragraph.
-    return "\n".join(lines) + "\n" + ("\n" + "  \n".join(notes) + "\n" if notes else "")
+    text = "\n".join(lines) + "\n" + ("\n" + "  \n".join(notes) + "\n" if notes else "")
+    return text.replace("<", "&lt;")  # no name becomes HTML
 
 
-_LATEX_SPECIAL = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
-    "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "×": r"$\times$", "`": "",
-}  # fmt: skip
+def _latex(sheet: _Sheet) -> str:
+    import pandas as pd
 
-
-def _tex(text: str) -> str:
-    escaped = "".join(_LATEX_SPECIAL.get(character, character) for character in text)
-    return re.sub(r"(?<![\w.])-(?=\d)", "$-$", escaped)
-
-
-def _latex(df: pd.DataFrame, columns: list[_Column], title: str, notes: list[str]) -> str:
-    def line(cells: list[str]) -> str:
-        return "  " + " & ".join(cells) + r" \\"
-
-    lines = [
-        f"% {_tex(title)}. Needs \\usepackage{{booktabs}}.",
-        r"\begin{tabular}{" + "".join("l" if column.left else "r" for column in columns) + "}",
-        r"  \toprule",
-        line([_tex(column.head) for column in columns]),
-        r"  \midrule",
-        *(line([_marked(column, row, r"\textbf{{{}}}", _tex) for column in columns]) for _, row in df.iterrows()),
-        r"  \bottomrule",
-        r"\end{tabular}",
-        *(f"% {_tex(note)}" for note in notes),
+    table = pd.DataFrame([texts for _, texts in sheet.rows()], columns=[column.head for column in sheet.columns])
+    bold = [
+        ["textbf:--rwrap;" if sheet.is_best(column, cell) else "" for column in sheet.columns] for cell in sheet.cells
     ]
-    return "\n".join(lines) + "\n"
+    styled = table.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
+    styled = styled.apply(lambda own: pd.DataFrame(bold, own.index, own.columns), axis=None)
+    aligned = "".join("l" if column.left else "r" for column in sheet.columns)
+    # What LaTeX has no letters for.
+    text = styled.to_latex(hrules=True, column_format=aligned).replace("−", "$-$").replace("×", r"$\times$")
+    notes = [f"{_title(sheet.cells)}. Needs \\usepackage{{booktabs}}.", *_notes(sheet)]
+    return "".join(f"% {note}\n" for note in notes[:1]) + text + "".join(f"% {note}\n" for note in notes[1:])

@@ -7,16 +7,20 @@ import json
 import os
 from dataclasses import asdict
 
+import numpy as np
 import torch
 
 from tokbench.config import RunOptions
 from tokbench.data import ImageSource, ImageStream
 from tokbench.errors import RunStopped
-from tokbench.measure.accuracy import Predictions, evaluate, join
+from tokbench.measure.accuracy import evaluate
+from tokbench.measure.neighbors import Neighbors
+from tokbench.results.folder import SKIPPED
+from tokbench.results.predictions import Predictions, join
 from tokbench.running.bench import Bench, Runnable
+from tokbench.running.half_pass import HalfPass, PassFile
+from tokbench.running.reader import Reader
 from tokbench.running.records import accuracy_fields, at_chance_level
-from tokbench.running.resume import HalfPass, PassFile, Reader, require_same_answers
-from tokbench.store import SKIPPED
 
 
 def measure_accuracy(bench: Bench) -> None:
@@ -24,7 +28,7 @@ def measure_accuracy(bench: Bench) -> None:
     source = bench.subject.source
     assert source is not None
     file = PassFile(bench.folder, bench.subject.spec.label)
-    half = None if source.streaming else file.load()
+    half = file.load() if _continues(bench, source) else None
     while any(bench.lacks(runnable.cell, "accuracy") for runnable in bench.running):
         reference, *others = bench.running
         members = [reference, *(other for other in others if bench.lacks(other.cell, "accuracy"))]
@@ -34,6 +38,11 @@ def measure_accuracy(bench: Bench) -> None:
             _pass_over_images(bench, source, members, half or HalfPass(), file)
         file.remove()
         half = None
+
+
+def _continues(bench: Bench, source: ImageSource | ImageStream) -> bool:
+    """Whether half a pass is kept: a stream cannot seek, and features are too large to keep."""
+    return not source.streaming and bench.subject.model.num_classes > 0
 
 
 def _pass_over_images(
@@ -56,9 +65,9 @@ def _pass_over_images(
         nonlocal seen
         own = answers[reference.cell.id]
         if before is not None:
-            require_same_answers(before, own, seen, repr(str(bench.folder.path)))
+            _require_same_answers(before, own, seen, repr(str(bench.folder.path)))
         seen += len(own.label)
-        if not source.streaming:
+        if _continues(bench, source):
             file.add(HalfPass(reader.end, answers, dict(batch_sizes), reader.skipped_since()))
         bench.progress.advance(reader.end)
 
@@ -66,6 +75,9 @@ def _pass_over_images(
     first = next(batches, None)
     if first is None and not half.answers:
         raise RunStopped(f"none of the {len(source):,} images of {source.name} can be decoded: nothing to measure.")
+    neighbors = None
+    if not bench.subject.model.num_classes and not any(w.code == "no_labels" for w in source.warnings):
+        neighbors = Neighbors(len(source), len(members))
     results = dict(half.answers)
     if first is not None:
         try:
@@ -75,6 +87,8 @@ def _pass_over_images(
                 device=bench.device,
                 dtype=bench.dtype,
                 classifier=bench.subject.model.num_classes > 0,
+                among=source.among,
+                neighbors=neighbors,
                 batch_sizes=batch_sizes,
                 on_batch=keep,
                 on_failure=lambda cell_id, error: bench.drop(cell_id, "accuracy", error),
@@ -83,7 +97,9 @@ def _pass_over_images(
             file.save()
             raise
         results = {name: join([half.answers[name], own] if half.answers else [own]) for name, own in rest.items()}
-    _record_answers(bench, source, members, results, reader, batch_sizes)
+    thinned = neighbors is not None and neighbors.step > 1
+    caveats = [f"k-NN is of one in {neighbors.step} images, as features fill memory"] if neighbors and thinned else []
+    _record_answers(bench, source, members, results, reader, batch_sizes, caveats)
 
 
 def _record_answers(
@@ -93,6 +109,7 @@ def _record_answers(
     results: dict[str, Predictions],
     reader: Reader,
     batch_sizes: dict[str, int],
+    caveats: list[str],
 ) -> None:
     label, reference = bench.subject.spec.label, members[0]
     baseline = results[reference.cell.id]
@@ -104,6 +121,14 @@ def _record_answers(
             bench.progress.warn(
                 f"{len(reader.skipped)} of {len(source):,} images of {source.name} cannot be decoded, and no cell "
                 f"of {label} saw them: {bench.folder.path / SKIPPED} names them"
+            )
+    caveats = [*(warning.text for warning in source.warnings), *caveats]
+    if at_chance_level(baseline, source.num_classes):
+        chance = f"{label} gets {baseline.top1():.1%} of {source.name} right, which is chance level"
+        caveats.append(chance)
+        if first_time:
+            bench.progress.warn(
+                f"{chance}: the model's classes and the data's labels probably don't match, and drops mean nothing"
             )
     for member in members:
         if member.cell.id not in results or not bench.lacks(member.cell, "accuracy"):
@@ -121,17 +146,13 @@ def _record_answers(
             **accuracy_fields(predictions, baseline),
             skipped=len(reader.skipped),
             batch_size=min(bench.batch_size, batch_sizes.get(member.cell.id, bench.batch_size)),
+            caveats=caveats,
         )
         if wrong := predictions.nonfinite():
             bench.progress.warn(
                 f"{member.cell.id} gives NaN or infinite logits for {wrong:,} of {len(predictions.label):,} "
                 "images; they count as wrong"
             )
-    if first_time and at_chance_level(baseline, source.num_classes):
-        bench.progress.warn(
-            f"{label} gets {baseline.top1():.1%} of {source.name} right, which is chance level: "
-            "the model's classes and the data's labels probably don't match, and drops mean nothing"
-        )
 
 
 def _stored_answers(bench: Bench, reference: Runnable) -> Predictions | None:
@@ -149,6 +170,17 @@ def _stored_skips(bench: Bench, reference: Runnable) -> list[int] | None:
     if bench.lacks(reference.cell, "accuracy"):
         return None
     return [image["index"] for image in bench.folder.skipped().get(bench.subject.spec.label, [])]
+
+
+def _require_same_answers(before: Predictions, now: Predictions, start: int, what: str) -> None:
+    """Raise RunStopped unless the answers are those that `before` holds from place `start` on."""
+    for name, word in (("label", "label"), ("predicted", "prediction")):
+        was, is_ = getattr(before, name)[start : start + len(now.label)], getattr(now, name)
+        if not np.array_equal(was, is_):
+            raise RunStopped(
+                f"the unreduced model no longer answers as in {what}: its {word}s differ among images {start:,} to "
+                f"{start + len(is_):,}, and new cells cannot be compared with old ones. --fresh begins a new run."
+            )
 
 
 def readers(source: ImageSource | ImageStream, options: RunOptions, device: torch.device) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import traceback
 import warnings
 from dataclasses import dataclass, field
@@ -13,21 +14,23 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from tokbench.calibrate import CALIBRATION_IMAGES, wants_images
-from tokbench.config import Cell, ModelSpec, RunOptions
+from tokbench.calibrate import CALIBRATION_IMAGES, COUNTED_IMAGES, wants_images
+from tokbench.config import ModelSpec, PlannedCell, RunOptions
 from tokbench.data import ImageSource, ImageStream, load_batches
 from tokbench.errors import BaselineFailed, RunStopped, one_line
+from tokbench.fusion.anatomy import grid_for
 from tokbench.fusion.core import METHODS, make_method
-from tokbench.fusion.patch import fork, rehearse, tokens_per_block
+from tokbench.fusion.patch import fork, rehearse, tokens_per_block, watch
 from tokbench.measure._model import release_memory
 from tokbench.measure.flops import count_flops
 from tokbench.measure.kernels import attention_kernels
 from tokbench.progress import Progress
 from tokbench.resolve import FlopsWarning, apply
+from tokbench.results.cell import RecordIndex
+from tokbench.results.folder import RunFolder
+from tokbench.results.records import FailureRecord, Record
 from tokbench.running.records import flops_fields
-from tokbench.running.resume import Measured
 from tokbench.schedules import parse_schedule
-from tokbench.store import RunFolder
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -41,7 +44,7 @@ class Subject:
     weights: str
     input_size: tuple[int, int, int]
     source: ImageSource | ImageStream | None
-    cells: list[Cell]
+    cells: list[PlannedCell]
 
     def conditions(self) -> dict[str, Any]:
         """What must be the same in every session of a run, ready for JSON; None where there is no data."""
@@ -55,7 +58,13 @@ class Subject:
         }
 
 
-def calibrates(cell: Cell) -> bool:
+def counts_by_image(model: Any) -> bool:
+    """Whether a model's tokens, and so its FLOPs and its speed, depend on the image."""
+    return hasattr(model, "fusion") and model.fusion.method.counts_by_image
+
+
+def looks_at_images(cell: PlannedCell) -> bool:
+    """Whether a cell's FLOPs and speed depend on the images."""
     return not cell.is_baseline and wants_images(make_method(cell.method.name, **cell.method.params))
 
 
@@ -67,7 +76,7 @@ class Runnable:
     cells that remove nothing, and for `free`.
     """
 
-    cell: Cell
+    cell: PlannedCell
     model: nn.Module
     identity: dict[str, Any]
     attention_kernels: list[str]
@@ -79,7 +88,9 @@ class Runnable:
         return f"free/{cast(Any, self.model).fusion.method.place}/{self.identity['tokens']}"
 
     def require_same_tokens(self) -> None:
-        """Raise ValueError unless the last forward pass had the tokens that the cell's records tell."""
+        """Raise ValueError unless the last forward pass had the tokens that the cell's records tell, or their mean."""
+        if counts_by_image(self.model):
+            return
         tokens = tokens_per_block(self.model)
         if tokens != self.identity["tokens"]:
             raise ValueError(
@@ -97,7 +108,7 @@ class Bench:
     options: RunOptions
     device: torch.device
     progress: Progress
-    measured: Measured
+    index: RecordIndex
     batch_size: int
     running: list[Runnable] = field(default_factory=list)
 
@@ -111,12 +122,21 @@ class Bench:
         """Whether all of the model's attention is PyTorch's fused one, as it is in timm unless one turns it off."""
         return all(getattr(block.attn, "fused_attn", True) for block in self.subject.model.blocks)
 
-    def lacks(self, cell: Cell, kind: str) -> bool:
+    def lacks(self, cell: PlannedCell, kind: str) -> bool:
         if kind == "accuracy" and not cell.is_baseline and METHODS[cell.method.name].speed_only:
             return False
-        return kind in self.options.only and self.measured.find(cell, kind) is None
+        record = self.index.find(cell.key, kind)
+        return kind in self.options.only and (record is None or not self.holds(cell, record))
 
-    def waiting(self) -> list[Cell]:
+    def holds(self, cell: PlannedCell, record: Record) -> bool:
+        """Whether a cell's record says what would be measured now: its answers are there, and of all images."""
+        if record.kind == "accuracy" and not self.folder.prediction_path(record.cell).is_file():
+            return False
+        source = self.subject.source
+        grown = source is not None and record.data_fingerprint not in (None, source.fingerprint)
+        return not grown or (record.kind != "accuracy" and not looks_at_images(cell))
+
+    def waiting(self) -> list[PlannedCell]:
         """The cells of which something is not measured yet."""
         return [cell for cell in self.subject.cells if any(self.lacks(cell, kind) for kind in self.options.only)]
 
@@ -138,7 +158,8 @@ class Bench:
                 runnable = self._make(cell, base, identity)
                 self._require_unchanged(runnable)
                 if self.lacks(cell, "flops"):
-                    count = count_flops(runnable.model, self.subject.input_size)
+                    images = self.images(COUNTED_IMAGES) if counts_by_image(runnable.model) else None
+                    count = count_flops(runnable.model, self.subject.input_size, images=images)
                     uncounted |= count.unsupported.keys()
                     limit = count_flops(runnable.limit, self.subject.input_size) if runnable.limit else count
                     whole = count.total if cell.is_baseline else self._unreduced_flops
@@ -156,18 +177,21 @@ class Bench:
     def _require_unchanged(self, runnable: Runnable) -> None:
         """Raise RunStopped if the cell no longer is what an earlier session measured."""
         for kind in self.options.only:
-            before = self.measured.find(runnable.cell, kind)
+            before = self.index.find(runnable.cell.key, kind)
+            held = before is not None and self.holds(runnable.cell, before)
             for name in ("resolved", "tokens"):
-                if before and before.get(name) != runnable.identity.get(name):
+                if held and getattr(before, name) != runnable.identity.get(name):
                     raise RunStopped(
-                        f"{runnable.cell.id} is not what it was: {name} were {before.get(name)} and are "
+                        f"{runnable.cell.id} is not what it was: {name} were {getattr(before, name)} and are "
                         f"{runnable.identity.get(name)}. Has the code of the method changed? --fresh begins a new run."
                     )
 
-    def _make(self, cell: Cell, base: VisionTransformer, identity: dict[str, Any]) -> Runnable:
+    def _make(self, cell: PlannedCell, base: VisionTransformer, identity: dict[str, Any]) -> Runnable:
         model = fork(base)
-        if not cell.is_baseline:
-            images = self._calibration_images() if calibrates(cell) else None
+        if cell.is_baseline:
+            watch(model)
+        else:
+            images = self.images(CALIBRATION_IMAGES) if looks_at_images(cell) else None
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", FlopsWarning)
                 whole = self._unreduced_flops if parse_schedule(cell.schedule).kind == "flops" else None
@@ -186,7 +210,7 @@ class Bench:
             if images is not None:
                 identity["calibrated"] = {"images": len(images), **fusion.method.parameters()}
         image = torch.rand(1, *self.subject.input_size, generator=torch.Generator().manual_seed(0))
-        image = image.to(self.device, self.dtype)
+        image = self.images(COUNTED_IMAGES) if counts_by_image(model) else image.to(self.device, self.dtype)
         with torch.inference_mode():
             rehearse(model, image)
         kernels = attention_kernels(model, image)
@@ -195,20 +219,20 @@ class Bench:
 
     @cached_property
     def _unreduced_flops(self) -> int:
-        record = self.measured.find(self.subject.cells[0], "flops")
-        return record["flops"] if record else count_flops(self.subject.model, self.subject.input_size).total
+        record = self.index.find(self.subject.cells[0].key, "flops")
+        return record.flops if record else count_flops(self.subject.model, self.subject.input_size).total
 
-    def _calibration_images(self) -> torch.Tensor:
-        """The first images of the data that can be decoded, without their labels."""
+    def images(self, count: int) -> torch.Tensor:
+        """The first `count` images of the data that can be decoded, without their labels."""
         source = self.subject.source
         assert source is not None
-        batches = load_batches(source, CALIBRATION_IMAGES, workers=0)
-        images = list(itertools.islice((image for batch in batches for image in batch.images), CALIBRATION_IMAGES))
+        batches = load_batches(source, count, workers=0)
+        images = list(itertools.islice((image for batch in batches for image in batch.images), count))
         if not images:
             raise RunStopped(f"none of the {len(source):,} images of {source.name} can be decoded: nothing to measure.")
         return torch.stack(images).to(self.device, self.dtype)
 
-    def _identity(self, cell: Cell) -> dict[str, Any]:
+    def _identity(self, cell: PlannedCell) -> dict[str, Any]:
         subject = self.subject.conditions()
         return {
             "cell": cell.id,
@@ -243,22 +267,21 @@ class Bench:
         self._record_failure(failed.cell, failed.identity, phase, error)
 
     def record(self, runnable: Runnable, kind: str, **measured: Any) -> None:
-        record = {"kind": kind, **runnable.identity, **measured}
-        self.folder.append(record)
-        self.measured.add(record)
+        record = self.folder.append({"kind": kind, **runnable.identity, **measured})
+        self.index.add(record)
         self.progress.recorded(record)
 
-    def _record_failure(self, cell: Cell, identity: dict[str, Any], phase: str, error: Exception) -> None:
-        record = {
-            "kind": "failure",
+    def _record_failure(self, cell: PlannedCell, identity: dict[str, Any], phase: str, error: Exception) -> None:
+        record = FailureRecord(
+            kind="failure",
             **identity,
-            "phase": phase,
-            "message": one_line(error),
-            "traceback": "".join(traceback.format_exception(error)),
-        }
-        before = self.measured.find(cell, "failure")
-        if not before or any(before.get(name) != record[name] for name in ("phase", "message")):
-            self.folder.append(record)
+            phase=phase,
+            message=one_line(error),
+            traceback="".join(traceback.format_exception(error)),
+        )
+        before = self.index.find(cell.key, "failure")
+        if not before or (before.phase, before.message) != (record.phase, record.message):
+            self.folder.append(record.plain())
         self.progress.recorded(record)
         if cell.is_baseline:
             raise BaselineFailed from error
@@ -270,7 +293,8 @@ class Bench:
 def _speed_limit(model: VisionTransformer, base: VisionTransformer) -> VisionTransformer | None:
     """The control `free` with the tokens per block of a model that has made a forward pass."""
     fusion = getattr(model, "fusion", None)
-    tokens = [tokens_per_block(base)[0], *tokens_per_block(model)]
+    unreduced = math.prod(grid_for(base)) + base.num_prefix_tokens
+    tokens = [unreduced, *(round(after) for after in tokens_per_block(model))]
     if fusion is None or fusion.method.speed_only or tokens[-1] == tokens[0]:
         return None
     removals = ",".join(str(before - after) for before, after in itertools.pairwise(tokens))

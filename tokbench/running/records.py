@@ -8,53 +8,86 @@ from typing import Any
 
 import numpy as np
 
-from tokbench.measure.accuracy import Predictions
 from tokbench.measure.flops import FlopCount
 from tokbench.measure.speed import SpeedResult
-from tokbench.measure.stats import mcnemar_p, mean_interval, median_interval, median_ratio_interval, paired_drop, wilson
-
-_LATENCY = ("latency_ms", "latency_low_ms", "latency_high_ms")
+from tokbench.measure.stats import (
+    correlation_interval,
+    mcnemar_p,
+    mean_interval,
+    median_interval,
+    median_ratio_interval,
+    paired_drop,
+    wilson,
+)
+from tokbench.results.predictions import Predictions
 
 
 def accuracy_fields(predictions: Predictions, baseline: Predictions) -> dict[str, Any]:
     """The accuracy part of a record: counts, fractions and their intervals, against the unreduced model's.
 
-    Without labels only what compares the two models; without a classifier only their features.
+    Accuracy is of the images with a label; without any, only what compares the two models; without classes, only their
+    features or their one output.
     """
     fields: dict[str, Any] = {"images": len(predictions.label), "nonfinite": predictions.nonfinite()}
     if predictions.labeled and predictions.classifies:
-        right, right_before = predictions.correct, baseline.correct
-        correct5 = int(predictions.top5.sum())
+        known = predictions.with_label()
+        right, right_before = known.correct, baseline.with_label().correct
+        correct5 = int(known.top5.sum())
+        if unlabelled := len(predictions.label) - len(known.label):
+            fields["unlabelled"] = unlabelled
         fields |= {"correct": int(right.sum()), "correct5": correct5}
-        fields |= dict(zip(("top1_low", "top1_high"), wilson(int(right.sum()), len(right)), strict=True))
-        fields |= dict(zip(("top5_low", "top5_high"), wilson(correct5, len(right)), strict=True))
-        fields |= dict(zip(("drop", "drop_low", "drop_high"), paired_drop(right_before, right), strict=True))
-        fields |= {"top1": predictions.top1(), "top5": predictions.top5_accuracy()}
+        fields |= _with_ends("top1", predictions.top1(), *wilson(int(right.sum()), len(right)))
+        fields |= _with_ends("top5", predictions.top5_accuracy(), *wilson(correct5, len(right)))
+        fields |= _with_ends("drop", *paired_drop(right_before, right))
         fields["mcnemar_p"] = mcnemar_p(right_before, right)
     if predictions.classifies:
         agree = (predictions.predicted == baseline.predicted) & (baseline.predicted >= 0)
-        fields["agreement"] = float(np.mean(agree))
-        fields |= dict(zip(("agreement_low", "agreement_high"), wilson(int(agree.sum()), len(agree)), strict=True))
+        fields |= _with_ends("agreement", float(np.mean(agree)), *wilson(int(agree.sum()), len(agree)))
+    asked = (predictions.neighbor > -2) & (baseline.neighbor > -2)
+    if asked.any():
+        right, right_before = (own.neighbor[asked] == own.label[asked] for own in (predictions, baseline))
+        fields |= _with_ends("knn_top1", float(right.mean()), *wilson(int(right.sum()), len(right)))
+        fields |= _with_ends("knn_drop", *paired_drop(right_before, right)) | {"knn_images": len(right)}
+    for name, interval in output_shift(predictions, baseline).items():
+        fields |= _with_ends(name, *interval)
     distances = (("kl", predictions.divergence, 0, inf), ("similarity", predictions.similarity, -1, 1))
     for name, values, least, most in distances:
         if np.isfinite(values).any():
             mean, low, high = mean_interval(values)
             # Where the mean can be. Rounded, it may itself be a little beyond.
-            fields |= {
-                name: mean,
-                f"{name}_low": max(low, min(mean, least)),
-                f"{name}_high": min(high, max(mean, most)),
-            }
+            fields |= _with_ends(name, mean, max(low, min(mean, least)), min(high, max(mean, most)))
     return fields
+
+
+def _with_ends(name: str, value: float, low: float, high: float, *, unit: str = "") -> dict[str, float]:
+    """A figure and the ends of its interval under the names that records have."""
+    return {f"{name}{unit}": value, f"{name}_low{unit}": low, f"{name}_high{unit}": high}
+
+
+def output_shift(outputs: Predictions, unreduced: Predictions) -> dict[str, tuple[float, float, float]]:
+    """How far a model of one output moved from the unreduced one on the same images: {name: (value, low, high)}.
+
+    "output_shift": mean absolute difference over the standard deviation of the unreduced model's outputs.
+    "output_correlation": Pearson's. 95 % intervals. Empty where fewer than two images have both outputs, or the
+    unreduced model answers all alike; no correlation where only the other does.
+    """
+    both = np.isfinite(outputs.output) & np.isfinite(unreduced.output)
+    now, before = outputs.output[both].astype(float), unreduced.output[both].astype(float)
+    if now.size < 2 or not (spread := float(before.std(ddof=1))):
+        return {}
+    mean, low, high = mean_interval(np.abs(now - before) / spread)
+    found = {"output_shift": (mean, max(low, 0.0), high)}
+    return found | {"output_correlation": correlation_interval(now, before)} if np.ptp(now) else found
 
 
 def at_chance_level(baseline: Predictions, num_classes: int) -> bool:
     """Whether a model knows the labels no better than guessing among the classes that are there would."""
     if not (baseline.labeled and baseline.classifies):
         return False
-    present = len(np.unique(baseline.label[baseline.label >= 0]))
+    known = baseline.with_label()
+    present = len(np.unique(known.label))
     chance = 1 / (present if present > 1 else max(num_classes, 2))
-    low, _ = wilson(int(baseline.correct.sum()), len(baseline.label))
+    low, _ = wilson(int(known.correct.sum()), len(known.label))
     # Few images make a wide interval: a model that is far above chance on them is not accused.
     return low <= chance and baseline.top1() <= 2 * chance
 
@@ -73,6 +106,7 @@ def flops_fields(count: FlopCount, limit: FlopCount, unreduced: int) -> dict[str
         "flops_method": count.total - limit.total,
         "flops_rest": limit.total - sum(parts.values()),
         "unsupported": count.unsupported,
+        **({"flops_spread": count.spread} if count.spread else {}),
     }
 
 
@@ -95,39 +129,36 @@ def speed_fields(
         "seconds": result.rounds,
         "iterations": result.iterations,
         "compiled": compiled,
-        "throughput": result.throughput,
-        "throughput_low": result.batch_size / slow,
-        "throughput_high": result.batch_size / quick,
-        "speedup": result.speedup,
-        "speedup_low": result.speedup_low,
-        "speedup_high": result.speedup_high,
+        **_with_ends("throughput", result.throughput, result.batch_size / slow, result.batch_size / quick),
+        **_with_ends("speedup", result.speedup, result.speedup_low, result.speedup_high),
         "latency_seconds": result.latency,
-        **{name: 1000 * value for name, value in zip(_LATENCY, median_interval(result.latency), strict=True)},
+        **_with_ends("latency", *median_interval([1000 * value for value in result.latency]), unit="_ms"),
         "latency_p95_ms": 1000 * float(np.quantile(result.latency, 0.95)),
     }
     # Pass by pass; none of them are missing, as a model that raises once is out.
-    paired = median_ratio_interval(reference.latency, result.latency)
-    fields |= dict(zip(("latency_speedup", "latency_speedup_low", "latency_speedup_high"), paired, strict=True))
+    fields |= _with_ends("latency_speedup", *median_ratio_interval(reference.latency, result.latency))
     if memory:
         fields |= {"peak_memory_bytes": memory[0], "reserved_memory_bytes": memory[1]}
     if limit is not None:
-        efficiency, low, high = median_ratio_interval(limit.rounds, result.rounds)
         fields |= {
             "free_seconds": limit.rounds,
             "free_speedup": median_ratio_interval(reference.rounds, limit.rounds)[0],
-            "efficiency": efficiency,
-            "efficiency_low": low,
-            "efficiency_high": high,
+            **_with_ends("efficiency", *median_ratio_interval(limit.rounds, result.rounds)),
         }
     return fields
 
 
-def doubtful_speedups(results: list[SpeedResult]) -> list[str]:
-    """A warning where speed-ups are known too badly to choose by."""
-    doubtful = [result.name for result in results if result.speedup_high - result.speedup_low > 0.1 * result.speedup]
-    if not doubtful:
-        return []
-    return [
-        f"{len(doubtful)} of {len(results)} speed-ups are known to no better than ±5 % (as for {doubtful[0]}): "
+VAGUE = "the speed-up is known to no better than ±5 %"
+
+
+def vague_speedups(results: list[SpeedResult]) -> list[str]:
+    """The names of those whose speed-up is known too badly to choose by."""
+    return [result.name for result in results if result.speedup_high - result.speedup_low > 0.1 * result.speedup]
+
+
+def vague_sentence(vague: list[str], count: int) -> str:
+    """A warning about those of so many speed-ups."""
+    return (
+        f"{len(vague)} of {count} speed-ups are known to no better than ±5 % (as for {vague[0]}): "
         "too few rounds for so noisy a machine"
-    ]
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -30,12 +30,15 @@ from tokbench.models import load_model, weights_sha256
 from tokbench.plugins import LOADED
 from tokbench.progress import Progress
 from tokbench.resolve import check_schedule
+from tokbench.results.cell import Cell, RecordIndex, key_of
+from tokbench.results.conditions import agreed
+from tokbench.results.folder import RunFolder, fresh_path, is_run, new_run_path, removed, require_free
+from tokbench.results.records import SCHEMA, Manifest, Session
+from tokbench.results.table import frame, load_cells
 from tokbench.running.answers import measure_accuracy
-from tokbench.running.bench import Bench, Subject, calibrates
-from tokbench.running.resume import Measured, agreed_conditions
+from tokbench.running.bench import Bench, Subject, looks_at_images
 from tokbench.running.timing import time_cells
 from tokbench.schedules import parse_schedule
-from tokbench.store import RunFolder, fresh_path, is_run, new_run_path, removed, require_free
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,8 +68,6 @@ def run(
         UserError: bad input, before anything is measured, also when the run in `out` had another model, data or dtype.
         RunStopped: it cannot go on; what was measured is kept.
     """
-    from tokbench.report.metrics import load_table
-
     if not isinstance(grid, Grid):
         grid = Grid.default() if grid is None else Grid.from_toml(grid)
     options = options or grid.options
@@ -82,27 +83,41 @@ def run(
     with RunFolder.held(path):
         folder = RunFolder.open(path) if is_run(path) else None
         subjects = [_load(spec, grid, options) for spec in grid.models]
-        manifest = _manifest(grid, options, device, subjects, folder)
-        folder = _continued(folder, manifest) if folder else RunFolder.create(path, manifest)
+        batch_size = _batch_size(options, device, folder)
+        manifest = _manifest(grid, options, device, subjects, batch_size)
+        grown = _grown(folder.manifest, grid, options, subjects) if folder else {}
+        folder = _continued(folder, manifest, grown) if folder else RunFolder.create(path, manifest.plain())
         records = folder.records()
-        measured = Measured(records)
-        cells = sum(len(subject.cells) for subject in subjects)
-        progress.started(folder, cells, cells * len(options.only))
-        if records:
-            progress.continued(records)
+        index = RecordIndex(records)
+        count = sum(len(subject.cells) for subject in subjects)
+        progress.started(folder, count, count * len(options.only))
+        for text in grown.values():
+            progress.note(text)
         for subject in subjects:
-            batch_size = manifest["conditions"]["batch_size"]
-            _measure(Bench(subject, folder, options, device, progress, measured, batch_size))
+            subject.cells = [cell.named_as(index) for cell in subject.cells]
+        benches = [Bench(subject, folder, options, device, progress, index, batch_size) for subject in subjects]
+        if records:
+            asked = {cell.key: (bench, cell) for bench in benches for cell in bench.subject.cells}
+            found = ((record, *asked.get(key_of(record), (None, None))) for record in records)
+            progress.continued(
+                [
+                    record
+                    for record, bench, cell in found
+                    if bench and cell and record.kind in options.only and bench.holds(cell, record)
+                ]
+            )
+        for bench in benches:
+            _measure(bench)
         try:
-            table = load_table([folder.path])
-            plots = _draw(table, folder.path)
+            cells = load_cells([folder.path])
+            plots = _draw(cells, folder.path, progress.note)
         except UserError as error:
             kept = "; what was measured is kept." if is_run(path) else ""
             raise RunStopped(f"{str(error).rstrip('.')}{kept}") from error
         if not is_run(path):  # removed while it was drawn, which brings back no more than the plot
             raise removed(path)
-        progress.finished(table, plots)
-    return table
+        progress.finished(cells, plots)
+    return frame(cells)
 
 
 def _measure(bench: Bench) -> None:
@@ -160,26 +175,30 @@ def _load(spec: ModelSpec, grid: Grid, options: RunOptions) -> Subject:
             check_schedule(parse_schedule(cell.schedule), len(model.blocks))
         if not cell.is_baseline:
             make_method(cell.method.name, **cell.method.params).require_depth(len(model.blocks))
-    looks_at_images = "accuracy" in options.only or any(calibrates(cell) for cell in cells)
-    source = open_dataset(grid.data, model, limit=options.limit) if looks_at_images else None
+    wants_images = "accuracy" in options.only or any(looks_at_images(cell) for cell in cells)
+    source = open_dataset(grid.data, model, limit=options.limit, labels=options.labels) if wants_images else None
     return Subject(spec, model, weights_sha256(model), resolve_input_size(model, None), source, cells)
 
 
+def _batch_size(options: RunOptions, device: torch.device, folder: RunFolder | None) -> int:
+    """What was asked for, or what the run that is continued had."""
+    if isinstance(options.batch_size, int):
+        return options.batch_size
+    before = folder.manifest.conditions if folder else None
+    return (before.batch_size if before else None) or (128 if device.type == "cuda" else 16)
+
+
 def _manifest(
-    grid: Grid, options: RunOptions, device: torch.device, subjects: list[Subject], folder: RunFolder | None
-) -> dict[str, Any]:
-    """What a new run would write now; `folder` is the run that is to be continued, if there is one."""
-    before = folder.manifest.get("conditions", {}) if folder else {}
-    size = options.batch_size
-    if not isinstance(size, int):
-        size = before.get("batch_size") or (128 if device.type == "cuda" else 16)
-    return {
+    grid: Grid, options: RunOptions, device: torch.device, subjects: list[Subject], batch_size: int
+) -> Manifest:
+    """What a new run would write now."""
+    described = {
         "grid": replace(grid, options=options).to_dict(),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "conditions": {
             "dtype": options.dtype,
             "device": device.type,
-            "batch_size": size,
+            "batch_size": batch_size,
             "compile": options.compile,
             "models": {subject.spec.label: subject.conditions() for subject in subjects},
         },
@@ -192,6 +211,7 @@ def _manifest(
         "plugins": dict(LOADED),
         "seeds": {"subset of the images": 0, "order of timing": 0, "images that are timed": 0},
     }
+    return Manifest.model_validate({"schema": SCHEMA, **described})
 
 
 def installed_commit() -> dict[str, Any] | None:
@@ -212,24 +232,46 @@ def installed_commit() -> dict[str, Any] | None:
     return {"commit": commit} if isinstance(commit, str) else None
 
 
-def _continued(folder: RunFolder, manifest: dict[str, Any]) -> RunFolder:
-    """The run with this session added to its manifest. Raises UserError if it was measured under other conditions."""
+def _grown(before: Manifest, grid: Grid, options: RunOptions, subjects: list[Subject]) -> dict[str, str]:
+    """The models whose images are those of earlier sessions and more, and what that means in words.
+
+    Accuracy is measured again on all of these images: the new ones lie between the old, and a calibration is of all.
+    """
+    known = before.conditions.models if before.conditions else {}
+    grown = {}
+    for subject in subjects:
+        was, source, label = known.get(subject.spec.label), subject.source, subject.spec.label
+        if was is None or source is None or was.images is None or was.images >= len(source):
+            continue
+        part = open_dataset(grid.data, subject.model, limit=was.images, labels=options.labels)
+        if (part.name, part.fingerprint) == (was.data, was.data_fingerprint):
+            grown[label] = (
+                f"{label}: {len(source):,} images instead of {was.images:,}, so accuracy is measured again on all of "
+                "them; FLOPs and speed are kept where they do not depend on the images"
+            )
+    return grown
+
+
+def _continued(folder: RunFolder, manifest: Manifest, grown: Collection[str]) -> RunFolder:
+    """The run with this session added to its manifest. Raises UserError if it was measured under other conditions.
+
+    grown: models that are shown more images than before.
+    """
     before = folder.manifest
-    conditions = agreed_conditions(before, manifest, f"the run {str(folder.path)!r}")
-    session = {name: manifest[name] for name in ("started", "grid", "command", "git", "plugins")}
+    conditions = agreed(before, manifest, f"the run {str(folder.path)!r}", grown)
+    session = Session(**{name: getattr(manifest, name) for name in ("started", "grid", "command", "git", "plugins")})
     folder.repair()
-    plugins = {**before.get("plugins", {}), **manifest["plugins"]}
-    continued = [*before.get("continued", []), session]
-    folder.write_manifest({**before, "conditions": conditions, "plugins": plugins, "continued": continued})
+    for label in grown:
+        folder.remove_partial(label)  # half a pass over fewer images
+    plugins = {**before.plugins, **manifest.plugins}
+    more = {"conditions": conditions, "plugins": plugins, "continued": [*before.continued, session]}
+    folder.write_manifest(before.model_copy(update=more))
     return folder
 
 
-def _draw(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """The Pareto plot of what was measured: none without answers, and without a cost to set it against."""
-    from tokbench.report.metrics import METRICS, known_gain
-    from tokbench.report.plots import DEFAULT_X, plot_pareto
+def _draw(cells: list[Cell], folder: Path, tell: Callable[[str], None]) -> list[Path]:
+    """The Pareto plot of what was measured; none, and why, where there is nothing to set against anything."""
+    from tokbench.report.plots import plot_run
 
-    costs = [name for name in DEFAULT_X if table[METRICS[name].column].notna().any()]
-    if not costs or table[METRICS[known_gain(table)].column].isna().all():
-        return []
-    return [plot_pareto(table, folder / "pareto.png", x=costs)]
+    drawn = plot_run(cells, folder / "pareto.png", tell)
+    return [drawn] if drawn else []

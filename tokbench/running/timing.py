@@ -11,8 +11,8 @@ from tokbench.measure._model import is_out_of_memory, release_memory
 from tokbench.measure.compiled import compile_model
 from tokbench.measure.environment import Watch
 from tokbench.measure.speed import SpeedResult, largest_batch, measure_memory, measure_speed
-from tokbench.running.bench import Bench, Runnable
-from tokbench.running.records import doubtful_speedups, speed_fields
+from tokbench.running.bench import Bench, Runnable, counts_by_image
+from tokbench.running.records import VAGUE, speed_fields, vague_sentence, vague_speedups
 
 # A budget for all rounds together; slow cells exceed it, because each makes five rounds at least.
 SPEED_SECONDS_PER_CELL = 1.0
@@ -34,8 +34,8 @@ def time_cells(bench: Bench) -> None:
         return
     if not bench.is_fused:
         bench.progress.warn("fused attention is off (TIMM_FUSED_ATTN?): speed-ups are over a slower model than timm's")
-    bench.phase("warming up for speed", None)
     reference, size = bench.running[0], _batch_size(bench)
+    asked = size
     timed: _Timed | None = None
     watch = Watch(bench.device)
     while timed is None:
@@ -51,8 +51,12 @@ def time_cells(bench: Bench) -> None:
         release_memory(bench.device)
     disturbance = watch.stop()
     speedups = [timed.speed[name] for name in timed.memory if name != reference.cell.id]
-    for sentence in (*disturbance.warnings, *doubtful_speedups(speedups)):
+    vague = vague_speedups(speedups)
+    for sentence in (*disturbance.warnings, *([vague_sentence(vague, len(speedups))] if vague else [])):
         bench.progress.warn(sentence)
+    caveats = [sentence.partition(": ")[0] for sentence in disturbance.warnings]  # without what to do about it
+    if size < asked:
+        caveats.append(f"memory allowed batches of {size} only, where {asked} were asked for")
     # Added to a run, the cells ran beside an unreduced model whose own record is an earlier session's.
     base = timed.speed[reference.cell.id]
     measured = {"reference_seconds": base.rounds, "reference_latency_seconds": base.latency}
@@ -80,13 +84,14 @@ def time_cells(bench: Bench) -> None:
                 attention_kernels=runnable.attention_kernels,
                 other_cpu=disturbance.other_cpu,
                 gpu_state=disturbance.gpu,
+                caveats=caveats + [VAGUE] * (runnable.cell.id in vague),
             )
 
 
 def _timed_before(bench: Bench) -> int | None:
     """The images in a batch of an earlier session, None where there was none."""
-    before = bench.measured.find(bench.subject.cells[0], "speed")
-    return before["batch_size"] if before else None
+    before = bench.index.find(bench.subject.cells[0].key, "speed")
+    return before.batch_size if before else None
 
 
 def _batch_size(bench: Bench) -> int:
@@ -95,6 +100,7 @@ def _batch_size(bench: Bench) -> int:
         return earlier
     if bench.options.batch_size != "auto" or bench.device.type != "cuda":
         return bench.batch_size
+    bench.phase("finding the largest batch", None)
     size = LARGEST_BATCH
     for member in list(bench.running):
         with _dropping(bench, member):
@@ -111,6 +117,8 @@ def _time(bench: Bench, members: list[Runnable], size: int, watch: Watch) -> _Ti
                     compile_model(model)
         members = [member for member in members if member in bench.running]
     limits = {member.limit_name: member.limit for member in members if member.limit is not None}
+    # A model is compiled as it is first shown a batch, and those of cells again for a single image.
+    bench.phase("compiling" if bench.options.compile else "warming up for speed", 2 * len(members) + len(limits))
 
     def fail(name: str, error: Exception) -> None:
         if is_out_of_memory(error) and size > 1:
@@ -126,12 +134,15 @@ def _time(bench: Bench, members: list[Runnable], size: int, watch: Watch) -> _Ti
             bench.phase("speed", planned)
         bench.progress.advance(done)
 
+    images = bench.images(size) if any(counts_by_image(member.model) for member in members) else None
     results = measure_speed(
         {**{member.cell.id: member.model for member in members}, **limits},
         batch_size=size,
         input_size=bench.subject.input_size,
+        images=images,
         seconds=SPEED_SECONDS_PER_CELL * (len(members) + len(limits)),
         latency_of=[member.cell.id for member in members],
+        on_warm=bench.progress.advance,
         on_round=advance,
         on_failure=fail,
     )
@@ -141,7 +152,9 @@ def _time(bench: Bench, members: list[Runnable], size: int, watch: Watch) -> _Ti
         try:
             if not bench.options.compile:  # a compiled model need not say
                 member.require_same_tokens()
-            memory[member.cell.id] = measure_memory(member.model, batch_size=size, input_size=bench.subject.input_size)
+            memory[member.cell.id] = measure_memory(
+                member.model, batch_size=size, input_size=bench.subject.input_size, images=images
+            )
         except Exception as error:
             fail(member.cell.id, error)
     return _Timed(speed, memory)

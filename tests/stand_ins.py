@@ -1,0 +1,104 @@
+"""A tiny model and plain images in place of real ones, for tests of whole runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from tokbench.config import Grid, MethodSpec, ModelSpec, RunOptions
+from tokbench.measure.environment import Disturbance
+from tokbench.progress import Progress
+from tokbench.results.folder import RunFolder
+from tokbench.running import runner, timing
+
+IMAGES, CLASSES = 24, 3
+
+
+class Source(torch.utils.data.Dataset):
+    """Images whose class is plain to see for a model that averages: its channel is the brightest."""
+
+    name, fingerprint, num_classes, classes, streaming = "blobs", "f" * 64, CLASSES, None, False
+    warnings, among = (), None
+
+    def __init__(self, count: int = IMAGES):
+        self.count = count
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return self.count
+
+    def limited(self, limit: int | None) -> Source:
+        """The first ones, as of a stream; the fingerprint tells how many."""
+        if limit is None or limit >= self.count:
+            return self
+        part = Source(limit)
+        part.fingerprint = f"{limit:064d}"
+        return part
+
+    def __getitem__(self, index: int):
+        self.read.append(index)
+        image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(index))
+        image[index % CLASSES] += 1
+        return image, index % CLASSES
+
+
+def tiny_model() -> VisionTransformer:
+    """A ViT of 4 blocks and 64 patches that reads the class off the mean patch."""
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=32, patch_size=4, embed_dim=24, depth=4, num_heads=2, num_classes=CLASSES, global_pool="avg"
+    )
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.proj.weight.mul_(0.01)
+            block.mlp.fc2.weight.mul_(0.01)
+        model.pos_embed.zero_()
+        for channel in range(CLASSES):
+            model.patch_embed.proj.weight[channel].zero_()
+            model.patch_embed.proj.weight[channel, channel] = 0.2
+        model.head.weight.zero_()
+        model.head.weight[:, :CLASSES] = torch.eye(CLASSES)
+    return model.eval()
+
+
+def stand_in(monkeypatch, source: Source) -> Source:
+    """Put the tiny model and these images behind every name; speed takes no time."""
+    monkeypatch.setattr(runner, "load_model", lambda name, checkpoint, input_size: tiny_model())
+    monkeypatch.setattr(runner, "open_dataset", lambda spec, model, limit, labels=None: source.limited(limit))
+    monkeypatch.setattr(timing, "SPEED_SECONDS_PER_CELL", 0.001)
+    quiet = Disturbance(0.0, None, ())
+    monkeypatch.setattr(timing, "Watch", lambda device: SimpleNamespace(look=lambda: None, stop=lambda: quiet))
+    monkeypatch.setattr(timing, "vague_speedups", lambda results: [])
+    return source
+
+
+class Listener(Progress):
+    def __init__(self) -> None:
+        self.told: list[tuple] = []
+        self.warnings: list[str] = []
+
+    def phase(self, name, total):
+        self.told.append(("phase", name, total))
+
+    def advance(self, done):
+        self.told.append(("advance", done))
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+    def finished(self, cells, plots):
+        self.told.append(("finished", len(cells), [plot.name for plot in plots]))
+
+
+def small_grid(*methods: MethodSpec, models: tuple[ModelSpec, ...] = (ModelSpec("tiny"),), **options) -> Grid:
+    methods = methods or (MethodSpec("tome", ("8",)), MethodSpec("random", ("8",)))
+    return Grid(models=models, methods=methods, options=RunOptions(device="cpu", batch_size=10, **options))
+
+
+def plain_records(run: Path) -> list[dict[str, Any]]:
+    """A run's records as JSON has them."""
+    return [record.plain() for record in RunFolder.open(run).records()]

@@ -1,0 +1,159 @@
+"""Images by index or in a stream, prepared for a model and labelled as it counts its classes."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from tokbench.data.decoding import ImageError, Skipped
+from tokbench.data.labels import Labelling
+from tokbench.errors import shortened
+
+# An image with the label that the data gives it, or why it cannot be had.
+StreamItem = tuple[Image.Image, int | str | None] | ImageError
+_logger = logging.getLogger(__name__)
+
+
+class Images(Protocol):
+    """Images in their own form and class order. Pickleable."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int | str | None]: ...
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """From an image and its data set's label to what the model takes, and how the model numbers its classes."""
+
+    mode: str
+    transform: Any
+    labelling: Labelling
+
+    def __call__(self, image: Image.Image, label: int | str | None) -> tuple[Tensor, int]:
+        return self.transform(image.convert(self.mode)), self.labelling(label)
+
+
+class ImageSource(Dataset[tuple[Tensor, int]]):
+    """Images by index: `source[i]` is (preprocessed (C, H, W) float tensor, label in the model's order, −1 = none).
+
+    name: short, for titles. fingerprint: sha256 (hex) of which images these are, in which order; it does not depend on
+    the model. classes: their names in the data's own order, None where they have none. num_classes: how many classes
+    the data has (the model's, where the data does not tell). warnings: why figures read off these images may not mean
+    what they seem to. among: the model's classes that answers are chosen from, None for all. indices: (n,), their
+    places in the whole data set, ascending. streaming: False.
+    """
+
+    streaming = False
+
+    def __init__(
+        self,
+        name: str,
+        images: Images,
+        chosen: np.ndarray,
+        prepare: Preparation,
+        fingerprint: str,
+    ):
+        self.name, self.fingerprint = name, fingerprint
+        self.classes, self.num_classes = prepare.labelling.classes, prepare.labelling.num_classes
+        self.warnings, self.among = prepare.labelling.warnings, prepare.labelling.among
+        self.indices = chosen
+        self._images, self._prepare = images, prepare
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        place = int(self.indices[index])
+        try:
+            image, label = self._images[place]
+            return self._prepare(image, label)
+        except ImageError:
+            raise
+        except Exception as error:  # whatever a data set's own reader stumbles over is about this image only
+            name, reason = f"{self.name}, number {place}", shortened(error)
+            raise ImageError(f"image {name!r} cannot be read: {reason}", name, reason) from error
+
+
+class ImageStream(IterableDataset[tuple[Tensor, int]]):
+    """The first `length` images of a stream; attributes and items as ImageSource's. streaming: True.
+
+    images: gives, for every place in order, an image and its label, or the ImageError that says why there is none.
+    promised: the data itself says that it has so many images, so that those that do not come are skipped ones.
+    One DataLoader worker at most: several would share out the shards, so that the first images would be others.
+    """
+
+    streaming = True
+
+    def __init__(
+        self,
+        name: str,
+        images: Iterable[StreamItem],
+        length: int,
+        prepare: Preparation,
+        fingerprint: str,
+        promised: bool = False,
+    ):
+        self.name, self.fingerprint = name, fingerprint
+        self.classes, self.num_classes = prepare.labelling.classes, prepare.labelling.num_classes
+        self.warnings, self.among = prepare.labelling.warnings, prepare.labelling.among
+        self.indices = np.arange(length)
+        self._images, self._length, self._prepare, self._promised = images, length, prepare, promised
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        for item in self.items():
+            if isinstance(item, Skipped):
+                raise ImageError(f"image {item.name!r} cannot be read: {item.reason}", item.name, item.reason)
+            yield item
+
+    def items(self) -> Iterator[tuple[Tensor, int] | Skipped]:
+        """What iterating gives, but for images that cannot be had: these are named and not raised."""
+        worker = get_worker_info()
+        if worker is not None and worker.num_workers > 1:
+            raise ImageError(f"the stream {self.name!r} is read in order by one process: use --workers 0 or 1.")
+        count = 0
+        for item in itertools.islice(self._images, self._length):
+            yield self._prepared(count, item)
+            count += 1
+        if not count:
+            raise ImageError(f"the stream {self.name!r} gives no images: are its folder and split right?")
+        if count < self._length:
+            _logger.warning("the stream %r ended after %d of %d images", self.name, count, self._length)
+        for place in range(count, self._length if self._promised else count):
+            yield Skipped(place, f"{self.name}, number {place}", "the stream ended before it")
+
+    def _prepared(self, place: int, item: StreamItem) -> tuple[Tensor, int] | Skipped:
+        if isinstance(item, ImageError):
+            return Skipped(place, item.name, item.reason)
+        try:
+            return self._prepare(*item)
+        except Exception as error:  # as in ImageSource
+            return Skipped(place, f"{self.name}, number {place}", shortened(error))
+
+
+def choose(count: int, limit: int | None) -> np.ndarray:
+    """Places of a fixed random subset, ascending; a smaller limit takes a part of a larger one's."""
+    if limit is None or limit >= count:
+        return np.arange(count)
+    return np.sort(np.random.RandomState(0).permutation(count)[:limit])
+
+
+def fingerprint(*parts: str | bytes | np.ndarray) -> str:
+    """sha256 (hex) of all parts and their lengths."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode(errors="surrogateescape") if isinstance(part, str) else bytes(part)
+        digest.update(f"{len(data)}:".encode() + data)
+    return digest.hexdigest()

@@ -1,0 +1,100 @@
+"""The Python that makes a measured cell: its model, and its method with the schedule that was measured."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shlex
+from keyword import iskeyword
+from pathlib import Path
+from typing import Any
+
+from tokbench.errors import UserError
+from tokbench.report.styles import STYLES
+from tokbench.results.cell import Cell
+from tokbench.results.folder import RunFolder
+from tokbench.results.records import Manifest, Session
+
+_CAST = {None: "", "fp32": "", "bf16": ".bfloat16()", "fp16": ".half()"}
+
+
+def python_of(cell: Cell, folder: RunFolder) -> tuple[str, list[str]]:
+    """Lines of Python that make a cell of this run, and notes on them.
+
+    What the run says gets into them as literals only. Raises UserError for a dtype that is not known.
+    """
+    if cell.dtype not in _CAST:
+        raise UserError(f"the run {folder.path} was made in {cell.dtype!r}, which this tokbench does not know")
+    lines = ["import tokbench"]
+    notes: list[str] = []
+    if cell.method not in STYLES:
+        paths, notes = _plugins(folder.manifest, cell.method)
+        if paths:
+            lines += ["from tokbench.plugins import load_plugins", f"load_plugins([{', '.join(map(_literal, paths))}])"]
+    lines.append(f"model = {_load_model(cell, folder.manifest)}")
+    if not cell.is_baseline:
+        # What was measured on calibration images, so that nobody needs them again.
+        calibrated = {name: value for name, value in (cell.calibrated or {}).items() if name in cell.params}
+        params = {**dict(sorted(cell.params.items())), **calibrated}
+        schedule = cell.resolved or cell.schedule
+        lines.append(f"tokbench.apply(model, {_arguments(cell.method, schedule, **params)})")
+    conditions = folder.manifest.conditions
+    if conditions and conditions.compile and cell["speedup"]:
+        lines.append("model.compile(dynamic=False, fullgraph=True)")
+        notes.append("speed is that of the compiled model, for one batch size")
+    return "\n".join(lines), notes
+
+
+def _load_model(cell: Cell, manifest: Manifest) -> str:
+    specs = [spec for session in manifest.sessions for spec in session.grid.models if spec.get("label") == cell.model]
+    spec = next((spec for spec in reversed(specs) if spec.get("name")), {"name": cell.model})
+    words = [spec[key] for key in ("name", "checkpoint") if spec.get(key)]
+    named = {key: spec[key] for key in ("input_size", "random_weights") if spec.get(key)}
+    device = f".to({_literal(cell.device)})" if cell.device not in (None, "cpu") else ""
+    return f"tokbench.load_model({_arguments(*words, **named)}){device}{_CAST[cell.dtype]}"
+
+
+def _arguments(*values: Any, **named: Any) -> str:
+    """What stands between the parentheses of a call."""
+    words = [_literal(value) for value in values]
+    words += [f"{name}={_literal(value)}" for name, value in named.items() if _is_plain(name)]
+    odd = [f"{_literal(name)}: {_literal(value)}" for name, value in named.items() if not _is_plain(name)]
+    return ", ".join([*words, f"**{{{', '.join(odd)}}}"] if odd else words)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name can stand before = in a call."""
+    return name.isascii() and name.isidentifier() and not iskeyword(name)
+
+
+def _literal(value: Any) -> str:
+    """A JSON value as Python, in double quotes where they do."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    text = repr(value)
+    return f'"{text[1:-1]}"' if isinstance(value, str) and "'" not in value and '"' not in value else text
+
+
+def _plugins(manifest: Manifest, method: str) -> tuple[list[str], list[str]]:
+    """The files with a run's own methods, as the command line named them; and what may be wrong with them now."""
+    if not manifest.plugins:
+        return [], [f"{method} is no method of tokbench, and the run loaded no plugin: register it before these lines"]
+    named = {Path(path).name: path for session in manifest.sessions for path in _plugin_words(session)}
+    paths, notes = [], []
+    for name, digest in manifest.plugins.items():
+        path = named.get(name, name)
+        paths.append(path)
+        if not Path(path).is_file():
+            notes.append(f"the plugin {path!r} is not found from this folder: say where it is")
+        elif hashlib.sha256(Path(path).read_bytes()).hexdigest() != digest:
+            notes.append(f"the plugin {path!r} is no longer the file that the run loaded")
+    return paths, notes
+
+
+def _plugin_words(session: Session) -> list[str]:
+    try:
+        words = shlex.split(session.command or "")
+    except ValueError:  # written by hand
+        return []
+    after = [word for option, word in zip(words, words[1:], strict=False) if option == "--plugin"]
+    return after + [word.partition("=")[2] for word in words if word.startswith("--plugin=")]

@@ -1,0 +1,138 @@
+"""Names, numbers and intervals in words: the one place that says how each is written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from tokbench.report.styles import method_style
+from tokbench.results.cell import Cell, Figure
+from tokbench.results.metrics import METRICS
+
+
+def number(value: float, digits: int) -> str:
+    """A number with its sign as printed: −0.1, and 0.0 for what is rounded to −0.0."""
+    text = f"{value:,.{digits}f}"
+    return (text.removeprefix("-") if float(text.replace(",", "")) == 0 else text).replace("-", "−")
+
+
+def interval(figure: Figure, digits: int) -> str:
+    """`[−1.3, 1.1]`, "" where no interval is known."""
+    return f"[{', '.join(number(end, digits) for end in figure.interval)}]" if figure.interval else ""
+
+
+def figure_text(cell: Cell, metric: str, *, bounds: bool = False, unit: str = "") -> str:
+    """A cell's figure with as many digits as its images allow, "" where it was not measured.
+
+    bounds: with its interval, where one is known. unit: between the two.
+    """
+    figure, digits = cell[metric], METRICS[metric].digits_for(cell.images)
+    if figure is None:
+        return ""
+    ends = interval(figure, digits) if bounds else ""
+    return f"{number(figure.value, digits)}{unit}{' ' if ends else ''}{ends}"
+
+
+def not_significant(cell: Cell) -> bool:
+    """Whether the 95 % interval of the cell's drop holds 0."""
+    drop = cell["drop"]
+    return bool(drop and drop.interval and drop.interval[0] <= 0 <= drop.interval[1])
+
+
+def variant_name(method: str, variant: str) -> str:
+    """The method as papers call it, and the parameters it was given: `tome:a=1` → "ToMe:a=1"."""
+    return method_style(method).name + variant.removeprefix(method)
+
+
+def short_schedule(schedule: str) -> str:
+    """A schedule in few words, and no two schedules in the same: `constant:13` is "r=13", `keep:0.7@3,6,9`
+    "keep 0.7@3,6,9", `flops:0.5` "50 % FLOPs", `list:8,8,8,0` "list 3×8 0".
+    """
+    kind, _, rest = schedule.rpartition(":")
+    if kind in ("", "constant"):
+        return f"r={rest}" if rest else ""
+    if kind == "flops":
+        return f"{100 * float(rest):.10g} % FLOPs"
+    if kind == "list":
+        counts = [(value, len(list(same))) for value, same in groupby(rest.split(","))]
+        return "list " + " ".join(f"{n}×{value}" if n > 1 else value for value, n in counts)
+    return f"{kind} {rest}"
+
+
+def cell_name(cell: Cell, several_runs: bool = False) -> str:
+    """A cell as one says it: "ToMe at r=13", with its run where there are several."""
+    name = variant_name(cell.method, cell.variant)
+    if cell.schedule and not cell.is_baseline:
+        name += f" at {short_schedule(cell.schedule)}"
+    return f"{name} in {cell.run}" if several_runs else name
+
+
+def told_caveats(cells: Sequence[Cell]) -> list[str]:
+    """What was warned of while the figures of these cells were measured: "accuracy: labels were guessed", a text each,
+    with the number of cells where it is not all that have the figures."""
+    told = []
+    for kind in dict.fromkeys(kind for cell in cells for kind in cell.caveats):
+        measured = [cell for cell in cells if kind in cell.kinds]
+        for text in dict.fromkeys(text for cell in cells for text in cell.caveats.get(kind, ())):
+            touched = sum(text in cell.caveats.get(kind, ()) for cell in cells)
+            part = "" if touched == len(measured) else f" ({touched} of {len(measured)} cells)"
+            told.append(f"{kind} is in doubt: {text}{part}")
+    return told
+
+
+def group_title(group: Sequence[Cell]) -> str:
+    """Model and conditions of comparable cells in one line."""
+    first = group[0]
+    images = max((cell.images for cell in group if cell.images is not None), default=None)
+    batch = max((cell.batch_size for cell in group if cell.batch_size is not None), default=None)
+    parts = [
+        first.model,
+        "" if images is None else f"{images:,} {plural(images, 'image')} of {first.data}",
+        hardware(first),
+        first.dtype or "",
+        "compiled" if first.compiled == "yes" else "",
+        "" if batch is None else f"batch {batch}",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def hardware(cell: Cell) -> str:
+    """What it was measured on, "" where that is not known."""
+    return cell.machine or cell.device or ""
+
+
+# Where a line may end, best first: words, parameters, their values, parts of names.
+_BREAKS = (r"(?<=\s)", r"(?<=[:,;])", r"(?<=[=/@])", r"(?<=[_-])", r"(?<=\.)")
+
+
+def broken(text: str, width: int) -> str:
+    """A text in lines of at most so many characters. What has no end of a word in so many stays whole."""
+    lines = [""]
+    for piece in _pieces(text, width):
+        if lines[-1] and len((lines[-1] + piece).rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(line.strip() for line in lines)
+
+
+def _pieces(text: str, width: int, level: int = 0) -> list[str]:
+    if len(text.rstrip()) <= width or level == len(_BREAKS):
+        return [text]
+    return [piece for part in re.split(_BREAKS[level], text) for piece in _pieces(part, width, level + 1)]
+
+
+def plural(count: int, word: str, several: str = "") -> str:
+    """The word for so many."""
+    return word if count == 1 else several or f"{word}s"
+
+
+def listed(words: Iterable[str]) -> str:
+    """`a, b and c`."""
+    *rest, last = words
+    return f"{', '.join(rest)} and {last}" if rest else last
+
+
+def capital(text: str) -> str:
+    """With a capital first letter, the rest as it is."""
+    return text[:1].upper() + text[1:]

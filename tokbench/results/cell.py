@@ -1,0 +1,162 @@
+"""A measured cell: which one it is, by meaning, and what a run says of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokbench.results.records import Record
+from tokbench.schedules import Schedule, parse_schedule
+
+
+@dataclass(frozen=True)
+class CellKey:
+    """What a cell is, however its schedule and parameters were written: `13` is `constant:13`, and 1 is 1.0."""
+
+    model: str
+    method: str
+    params: str
+    schedule: Schedule | None
+
+    @classmethod
+    def of(cls, model: str, method: str, params: Mapping[str, Any], schedule: str) -> CellKey:
+        """Raises ScheduleError for a schedule that does not parse."""
+        meaning = json.dumps(_by_value(params), sort_keys=True)
+        return cls(model, method, meaning, parse_schedule(schedule) if schedule else None)
+
+
+def key_of(record: Record) -> CellKey:
+    """The cell that a record is about."""
+    return CellKey.of(record.model, record.method, record.params, record.schedule)
+
+
+def _by_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _by_value(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_by_value(own) for own in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+class RecordIndex:
+    """The records of a run by cell and kind, in the order in which cells first came.
+
+    A later record replaces an earlier one of its cell and kind, and a failure to measure it.
+    """
+
+    def __init__(self, records: Iterable[Record] = ()) -> None:
+        self.cells: dict[CellKey, dict[str, Record]] = {}
+        for record in records:
+            self.add(record)
+
+    def add(self, record: Record) -> None:
+        """Take one more record."""
+        kinds = self.cells.setdefault(key_of(record), {})
+        failure = kinds.get("failure")
+        if failure is not None and getattr(failure, "phase", None) in (record.kind, "setup"):
+            del kinds["failure"]
+        kinds[record.kind] = record
+
+    def find(self, key: CellKey, kind: str) -> Any:
+        """The last record of that kind for the cell; None where there is none."""
+        return self.cells.get(key, {}).get(kind)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured value in the unit of its metric, and the ends of its 95 % interval where one is known."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Both ends, None where one is not known."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One model × method × schedule as a run measured it. What is not known is None.
+
+    Attributes:
+        run: what the run is called in a table.
+        schedule, id: as they were written when the cell was first recorded.
+        variant: the method as the command line writes it: `tome:prop_attn=false`.
+        tokens: left after each block, prefix included; their mean over images where these differ.
+        figures: by the names in `results.metrics.METRICS`, those that were measured.
+        also: figures that are no metrics, by their columns.
+        weights: "trained" or "random".
+        compiled: "yes" or "no".
+        error: why it failed.
+        kinds: of records that it has, such as "accuracy".
+        caveats: by kind, what was warned of while it was measured.
+        calibrated: the parameters that were measured on images.
+    """
+
+    key: CellKey
+    id: str
+    run: str
+    params: Mapping[str, Any]
+    schedule: str
+    figures: Mapping[str, Figure]
+    also: Mapping[str, float]
+    resolved: str | None = None
+    calibrated: Mapping[str, Any] | None = None
+    tokens: tuple[float, ...] = ()
+    images: int | None = None
+    batch_size: int | None = None
+    skipped: int | None = None
+    nonfinite: int | None = None
+    input_size: str | None = None
+    data: str | None = None
+    data_fingerprint: str | None = None
+    device: str | None = None
+    machine: str | None = None
+    dtype: str | None = None
+    compiled: str | None = None
+    weights_sha256: str | None = None
+    fused_attention: str | None = None
+    weights: str | None = None
+    error: str | None = None
+    kinds: frozenset[str] = frozenset()
+    caveats: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __getitem__(self, metric: str) -> Figure | None:
+        """The figure of that metric, None where it was not measured."""
+        return self.figures.get(metric)
+
+    def value(self, metric: str) -> float | None:
+        """The figure's value alone."""
+        figure = self.figures.get(metric)
+        return None if figure is None else figure.value
+
+    @property
+    def model(self) -> str:
+        return self.key.model
+
+    @property
+    def method(self) -> str:
+        return self.key.method
+
+    @property
+    def variant(self) -> str:
+        values = {name: value if isinstance(value, str) else json.dumps(value) for name, value in self.params.items()}
+        return self.method + (":" if values else "") + ",".join(f"{name}={value}" for name, value in values.items())
+
+    @property
+    def tokens_final(self) -> int | None:
+        """Tokens left after the last block, in whole ones."""
+        return round(self.tokens[-1]) if self.tokens else None
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.method == "none"
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether its logits were NaN or infinite for some image."""
+        return bool(self.nonfinite)

@@ -1,0 +1,256 @@
+"""What a run writes down: one model per kind of record, and one for the manifest. Checked when written and when read.
+
+A field that an older tokbench did not write is None, and a field that is not named here is kept as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from tokbench.errors import UserError
+from tokbench.validation import first_fault
+
+SCHEMA = 1
+
+Number = Annotated[float, Field(gt=-1e300, lt=1e300)]
+Positive = Annotated[float, Field(gt=0, lt=1e300)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Mean = Annotated[float, Field(ge=0, lt=2**63)]
+_ENDS = TypeAdapter(dict[str, Number], config=ConfigDict(strict=True, allow_inf_nan=False))
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, populate_by_name=True)
+
+    def plain(self) -> dict[str, Any]:
+        """What was given, as JSON has it."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
+
+
+class Record(_Stored):
+    """What all records have: which cell they are about, and under which conditions it was measured."""
+
+    version: int = Field(SCHEMA, alias="schema")
+    kind: str
+    cell: str
+    model: str
+    method: str
+    params: dict[str, Any] = {}
+    schedule: str
+    resolved: str | None = None
+    calibrated: dict[str, Any] | None = None
+    tokens: list[Count | Mean] | None = None
+    weights: str | None = None
+    weights_sha256: str | None = None
+    input_size: list[Count] | None = None
+    data: str | None = None
+    data_fingerprint: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    fused_attention: str | None = None
+    caveats: list[str] = []  # why these figures may not mean what they seem to
+
+    @model_validator(mode="after")
+    def _ends_are_numbers(self) -> Record:
+        """Ends of 95 % intervals stand beside their figure, as `drop_low` and `latency_high_ms`."""
+        for name, value in (self.model_extra or {}).items():
+            if re.search("_(low|high)(_ms)?$", name) and value is not None:
+                _ENDS.validate_python({name: value})
+        return self
+
+
+class FlopsRecord(Record):
+    """Multiply-adds per image. `flops_attention` to `flops_rest` add up to `flops`."""
+
+    flops: Annotated[int, Field(gt=0, lt=2**63)]
+    flops_ratio: Positive | None = None
+    flops_attention: int | None = None
+    flops_mlp: int | None = None
+    flops_method: int | None = None
+    flops_rest: int | None = None
+    unsupported: dict[str, int] | None = None
+
+
+class AccuracyRecord(Record):
+    """Shares of images; `drop` in points."""
+
+    images: Count
+    correct: Count | None = None
+    correct5: Count | None = None
+    unlabelled: Count | None = None
+    skipped: Count | None = None
+    nonfinite: Count | None = None
+    top1: Share | None = None
+    top5: Share | None = None
+    drop: Number | None = None
+    mcnemar_p: Share | None = None
+    agreement: Share | None = None
+    kl: Number | None = None
+    similarity: Number | None = None
+    knn_top1: Share | None = None
+    knn_drop: Number | None = None
+    knn_images: Count | None = None
+    output_shift: Number | None = None
+    output_correlation: Number | None = None
+    batch_size: Count | None = None
+
+
+class SpeedRecord(Record):
+    """Seconds of every round and pass, and what follows from them."""
+
+    batch_size: Count | None = None
+    seconds: list[Positive] | None = None
+    free_seconds: list[Positive] | None = None
+    reference_seconds: list[Positive] | None = None
+    latency_seconds: list[Positive] | None = None
+    reference_latency_seconds: list[Positive] | None = None
+    iterations: Count | None = None
+    compiled: bool | None = None
+    throughput: Positive | None = None
+    speedup: Positive | None = None
+    latency_ms: Positive | None = None
+    latency_p95_ms: Positive | None = None
+    latency_speedup: Positive | None = None
+    efficiency: Positive | None = None
+    free_speedup: Positive | None = None
+    peak_memory_bytes: Count | None = None
+    reserved_memory_bytes: Count | None = None
+    attention_kernels: list[str] | None = None
+    other_cpu: Number | None = None
+    gpu_state: dict[str, Any] | None = None
+
+
+class FailureRecord(Record):
+    """A cell that failed in a phase: "setup", "accuracy" or "speed"."""
+
+    phase: str
+    message: str
+    traceback: str | None = None
+
+
+KINDS: dict[str, type[Record]] = {
+    "flops": FlopsRecord, "accuracy": AccuracyRecord, "speed": SpeedRecord, "failure": FailureRecord,
+}  # fmt: skip
+
+
+class ModelConditions(_Stored):
+    """Of one model of a run. What has no data has None."""
+
+    weights_sha256: str | None = None
+    input_size: list[Count] | None = None
+    data: str | None = None
+    data_fingerprint: str | None = None
+    images: Count | None = None
+
+
+class Conditions(_Stored):
+    """What must be the same in every session of a run."""
+
+    dtype: str | None = None
+    device: str | None = None
+    batch_size: Count | None = None
+    compile: bool = False
+    models: dict[str, ModelConditions] = {}
+
+
+class GridAsked(_Stored):
+    """The grid as it was asked for; `Grid.from_dict` reads it."""
+
+    models: list[dict[str, Any]] = []
+    methods: list[dict[str, Any]] = []
+    data: str | None = None
+    options: dict[str, Any] = {}
+
+
+class Session(_Stored):
+    """What one command asked of a run."""
+
+    grid: GridAsked = GridAsked()
+    started: str | None = None
+    command: str | None = None
+    git: dict[str, Any] | None = None
+    plugins: dict[str, str] = {}
+
+
+class Machine(_Stored):
+    """The hardware, as `measure.environment` describes it."""
+
+    device: str | None = None
+    cpu: str | None = None
+    gpu: str | None = None
+    threads: Count | None = None
+
+    def name(self, device: str | None) -> str | None:
+        """What computes on such a device."""
+        return self.gpu if str(device).startswith("cuda") else self.cpu
+
+
+class Manifest(Session):
+    """The first session of a run with the conditions it was measured under, and the sessions that continued it.
+
+    `conditions` is None in runs of the first version.
+    """
+
+    version: int = Field(SCHEMA, alias="schema")
+    conditions: Conditions | None = None
+    machine: Machine = Machine()
+    packages: dict[str, Any] = {}
+    continued: list[Session] = []
+
+    @property
+    def sessions(self) -> list[Session]:
+        """All sessions, the first one first."""
+        return [self, *self.continued]
+
+
+S = TypeVar("S", bound=_Stored)
+
+
+def read_manifest(text: str, path: Path) -> Manifest:
+    """Raises UserError where it is no manifest, naming the field."""
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}).") from error
+    if not isinstance(manifest, dict):
+        raise UserError(f"{path} is not a tokbench manifest: it holds no JSON object.")
+    _require_schema(manifest, path)
+    return _read(Manifest, manifest, path)
+
+
+def read_record(line: bytes, where: str) -> Record:
+    """Raises UserError where it is no record, naming the field."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error}).") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}.")
+    _require_schema(record, where)
+    return make_record(record, where)
+
+
+def make_record(fields: dict[str, Any], where: str = "record") -> Record:
+    """A record of its `kind` from its fields. Raises UserError for a field that cannot be."""
+    return _read(KINDS.get(str(fields.get("kind")), Record), fields, where)
+
+
+def _read(model: type[S], values: dict[str, Any], where: str | Path) -> S:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {first_fault(error)}.") from error
+
+
+def _require_schema(holder: dict[str, Any], where: str | Path) -> None:
+    schema = holder.get("schema")
+    if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
+        newer = isinstance(schema, int) and schema > SCHEMA
+        hint = "a newer tokbench wrote it; upgrade to read it" if newer else "no tokbench wrote that"
+        raise UserError(f"{where}: schema {schema!r}, and this tokbench reads up to schema {SCHEMA}: {hint}.")

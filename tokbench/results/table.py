@@ -1,0 +1,354 @@
+"""Runs as cells: loading them, choosing among them, which of them may be compared, and who is on a Pareto front."""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokbench.errors import UserError, nearest, printable
+from tokbench.results.cell import Cell, CellKey, RecordIndex
+from tokbench.results.folder import RunFolder
+from tokbench.results.metrics import GAINS, METRICS, find_metric, metric_of_column
+from tokbench.results.records import Machine, Record
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+T = TypeVar("T")
+# Cells that agree in all of these may be compared with each other, whichever run they come from.
+COMPARABLE = (
+    "model", "weights_sha256", "input_size", "data", "data_fingerprint", "device", "machine", "dtype", "compiled",
+)  # fmt: skip
+# Cells that agree in these lie in the same panel of a plot, so that machines can be laid over each other.
+PANEL = ("model", "weights_sha256", "input_size", "data", "data_fingerprint")
+
+_DESCRIBED: dict[str, Callable[[Cell], Any]] = {
+    **{name: operator.attrgetter(name) for name in ("run", "model", "method", "variant")},
+    "params": lambda cell: json.dumps(cell.params, sort_keys=True),
+    **{name: operator.attrgetter(name) for name in ("schedule", "resolved", "is_baseline", "tokens_final")},
+}
+_CONDITIONS: dict[str, Callable[[Cell], Any]] = {
+    **{
+        name: operator.attrgetter(name)
+        for name in (
+            "images", "batch_size", "skipped", "nonfinite", "input_size", "data", "data_fingerprint", "device",
+            "machine", "dtype", "compiled", "weights_sha256", "fused_attention", "weights",
+        )
+    },
+    "cell": operator.attrgetter("id"),
+    "error": operator.attrgetter("error"),
+}  # fmt: skip
+COUNTS = frozenset({"tokens_final", "images", "batch_size", "skipped", "nonfinite"})
+
+
+def figure_columns() -> list[str]:
+    """The columns with what was measured."""
+    return [column for metric in METRICS.values() for column in metric.columns]
+
+
+def all_columns() -> list[str]:
+    """Every column of `load_table`, in order."""
+    return [*_DESCRIBED, *figure_columns(), *_CONDITIONS]
+
+
+def columns_of(cell: Cell) -> dict[str, Any]:
+    """A cell as a row: every column of `load_table`, None where nothing is known."""
+    row = {name: get(cell) for name, get in _DESCRIBED.items()} | dict.fromkeys(figure_columns()) | dict(cell.also)
+    for name, figure in cell.figures.items():
+        metric = METRICS[name]
+        row |= dict(zip((metric.columns[0], *metric.interval), (figure.value, figure.low, figure.high), strict=False))
+    return row | {name: get(cell) for name, get in _CONDITIONS.items()}
+
+
+def load_table(*runs: str | Path) -> pd.DataFrame:
+    """All cells of these runs, a row each, in the order they were first recorded.
+
+    Accuracies and agreement are in percent, drops in points, FLOPs in 1e9 multiply-adds; the ends of 95 % intervals
+    are beside their values. What was not measured is NaN or None. Raises UserError for a folder that is no run.
+    """
+    return frame(load_cells(runs))
+
+
+def frame(cells: Sequence[Cell]) -> pd.DataFrame:
+    """Cells as a table (columns: `all_columns()`)."""
+    import pandas as pd
+
+    table = pd.DataFrame([columns_of(cell) for cell in cells], columns=all_columns())
+    kinds = {name: "Int64" if name in COUNTS else object for name in (*_DESCRIBED, *_CONDITIONS)}
+    return table.astype({**kinds, "is_baseline": bool, **dict.fromkeys(figure_columns(), float)})
+
+
+def load_cells(runs: Iterable[str | Path]) -> list[Cell]:
+    """All cells of these runs in the order they were first recorded.
+
+    A run is called by its folder, and by the folder above it too where names repeat; one named twice is read once.
+    Raises UserError for a folder that is no run.
+    """
+    folders = [RunFolder.open(path) for path in dict.fromkeys(Path(run).resolve() for run in runs)]
+    names = [folder.path.name for folder in folders]
+    return [
+        cell
+        for folder, name in zip(folders, names, strict=True)
+        for cell in cells_of(
+            folder.records(),
+            str(Path(folder.path.parent.name, name)) if names.count(name) > 1 else name,
+            folder.manifest.machine,
+        )
+    ]
+
+
+def load_shown(runs: Sequence[str | Path], tell: Callable[[str], None]) -> list[Cell]:
+    """`load_cells` for runs that are to be shown. Tells which hold nothing; raises UserError where all do."""
+    cells = load_cells(runs)
+    empty = [str(run) for run in dict.fromkeys(runs) if not RunFolder.open(run).records()]
+    holds = f"{', '.join(empty)} {'holds' if len(empty) == 1 else 'hold'} no records"
+    if not cells:
+        raise UserError(f"nothing to show: {holds}.")
+    if empty:
+        tell(f"{holds}, and so {'is' if len(empty) == 1 else 'are'} not shown.")
+    return cells
+
+
+def cells_of(records: Iterable[Record], run: str = "", machine: Machine | None = None) -> list[Cell]:
+    """The cells of one run from its records, as they also are while the run is going on."""
+    index = RecordIndex(records)
+    return _share_conditions([_cell(key, kinds, run, machine) for key, kinds in index.cells.items()])
+
+
+def _cell(key: CellKey, kinds: Mapping[str, Record], run: str, machine: Machine | None) -> Cell:
+    fields: dict[str, Any] = {}
+    for record in kinds.values():
+        fields.update({name: value for name, value in record if value is not None})
+    if "accuracy" in kinds:  # a run that grew measured the other kinds on fewer images
+        fields["data_fingerprint"] = kinds["accuracy"].data_fingerprint
+    first, failure = next(iter(kinds.values())), kinds.get("failure")
+    named = {name: fields.get(name) for name in _CONDITIONS if name in Cell.__dataclass_fields__}
+    also = {
+        column: fields[column] * metric.scale
+        for metric in METRICS.values()
+        for column in metric.also
+        if column in fields
+    }
+    figures = {name: metric.read(fields) for name, metric in METRICS.items()}
+    values = named | {
+        "id": first.cell,
+        "run": run,
+        "schedule": first.schedule,
+        "resolved": fields.get("resolved"),
+        "input_size": "x".join(map(str, fields.get("input_size") or ())) or None,
+        "machine": machine.name(fields.get("device")) if machine else None,
+        "compiled": ("yes" if fields["compiled"] else "no") if "compiled" in fields else None,
+        "error": getattr(failure, "message", None),
+    }
+    told: dict[str, Any] = {name: printable(own) if isinstance(own, str) else own for name, own in values.items()}
+    return Cell(
+        key=replace(key, model=printable(key.model), method=printable(key.method)),
+        params=first.params,
+        figures={name: figure for name, figure in figures.items() if figure is not None},
+        also=also,
+        calibrated=fields.get("calibrated"),
+        tokens=tuple(fields.get("tokens") or ()),
+        kinds=frozenset(kinds),
+        caveats={kind: tuple(record.caveats) for kind, record in kinds.items() if record.caveats},
+        **told,
+    )
+
+
+def _share_conditions(cells: list[Cell]) -> list[Cell]:
+    """A cell that failed early lacks the conditions that its model's other cells share: take them from those."""
+    shared: dict[str, dict[str, Any]] = {}
+    for model in dict.fromkeys(cell.model for cell in cells):
+        mine = [cell for cell in cells if cell.model == model]
+        known = {
+            name: {getattr(cell, name) for cell in mine} - {None} for name in (*COMPARABLE[1:], "images", "batch_size")
+        }
+        shared[model] = {name: values.pop() for name, values in known.items() if len(values) == 1}
+        shared[model].setdefault("compiled", "no")  # of what was never timed it says nothing
+        if len(seen := {cell.data_fingerprint for cell in mine if "accuracy" in cell.kinds}) == 1:
+            # Where a run grew, what has no accuracy still names the fewer images.
+            unseen = {cell for cell in mine if "accuracy" not in cell.kinds}
+            cells = [replace(cell, data_fingerprint=[*seen][0]) if cell in unseen else cell for cell in cells]
+    return [
+        replace(cell, **{name: value for name, value in shared[cell.model].items() if getattr(cell, name) is None})
+        for cell in cells
+    ]
+
+
+def run_names(cells: Sequence[Cell]) -> dict[str, str]:
+    """What tells runs apart, in words: machine, dtype, batch size, two of them, or the folder."""
+    first = {cell.run: cell for cell in reversed(cells)}
+    runs = {run: first[run] for run in dict.fromkeys(cell.run for cell in cells)}
+    words = {
+        run: {"machine": cell.machine, "dtype": cell.dtype, "batch": cell.batch_size and f"batch {cell.batch_size}"}
+        for run, cell in runs.items()
+    }
+    for names in (["machine"], ["dtype"], ["batch"], ["machine", "dtype"], ["dtype", "batch"], ["machine", "batch"]):
+        told = {run: [known[name] for name in names] for run, known in words.items()}
+        if all(map(all, told.values())) and len({tuple(parts) for parts in told.values()}) == len(told):
+            return {run: ", ".join(map(str, parts)) for run, parts in told.items()}
+    return {run: run for run in runs}
+
+
+_OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "<": operator.lt,
+    ">": operator.gt,
+    "=": partial(math.isclose, rel_tol=1e-5, abs_tol=1e-8),
+}
+
+
+def filter_cells(cells: Sequence[Cell], conditions: Iterable[str]) -> list[Cell]:
+    """The cells that meet every condition: `method=tome`, `schedule=flops:*`, `drop<1`, `gflops<=2.5`.
+
+    Text may hold the wildcards * and ?; numbers compare with <, <=, >, >= and =. Two conditions with = on one column
+    are alternatives. Raises UserError for a condition that cannot be read and for an unknown column.
+    """
+    wanted: dict[str, list[Callable[[Any], bool]]] = {}
+    for number, condition in enumerate(conditions):
+        name, sign, value = _split_condition(condition)
+        column = METRICS[name].columns[0] if name in METRICS else name
+        if column not in all_columns():
+            hint = (
+                nearest(name, dict.fromkeys([*METRICS, *all_columns()]))
+                or " Try model, method, schedule, run or a metric."
+            )
+            raise UserError(f"filter {condition!r}: no column {name!r}.{hint}")
+        metric = metric_of_column(column)
+        if metric and cells and not any(cell[metric] for cell in cells):
+            raise UserError(f"filter {condition!r}: no cell here has {name}; measured: {measured_names(cells)}.")
+        key = column if sign == "=" else f"{column} {number}"
+        wanted.setdefault(key, []).append(_test(column, sign, value, condition))
+    rows = [(cell, columns_of(cell)) for cell in cells]
+    return [
+        cell
+        for cell, row in rows
+        if all(any(test(row[key.partition(" ")[0]]) for test in tests) for key, tests in wanted.items())
+    ]
+
+
+def _split_condition(condition: str) -> tuple[str, str, str]:
+    parts = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>|=)\s*(.+?)\s*", condition)
+    if parts is None:
+        raise UserError(
+            f"filter {condition!r}: write COLUMN=VALUE or METRIC<NUMBER, such as 'method=tome' or 'drop<1'."
+        )
+    return parts[1], parts[2], parts[3]
+
+
+def _test(column: str, sign: str, value: str, condition: str) -> Callable[[Any], bool]:
+    if column not in figure_columns() and column not in COUNTS:
+        if sign != "=":
+            raise UserError(f"filter {condition!r}: {column} is text, which compares with = only.")
+        return lambda found: fnmatchcase(str("" if found is None else found).lower(), value.lower())
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if math.isnan(number):
+        raise UserError(f"filter {condition!r}: {value!r} is not a number.")
+    return lambda found: found is not None and _OPERATORS[sign](float(found), number)
+
+
+def group_by(items: Iterable[T], key: Callable[[T], Any]) -> list[list[T]]:
+    """Items with the same key together, in the order in which the keys first come."""
+    groups: dict[Any, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.values())
+
+
+def comparable(cells: Sequence[Cell], *metrics: str) -> list[list[Cell]]:
+    """The cells split into sets that may be compared: same model, weights, input size, data, device and dtype, and one
+    batch size where several were timed.
+
+    In these metrics; one run each where one of them is `paced`.
+    """
+    paced = any(find_metric(name).paced for name in metrics)
+    timed_at = _timed_at(cells)
+    return group_by(
+        cells, lambda cell: (_conditions(cell), timed_at.get((cell.run, cell.model)), cell.run if paced else None)
+    )
+
+
+def _conditions(cell: Cell) -> tuple[Any, ...]:
+    return tuple(getattr(cell, name) for name in COMPARABLE)
+
+
+def _timed_at(cells: Sequence[Cell]) -> dict[tuple[str, str], int]:
+    """The batch size that a run timed a model at, where cells that may else be compared were timed at several."""
+    sizes: dict[tuple[str, str], int] = {}
+    for cell in cells:
+        if (cell["speedup"] or cell["throughput"]) and cell.batch_size is not None:
+            sizes.setdefault((cell.run, cell.model), cell.batch_size)
+    several: dict[tuple[str, str], int] = {}
+    for group in group_by(cells, _conditions):
+        places = {(cell.run, cell.model) for cell in group} & sizes.keys()
+        if len({sizes[place] for place in places}) > 1:
+            several |= {place: sizes[place] for place in places}
+    return several
+
+
+def known_gain(cells: Sequence[Cell]) -> str:
+    """The first of `GAINS` that was measured; top1 where none was."""
+    return next((name for name in GAINS if any(cell[name] for cell in cells)), next(iter(GAINS)))
+
+
+def measured(cells: Sequence[Cell]) -> list[str]:
+    """The metrics that any cell has."""
+    return [name for name in METRICS if any(cell[name] for cell in cells)]
+
+
+def measured_names(cells: Sequence[Cell]) -> str:
+    """The same in words."""
+    return ", ".join(measured(cells)) or "nothing"
+
+
+def pareto_front(cells: Sequence[Cell], x: str, y: str) -> set[Cell]:
+    """The cells that no comparable cell beats: as good in both metrics and better in one.
+
+    x, y: names in `METRICS`; what differs by less than a metric's `tie` counts as equal. Throughput is judged by the
+    speed-up where all cells have it: it is paired within timing rounds, so drift cannot decide, and a run's fronts
+    over both agree. Cells that lack either, or with NaN or infinite logits, are on no front.
+    """
+    return {cell for group in comparable(cells, x, y) for cell in unbeaten(group, x, y)}
+
+
+def unbeaten(cells: Sequence[Cell], x: str, y: str) -> list[Cell]:
+    """The front of cells that may all be compared in these metrics, see `pareto_front`."""
+    known = [cell for cell in cells if cell[x] and cell[y] and not cell.is_broken]
+    (x_best, x_tied), (y_best, y_tied) = (_costs(known, name) for name in (x, y))
+    # Beaten: the best y among those clearly better in x is no worse, or among those no worse in x clearly better.
+    beaten = _lowest(x_tied, y_best, x_best, "left") <= y_tied
+    beaten |= _lowest(x_best, y_tied, x_tied, "right") < y_best
+    return [cell for cell, is_beaten in zip(known, beaten, strict=True) if not is_beaten]
+
+
+def _lowest(
+    costs: NDArray[np.float64], others: NDArray[np.float64], limits: NDArray[np.float64], side: Literal["left", "right"]
+) -> NDArray[np.float64]:
+    """For each limit the lowest of `others` where the cost is below it ("left") or not above it ("right")."""
+    order = np.argsort(costs)
+    lowest = np.concatenate([[np.inf], np.minimum.accumulate(others[order])])
+    return lowest[np.searchsorted(costs[order], limits, side)]
+
+
+def _costs(cells: Sequence[Cell], name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Values (n,) of which lower is better, and the highest of those that each of them ties with."""
+    judged = "speedup" if name == "throughput" and all(cell["speedup"] for cell in cells) else name
+    metric = METRICS[judged]
+    values = np.array([cell.value(judged) for cell in cells], dtype=float)
+    if metric.better == "lower":
+        return values, values * (1 + metric.tie)
+    return -values * (1 + metric.tie), -values

@@ -1,0 +1,72 @@
+"""Reads a run's images in batches, and keeps count of those that cannot be decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from tokbench.data import ImageSource, ImageStream, load_batches
+from tokbench.data.decoding import Skipped
+from tokbench.errors import RunStopped, one_line
+from tokbench.running.half_pass import HalfPass
+
+
+class Reader:
+    """The rest of a source in batches, from where `half` ends. Knows how far it is, and which images it skipped.
+
+    expected: places of the images that an earlier session skipped in the whole source, None when there was none.
+    max_bad: per cent of the source that may be skipped.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource | ImageStream,
+        batch_size: int,
+        workers: int,
+        half: HalfPass,
+        expected: list[int] | None,
+        max_bad: float = 100.0,
+    ) -> None:
+        self.source, self.end, self.skipped = source, half.end, list(half.skipped)
+        self._batch_size, self._workers, self._expected = batch_size, workers, expected
+        self._max_bad = max_bad
+        self._told = len(self.skipped)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels. Raises RunStopped when images cannot be read at all, or others than before are bad."""
+        try:
+            for batch in load_batches(self.source, self._batch_size, workers=self._workers, start=self.end):
+                self.end = batch.end
+                self.skipped += batch.skipped
+                self._require_same_skips()
+                self._require_few_skips()
+                if len(batch.labels):
+                    yield batch.images, batch.labels
+        except RunStopped:
+            raise
+        except Exception as error:
+            raise RunStopped(f"the images of {self.source.name} cannot be read: {one_line(error)}") from error
+
+    def skipped_since(self) -> list[Skipped]:
+        """What was skipped since this was last asked."""
+        new, self._told = self.skipped[self._told :], len(self.skipped)
+        return new
+
+    def _require_few_skips(self) -> None:
+        if len(self.skipped) > self._max_bad / 100 * len(self.source):
+            first = self.skipped[0]
+            raise RunStopped(
+                f"{len(self.skipped)} of the {len(self.source):,} images of {self.source.name} cannot be decoded, more "
+                f"than {self._max_bad:g} %: the first is {first.name!r} ({first.reason}). --max-bad allows more."
+            )
+
+    def _require_same_skips(self) -> None:
+        if self._expected is None:
+            return
+        before, now = {place for place in self._expected if place < self.end}, {image.index for image in self.skipped}
+        if before != now:
+            raise RunStopped(
+                f"the images of {self.source.name} are not what they were: {len(before)} were skipped before image "
+                f"{self.end:,}, now {len(now)}. --fresh begins a new run."
+            )

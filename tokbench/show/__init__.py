@@ -1,0 +1,1 @@
+"""Pictures of what methods make of an image's patches."""
