@@ -15,6 +15,7 @@ from stand_ins import Source, stand_in
 
 from tokbench import cli, interrupts, plugins
 from tokbench.fusion.core import METHODS
+from tokbench.running import runner
 
 # The same inputs every time, however slow the machine, and whether Hypothesis sees that it is in CI or not.
 # `--hypothesis-profile long` draws new ones and looks for the smallest form, too, which takes minutes.
@@ -82,6 +83,8 @@ def one_thread():
 
 
 @pytest.fixture
-def source(monkeypatch):
-    """The tiny model and its images behind every name."""
+def source(monkeypatch, request):
+    """The tiny model and its images behind every name; a plot, which takes a second, only for tests marked `draws`."""
+    if not request.node.get_closest_marker("draws"):
+        monkeypatch.setattr(runner, "_draw", lambda *_: [])
     return stand_in(monkeypatch, Source())

@@ -13,7 +13,7 @@ from tokbench.config import Grid, MethodSpec, ModelSpec, RunOptions
 from tokbench.measure.environment import Disturbance
 from tokbench.progress import Progress
 from tokbench.results.folder import RunFolder
-from tokbench.running import runner, timing
+from tokbench.running import bench, runner, timing
 
 IMAGES, CLASSES = 24, 3
 
@@ -66,10 +66,13 @@ def tiny_model() -> VisionTransformer:
 
 
 def stand_in(monkeypatch, source: Source) -> Source:
-    """Put the tiny model and these images behind every name; speed takes no time."""
+    """Put the tiny model and these images behind every name; timing is short, and on the CPU no garbage is collected."""
     monkeypatch.setattr(runner, "load_model", lambda name, checkpoint, input_size: tiny_model())
     monkeypatch.setattr(runner, "open_dataset", lambda spec, model, limit, labels=None: source.limited(limit))
     monkeypatch.setattr(timing, "SPEED_SECONDS_PER_CELL", 0.001)
+    if not torch.cuda.is_available():
+        for module in (bench, timing):
+            monkeypatch.setattr(module, "release_memory", lambda device: None)
     quiet = Disturbance(0.0, None, ())
     monkeypatch.setattr(timing, "Watch", lambda device: SimpleNamespace(look=lambda: None, stop=lambda: quiet))
     monkeypatch.setattr(timing, "vague_speedups", lambda results: [])

@@ -59,6 +59,7 @@ def broken_method(monkeypatch):
     return register
 
 
+@pytest.mark.draws
 def test_a_run_measures_every_cell_and_writes_records_in_order(source, tmp_path):
     listener = Listener()
     table = runner.run(small_grid(), tmp_path / "run", progress=listener)
@@ -118,6 +119,7 @@ def test_predictions_lie_beside_the_records_and_agree_with_them(source, tmp_path
         (("flops", "speed"), {"flops", "speed"}, ["pareto.png"]),
     ],
 )
+@pytest.mark.draws
 def test_only_what_is_asked_for_is_measured(source, tmp_path, only, kinds, plots):
     listener = Listener()
     runner.run(small_grid(only=only), tmp_path / "run", progress=listener)
@@ -571,6 +573,7 @@ def test_a_cell_without_memory_for_one_image_fails_alone(source, tmp_path, small
     assert table.set_index("cell").loc["tiny/random/8", "throughput"] > 0
 
 
+@pytest.mark.draws
 def test_without_labels_cells_are_compared_with_the_unreduced_model(source, tmp_path, monkeypatch):
     monkeypatch.setattr(Source, "__getitem__", lambda self, i: (torch.rand(3, 32, 32), -1))
     table = runner.run(small_grid(only=("flops", "accuracy")), tmp_path / "run").set_index("cell")
@@ -580,6 +583,7 @@ def test_without_labels_cells_are_compared_with_the_unreduced_model(source, tmp_
     assert (tmp_path / "run" / "pareto.png").exists()
 
 
+@pytest.mark.draws
 def test_a_backbone_is_compared_by_its_features(source, tmp_path, monkeypatch):
     def headless(name, checkpoint, input_size):
         model = tiny_model()
@@ -652,6 +656,7 @@ def test_a_cell_that_fails_in_latency_alone_is_the_one_that_failed(source, tmp_p
     assert table["throughput"].notna().to_dict() == {"tiny/none": True, "tiny/tome/8": False, "tiny/random/8": True}
 
 
+@pytest.mark.draws
 def test_a_folder_removed_while_its_plot_is_drawn_is_said_to_be_gone(source, tmp_path, monkeypatch):
     real = runner._draw
 
