@@ -9,6 +9,7 @@ the features are compared instead, by their cosine to the unreduced model's, and
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
