@@ -29,6 +29,7 @@ from tokbench.fusion.anatomy import has_class_token, stem, takes_any_size
 from tokbench.fusion.patch import REDUCED_MODELS, UnsupportedModelError, remove, tokens_per_block
 from tokbench.measure._model import resolve_input_size
 from tokbench.models import VIT_MODULES
+from tokbench.models.converted import CONVERTED
 from tokbench.models.stems import Stem
 from tokbench.resolve import apply, list_methods
 
@@ -206,6 +207,7 @@ def table(tried: list[Tried]) -> str:
         counts = f"{len(one.names)} | {one.with_weights}"
         rows.append(f"| {kind} | {', '.join(features)} | `{one.names[0]}` | {counts} | {outcome} |")
     names = ", ".join(f"`{name}`" for one in tried if one.refusals for name in one.names)
+    converted = [f"| {library} | `{call}` | {', '.join(kinds)} |" for library, call, kinds in CONVERTED]
     running, known = (sum(len(one.names) for one in group) for group in (works, tried))
     *classes, last = (f"`{kind.__name__}`" for kind in REDUCED_MODELS)
     return f"""# Coverage
@@ -221,6 +223,14 @@ Refused, as is any other class: {names}.
 | class | structure | for example | architectures | with weights | methods that run |
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
+
+## Models of other libraries
+
+Their weights are put into timm's classes, so that every method runs in them; [how](own_model.md).
+
+| library | `--model` | classes or models |
+|---|---|---|
+{chr(10).join(converted)}
 """
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
@@ -11,6 +11,6 @@ import pytest
 ONE_OF_EACH = frozenset({"none", "tome", "tofu", "mctf", "evit", "gtp", "ats", "random"})
 
 
-def slowly(methods: Iterable[str]) -> list[Any]:
-    """The methods as parameters of a test, all but one of each kind marked as slow."""
-    return [name if name in ONE_OF_EACH else pytest.param(name, marks=pytest.mark.slow) for name in methods]
+def slowly(methods: Iterable[str], often: Collection[str] = ONE_OF_EACH) -> list[Any]:
+    """The methods as parameters of a test, all but those of `often` marked as slow."""
+    return [name if name in often else pytest.param(name, marks=pytest.mark.slow) for name in methods]

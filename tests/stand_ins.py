@@ -66,7 +66,7 @@ def tiny_model() -> VisionTransformer:
 
 
 def stand_in(monkeypatch, source: Source) -> Source:
-    """Put the tiny model and these images behind every name; timing is short, and on the CPU no garbage is collected."""
+    """Put the tiny model and these images behind every name. Timing is short; on the CPU no garbage is collected."""
     monkeypatch.setattr(runner, "load_model", lambda name, checkpoint, input_size: tiny_model())
     monkeypatch.setattr(runner, "open_dataset", lambda spec, model, limit, labels=None: source.limited(limit))
     monkeypatch.setattr(timing, "SPEED_SECONDS_PER_CELL", 0.001)

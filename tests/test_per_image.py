@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from kinds import ONE_OF_EACH
 from survey import coverage
 from timm.models.beit import Beit
 from timm.models.eva import Eva, EvaBlockPostNorm
@@ -83,8 +85,16 @@ def build(name: str):
         return model.double()
 
 
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("name", MODELS)
+def _cases() -> list[Any]:
+    """Every run on the first model, and on the others those of one method of each kind; the rest is slow."""
+    return [
+        pytest.param(name, run, marks=() if name == MODELS[0] or RUNS[run][0] in ONE_OF_EACH else pytest.mark.slow)
+        for name in MODELS
+        for run in RUNS
+    ]
+
+
+@pytest.mark.parametrize(("name", "run"), _cases())
 def test_a_method_is_what_its_definition_says(name, run):
     model, (method, schedule, params) = build(name), RUNS[run]
     images = torch.rand(2, *resolve_input_size(model, None), dtype=torch.float64)

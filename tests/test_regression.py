@@ -87,7 +87,11 @@ def make_run(tmp_path) -> Callable[..., Path]:
 
 
 def _predictions(labels: np.ndarray, predicted: np.ndarray) -> Predictions:
-    """predicted: classes, or the cosines of a model that has none."""
+    """predicted: classes, or of a model that has none the cosines (float32) or its one output (float64)."""
+    if predicted.dtype == np.float64:
+        nothing = np.full(IMAGES, np.nan, np.float32)
+        output = predicted.astype(np.float32)
+        return Predictions(labels, labels * 0 - 1, nothing, labels < 0, nothing, nothing, output, classifies=False)
     if predicted.dtype.kind == "f":
         nothing = np.full(IMAGES, np.nan, np.float32)
         return Predictions(labels, labels * 0 - 1, nothing, labels < 0, nothing, predicted, classifies=False)
@@ -174,6 +178,20 @@ def test_of_a_model_without_classes_the_features_are_compared(make_run):
     assert not found.passed and f"        m/tome/constant:8: {words}" in found.lines()
     assert check(make_run("old2", cosines(unknown=50)), make_run("new2", cosines(unknown=50))).passed
     assert "cosine" not in check(make_run("a"), make_run("b")).limits
+
+
+def test_of_a_model_of_one_output_the_output_is_compared(make_run):
+    def outputs(moved: int = 0, by: float = 0.02) -> dict[tuple[str, str], np.ndarray]:
+        base = np.linspace(-1, 1, IMAGES)
+        mine = base + 0.1
+        mine[:moved] += by * np.std(mine)
+        return {("none", ""): base, ("tome", "constant:8"): mine}
+
+    old, four, five = (make_run(name, outputs(moved)) for name, moved in (("old", 0), ("four", 4), ("five", 5)))
+    found = check(old, four)
+    assert found.passed and [found.word(gate) for gate in ("top-1", "flips", "output")] == ["skip", "skip", "pass"]
+    assert failed(check(old, five)) == {("output", "m/tome/constant:8")}
+    assert check(old, make_run("little", outputs(IMAGES, by=0.005))).passed and "cosine" not in found.limits
 
 
 def test_flips_count_though_top1_stays(make_run):

@@ -24,7 +24,7 @@ from tokbench.data.labels import DataWarning
 from tokbench.errors import RunStopped, UserError
 from tokbench.fusion.core import METHODS, Method
 from tokbench.fusion.patch import tokens_per_block
-from tokbench.measure import speed
+from tokbench.measure import environment, speed
 from tokbench.measure.environment import Disturbance
 from tokbench.measure.flops import FlopCount, count_flops
 from tokbench.measure.speed import SpeedResult
@@ -450,6 +450,19 @@ def test_what_makes_a_timing_worthless_is_warned_of_and_stays_in_its_records(sou
     told = [f"Speed is in doubt: {busy}.", f"Speed is in doubt: {records.VAGUE} (1 of 3 cells)."]
     assert all(sentence in render_table(cells, "md") for sentence in told)
     assert all(sentence in findings(cells)[0].sentences for sentence in told)
+
+
+def test_threads_that_outnumber_the_cores_are_told_once_and_first(source, tmp_path, monkeypatch):
+    for module in (runner, timing, environment):
+        monkeypatch.setattr(module, "thread_warnings", lambda device: ["99 threads share 2 cores: set something"])
+    monkeypatch.setattr(timing, "Watch", environment.Watch)
+    monkeypatch.setattr(runner, "_load", lambda *args, real=runner._load: loaded.append(1) or real(*args))
+    loaded, listener = [], Listener()
+    monkeypatch.setattr(listener, "warn", lambda text: listener.warnings.append((text, len(loaded))))
+    runner.run(small_grid(only=("flops", "speed")), tmp_path / "run", progress=listener)
+    assert [count for text, count in listener.warnings if text.startswith("99 threads")] == [0]
+    speed = next(r for r in plain_records(tmp_path / "run") if r["kind"] == "speed")
+    assert "99 threads share 2 cores" in speed["caveats"]
 
 
 def test_speedups_are_vague_where_their_interval_is_wide():

@@ -3,18 +3,18 @@
 Top-1 is compared on the same images by two rules. A loss beyond `Limits.max_drop` points fails, however few the images
 are. A smaller one fails where it is significant: McNemar's exact test, one-sided because a gain is no failure, with
 Holm's correction for the number of cells, at 5 %. Flips are counted whether right or wrong. Of models without classes
-the features are compared instead, by their cosine to the unreduced model's.
+the features are compared instead, by their cosine to the unreduced model's, and of models of one output that output.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tokbench.check.runs import MEASURES, Measured, Run, matched, short
 from tokbench.check.verdicts import Check, Verdict
@@ -29,6 +29,8 @@ from tokbench.results.predictions import Predictions
 FLOPS_TOLERANCE_PCT = 0.1
 COSINE_TOLERANCE = 0.01
 SIGNIFICANCE = 0.05
+# Gates for models without classes: the metric they are of, and the array of the answers.
+_WITHOUT_CLASSES = {"cosine": ("similarity", "similarity"), "output": ("output_shift", "output")}
 
 Pairs = list[tuple[Measured, Measured]]
 Answers = list[tuple[Cell, Predictions, Predictions]]
@@ -50,20 +52,21 @@ class Limits:
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {value:g}")
 
-    def describe(self, features: bool) -> dict[str, str]:
-        """For each gate, in the order they are told, what cells that pass it do. features: of models without classes
-        too."""
+    def describe(self, without_classes: Collection[str]) -> dict[str, str]:
+        """For each gate, in the order they are told, what cells that pass it do. without_classes: which of the gates
+        for models without classes there are."""
         points = f"{self.max_drop:g} {plural(1 if self.max_drop == 1 else 2, 'point')}"
         gates = {
             "cells": "are there",
             "top-1": f"lose at most {points} of top-1, and not significantly",
             "flips": f"flip at most {self.max_flips:g} % of the predictions",
             "cosine": f"move it by more than {COSINE_TOLERANCE:g} for at most {self.max_flips:g} % of the images",
+            "output": f"move it by more than {COSINE_TOLERANCE:g} σ for at most {self.max_flips:g} % of the images",
             "flops": f"have FLOPs within {FLOPS_TOLERANCE_PCT:g} %",
             "tokens": "have the same tokens after each block",
         }
-        if not features:
-            del gates["cosine"]
+        for gate in _WITHOUT_CLASSES.keys() - set(without_classes):
+            del gates[gate]
         if self.max_slowdown is not None:
             gates["speed"] = f"lose at most {self.max_slowdown:g} % of their speed-up"
         return gates
@@ -141,8 +144,12 @@ def _compare(before: Run, after: Run, limits: Limits) -> Check:
     presence = [_presence(old, new, old.kinds & kinds) for old, new in found if old.kinds & kinds]
     if not presence:
         raise speed_only(before)
-    features = any(old.cell["similarity"] and new.cell["similarity"] for old, new in pairs)
-    check = Check(after.path, before.path, _scope(before, pairs), differ, limits.describe(features), presence)
+    without_classes = [
+        gate
+        for gate, (metric, _) in _WITHOUT_CLASSES.items()
+        if any(o.cell[metric] and n.cell[metric] for o, n in pairs)
+    ]
+    check = Check(after.path, before.path, _scope(before, pairs), differ, limits.describe(without_classes), presence)
     _judge_answers(check, _answers(check, before, after, pairs), limits)
     for old, new in pairs:
         check.verdicts += _judge_cost(old.cell, new.cell)
@@ -229,7 +236,8 @@ def _judge_answers(check: Check, answers: Answers, limits: Limits) -> None:
                 rated.append((cell, then, now))
         else:
             if not then.classifies and not now.classifies:
-                check.verdicts.append(_judge_features(cell, then.similarity, now.similarity, limits.max_flips))
+                gate = "output" if cell["output_shift"] else "cosine"
+                check.verdicts.append(_judge_moved(gate, cell, then, now, limits.max_flips))
             check.skipped |= dict.fromkeys(("top-1", "flips"), f"{cell.model} has no classes")
         if not then.labeled:
             check.skipped.setdefault("top-1", "the images have no labels")
@@ -254,18 +262,21 @@ def _share(some: int, images: int, word: str) -> tuple[float, str]:
     return share, f"{number(share, 1)} % {word}, {some:,} of {images:,}"
 
 
-def _judge_features(cell: Cell, then: NDArray[np.float32], now: NDArray[np.float32], max_moved: float) -> Verdict:
-    """`then` and `now`: cosines (n,), NaN where the features are not finite."""
+def _judge_moved(gate: str, cell: Cell, before: Predictions, after: Predictions, max_moved: float) -> Verdict:
+    """Of a model without classes: how far its features' cosines moved, or its one output in standard deviations."""
+    then, now = (getattr(answers, _WITHOUT_CLASSES[gate][1]).astype(float) for answers in (before, after))
+    if gate == "output":
+        then, now = then / np.nanstd(then), now / np.nanstd(then)
     known = np.isfinite(then) & np.isfinite(now)
     one_unknown = np.isfinite(then) != np.isfinite(now)
     change = np.abs(now[known] - then[known])
     share, text = _share((change > COSINE_TOLERANCE).sum() + one_unknown.sum(), len(then), "moved")
     if known.any():
-        means = " → ".join(number(float(cosines[known].mean()), 4) for cosines in (then, now))
-        text += f", by {number(float(change.max()), 3)} at most; mean cosine {means}"
+        means = " → ".join(number(float(values[known].mean()), 4) for values in (then, now))
+        text += f", by {number(float(change.max()), 3)} at most; mean {gate} {means}"
     if not known.all():
         text += f"; not finite in {(~np.isfinite(then)).sum():,} before, {(~np.isfinite(now)).sum():,} now"
-    return Verdict("cosine", cell.id, share <= max_moved, text, share)
+    return Verdict(gate, cell.id, share <= max_moved, text, share)
 
 
 def _judge_cost(then: Cell, now: Cell) -> list[Verdict]:

@@ -192,17 +192,20 @@ def _cpu_seconds() -> tuple[float, float, float]:
     return everything - idle, everything, own.user + own.system
 
 
+def thread_warnings(device: torch.device) -> list[str]:
+    """That threads outnumber the cores, which can be told before anything is measured."""
+    cores, threads = available_cores(), torch.get_num_threads()
+    if device.type != "cpu" or threads <= cores:
+        return []
+    return [f"{threads} threads share {cores} cores: set OMP_NUM_THREADS={cores} and measure again"]
+
+
 def _host_warnings(device: torch.device, other: float) -> list[str]:
-    warnings = []
-    cores = available_cores()
+    warnings = thread_warnings(device)
     if other > 0.1:
         warnings.append(
             f"other work took {other:.0%} of the machine's CPU time while speed was measured: "
             "measure again on an idle machine before trusting a speed-up"
-        )
-    if device.type == "cpu" and torch.get_num_threads() > cores:
-        warnings.append(
-            f"{torch.get_num_threads()} threads share {cores} cores: set OMP_NUM_THREADS={cores} and measure again"
         )
     if device.type == "cuda" and os.environ.get("CUDA_LAUNCH_BLOCKING", "0") != "0":
         warnings.append("CUDA_LAUNCH_BLOCKING makes the host wait for every kernel: unset it and measure again")

@@ -208,7 +208,7 @@ def render_table(
             more = {name: [fronts.columns(cell)[name] for cell in chosen] for name in fronts.names}
             table = frame(chosen).assign(**more)
             table = table.drop(columns="front") if names is None else table[names]
-            texts = table.select_dtypes(object).columns
+            texts = [name for name in table.columns if table[name].dtype == object]
             table[texts] = table[texts].map(_harmless)
             return table.to_csv(index=False, lineterminator="\n")
         case "json":

@@ -25,7 +25,7 @@ from tokbench.errors import BaselineFailed, RunStopped, UserError
 from tokbench.fusion.core import make_method
 from tokbench.fusion.patch import require_supported
 from tokbench.measure._model import resolve_input_size
-from tokbench.measure.environment import describe_machine, git_state, package_versions
+from tokbench.measure.environment import describe_machine, git_state, package_versions, thread_warnings
 from tokbench.models import load_model, weights_sha256
 from tokbench.plugins import LOADED
 from tokbench.progress import Progress
@@ -80,6 +80,9 @@ def run(
     if "accuracy" in options.only:
         require_data(grid.data)
     device = find_device(options.device)
+    if "speed" in options.only:
+        for warning in thread_warnings(device):
+            progress.warn(warning)
     with RunFolder.held(path):
         folder = RunFolder.open(path) if is_run(path) else None
         subjects = [_load(spec, grid, options) for spec in grid.models]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tokbench.errors import BaselineFailed, RunStopped, one_line
 from tokbench.measure._model import is_out_of_memory, release_memory
 from tokbench.measure.compiled import compile_model
-from tokbench.measure.environment import Watch
+from tokbench.measure.environment import Watch, thread_warnings
 from tokbench.measure.speed import SpeedResult, largest_batch, measure_memory, measure_speed
 from tokbench.running.bench import Bench, Runnable, counts_by_image
 from tokbench.running.records import VAGUE, speed_fields, vague_sentence, vague_speedups
@@ -53,7 +53,8 @@ def time_cells(bench: Bench) -> None:
     speedups = [timed.speed[name] for name in timed.memory if name != reference.cell.id]
     vague = vague_speedups(speedups)
     for sentence in (*disturbance.warnings, *([vague_sentence(vague, len(speedups))] if vague else [])):
-        bench.progress.warn(sentence)
+        if sentence not in thread_warnings(bench.device):  # said at the start
+            bench.progress.warn(sentence)
     caveats = [sentence.partition(": ")[0] for sentence in disturbance.warnings]  # without what to do about it
     if size < asked:
         caveats.append(f"memory allowed batches of {size} only, where {asked} were asked for")
