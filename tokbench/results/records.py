@@ -214,26 +214,24 @@ S = TypeVar("S", bound=_Stored)
 
 def read_manifest(text: str, path: Path) -> Manifest:
     """Raises UserError where it is no manifest, naming the field."""
-    try:
-        manifest = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}).") from error
-    if not isinstance(manifest, dict):
-        raise UserError(f"{path} is not a tokbench manifest: it holds no JSON object.")
-    _require_schema(manifest, path)
-    return _read(Manifest, manifest, path)
+    return _read(Manifest, _json_object(text, path), path)
 
 
 def read_record(line: bytes, where: str) -> Record:
     """Raises UserError where it is no record, naming the field."""
+    return make_record(_json_object(line, where), where)
+
+
+def _json_object(text: str | bytes, where: str | Path) -> dict[str, Any]:
+    """A JSON object of a schema that is known. Raises UserError for anything else."""
     try:
-        record = json.loads(line)
+        found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error}).") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}.")
-    _require_schema(record, where)
-    return make_record(record, where)
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(found).__name__}.")
+    _require_schema(found, where)
+    return found
 
 
 def make_record(fields: dict[str, Any], where: str = "record") -> Record:
