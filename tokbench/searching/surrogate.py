@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tokbench.search.cost import Cost
-from tokbench.search.space import Removals, Space
+from tokbench.searching.cost import Cost
+from tokbench.searching.space import Removals, Space
 
 # Shares of the tokens that one block alone removes to see what that does.
 _SHARES = (0.1, 0.25, 0.5)

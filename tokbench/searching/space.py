@@ -70,11 +70,12 @@ class Space:
             self._most[block, tokens] = fusion.to_remove(block, tokens)
         return self._most[block, tokens]
 
-    def carried_out(self, asked: Sequence[int]) -> Removals:
-        """What the method really removes where it is asked for so many tokens of each block."""
+    def of(self, schedule: Schedule) -> Removals:
+        """What the method really removes at a schedule."""
         tokens, done = self.tokens, []
-        for block, count in enumerate(asked):
-            done.append(min(count, self.most(block, tokens)))
+        for block in range(self.depth):
+            asked = schedule.removals(block, self.depth, tokens - self.prefix)
+            done.append(min(asked, self.most(block, tokens)))
             tokens = self.after(tokens, done[-1])
         return tuple(done)
 
@@ -95,7 +96,7 @@ class Space:
         ends = np.cumsum(weights / weights.sum())
 
         def scaled(total: int) -> Removals:
-            return self.carried_out(np.diff(np.floor(ends * total + 1e-9).astype(int), prepend=0).tolist())
+            return self.of(Schedule("list", tuple(np.diff(np.floor(ends * total + 1e-9), prepend=0).tolist())))
 
         low, high = 0, self.tokens
         while cost(scaled(high)) > most and high < 1000 * self.tokens:
@@ -104,7 +105,3 @@ class Space:
             middle = (low + high) // 2
             low, high = (middle, high) if cost(scaled(middle)) > most else (low, middle)
         return scaled(high)
-
-    def even(self) -> np.ndarray:
-        """The weights of equal removals."""
-        return np.ones(self.depth)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,8 +18,8 @@ from tokbench.measure._model import evaluation_mode
 from tokbench.measure.flops import count_flops
 from tokbench.measure.speed import measure_speed
 from tokbench.schedules import Schedule
-from tokbench.search.budget import Budget
-from tokbench.search.space import Removals, Space
+from tokbench.searching.budget import Budget
+from tokbench.searching.space import Removals, Space
 
 # Schedules that the blocks' costs are read off: how many of the tokens go, and where; even, and falling.
 _PROBES = ((0.0, 0.0), (0.3, 0.0), (0.6, 0.0), (0.9, 0.0), (0.5, 1.0), (0.8, 1.0))
@@ -48,7 +47,7 @@ class Cost:
         for share, slope in _PROBES:
             weights = np.linspace(1 + slope, 1 - slope, space.depth)
             asked = np.diff(np.floor(np.cumsum(weights / weights.sum()) * share * space.tokens), prepend=0)
-            removals = space.carried_out(asked.astype(int).tolist())
+            removals = space.of(Schedule("list", tuple(asked.tolist())))
             blocks, total = measure(self.reduced(removals))
             rows += [_features(*step) for step in space.steps(removals)]
             rows[-space.depth][-1] = float(any(removals))  # what the method does once counts to the first block
@@ -128,6 +127,3 @@ class Cost:
 def _features(n: int, m: int) -> np.ndarray:
     leaves = float(m < n)
     return np.array([1, n, n * n, m, m * n, m * m, leaves, leaves * n, leaves * n * n, 0], dtype=float)
-
-
-Predict = Callable[[Removals], float]

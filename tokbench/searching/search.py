@@ -1,0 +1,203 @@
+"""Find the removals per block that change a model's answers least within a budget. No labels, no training."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+from cmaes import CMA
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from tokbench.calibrate import CALIBRATION_IMAGES, calibrate
+from tokbench.errors import UserError
+from tokbench.fusion.core import Method, make_method
+from tokbench.progress import Progress
+from tokbench.resolve import own_shape
+from tokbench.schedules import Schedule
+from tokbench.searching.budget import Budget
+from tokbench.searching.cost import Cost
+from tokbench.searching.objective import Memory, Objective
+from tokbench.searching.space import Removals, Space
+from tokbench.searching.surrogate import cheapest_path, sensitivities
+
+# Forward passes over all the images. More found little on the bundled model: benchmarks/search.
+PASSES = 40
+FEWEST_IMAGES = 32
+# How far a candidate may be behind the best one on the first batch of images before the others are spared.
+_BEHIND = 1.15
+_SPREAD = 0.3  # of CMA-ES at the start, relative to the mean removal
+_RETRIES = 5  # of bringing what was confirmed under the budget
+# How far under the budget the confirmed cost may be: counts are exact, times are not.
+_UNDER = {"flops": 0.01, "speedup": 0.05}
+
+
+class Candidate(NamedTuple):
+    removals: Removals
+    method: Method
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best removals of a search.
+
+    schedule: as `list:…`. method: with its parameters, where these were searched. distance, before: of the answers from
+    the unreduced model's, of this schedule and of the usual one at the same cost, on `images` images. usual: that one.
+    predicted, cost: its share of the unreduced model's FLOPs or time; cost is None where the search was interrupted
+    before it was counted or timed. passes: forward passes over the images.
+    """
+
+    schedule: Schedule
+    method: Method
+    distance: float
+    before: float
+    usual: Schedule
+    predicted: float
+    cost: float | None
+    images: int
+    passes: float
+    seconds: float
+
+
+@dataclass
+class Search:
+    """One search: `run` it, and ask for `found` at any time once it has begun.
+
+    Raises UserError for a budget that the method cannot reach.
+    """
+
+    model: VisionTransformer
+    method: Method
+    budget: Budget
+    images: Tensor
+    batch_size: int = 16
+    seed: int = 0
+    passes: float = PASSES
+    seconds: float = float("inf")
+    tune: bool = False
+    progress: Progress = field(default_factory=Progress)
+    memory: Memory = field(default_factory=Memory)
+
+    def __post_init__(self) -> None:
+        self.began = time.monotonic()
+        self.best: Candidate | None = None
+        if self.method.needs_calibration:
+            even = Schedule("list", (1,) * len(self.model.blocks))
+            self.method = calibrate(self.model, self.method, even, self.images[:CALIBRATION_IMAGES])
+        self.space = Space(self.model, self.method, tuple(self.images.shape[1:]))
+        self.cost = Cost(self.space, self.budget, self.images, self.batch_size)
+        self._require_reachable()
+        self.usual = self._usual()
+        self.objective = Objective(self.model, self.method, self.images, self.memory)
+
+    def _require_reachable(self) -> None:
+        everything = self.space.fit(np.ones(self.space.depth), self.cost, 0)
+        if (least := self.cost(everything)) > self.budget.share:
+            kind, value = self.budget.kind, least if self.budget.kind == "flops" else 1 / least
+            near = np.ceil(100 * value) / 100 if kind == "flops" else np.floor(100 * value) / 100
+            raise UserError(
+                f"method '{self.method.name}' cannot reach {self.budget} on this model; the nearest is {kind}:{near:g}"
+            )
+
+    def run(self) -> Found:
+        """Search until the passes or the seconds are spent, and confirm what was found."""
+        self.progress.phase(f"{self.method.name} at {self.budget}", round(self.passes))
+        self._try([Candidate(self.usual, self.method)])
+        found = sensitivities(self.space, lambda removals: self.objective.of_batches(removals, self.method, 1)[0])
+        self._tell()
+        path = cheapest_path(self.space, self.cost, self.budget.share, found)
+        self._try([Candidate(path, self.method)])
+        self._evolve(path)
+        return self._confirmed()
+
+    def found(self) -> Found | None:
+        """The best so far, as its cost is predicted; None before anything was tried."""
+        if self.best is None:
+            return None
+        return Found(
+            schedule=Schedule("list", self.best.removals),
+            method=self.best.method,
+            distance=self._value(self.best),
+            before=self._value(Candidate(self.usual, self.method)),
+            usual=Schedule("list", self.usual),
+            predicted=self.cost(self.best.removals),
+            cost=None,
+            images=len(self.images),
+            passes=self.objective.passes,
+            seconds=time.monotonic() - self.began,
+        )
+
+    def _usual(self) -> Removals:
+        """What the method does at this budget without a search: its own shape."""
+        space = self.space
+        scaled, last = own_shape(self.method, space.depth, space.tokens - space.prefix)
+        step = bisect_left(range(last), -self.budget.share, key=lambda step: -self.cost(space.of(scaled(step))))
+        return space.of(scaled(step))
+
+    def _evolve(self, start: Removals) -> None:
+        """CMA-ES (Hansen and Ostermeier, 2001) from the path: over the share of each block, and the logarithms of the
+        parameters that are tuned."""
+        space, names = self.space, self._tuned()
+        mean = np.array([start[block] for block in space.acting], dtype=float)
+        mean = np.concatenate([mean / mean.mean(), np.zeros(len(names))])
+        cma = CMA(mean, _SPREAD, seed=self.seed)
+        while self.objective.passes < self.passes and time.monotonic() - self.began < self.seconds:
+            points = [cma.ask() for _ in range(cma.population_size)]
+            values = self._try([self._candidate(point, names) for point in points])
+            cma.tell(list(zip(points, values, strict=True)))
+
+    def _candidate(self, point: np.ndarray, names: list[str]) -> Candidate:
+        space = self.space
+        weights = np.zeros(space.depth)
+        weights[space.acting] = point[: len(space.acting)]
+        factors = dict(zip(names, np.exp(point[len(space.acting) :]).tolist(), strict=True))
+        tuned = {name: getattr(self.method, name) * factor for name, factor in factors.items()}
+        method = make_method(self.method.name, **{**self.method.parameters(), **tuned}) if tuned else self.method
+        return Candidate(space.fit(weights, self.cost, self.budget.share), method)
+
+    def _try(self, candidates: list[Candidate]) -> list[float]:
+        """Their distances; for those that fall behind on the first images an estimate, as many times the best's."""
+        first = [self.objective.of_batches(*candidate, 1)[0] for candidate in candidates]
+        self._tell()
+        ranked = np.argsort(first)
+        values = [0.0] * len(candidates)
+        for rank, number in enumerate(ranked):
+            candidate = candidates[number]
+            ahead = self.objective.of_batches(*self.best, 1)[0] if self.best else float("inf")
+            if self.best and (rank > len(ranked) // 2 or first[number] > _BEHIND * ahead):
+                values[number] = self._value(self.best) * first[number] / ahead
+                continue
+            values[number] = self._value(candidate)
+            self._tell()
+            if self.best is None or values[number] < self._value(self.best):
+                self.best = candidate
+        return values
+
+    def _value(self, candidate: Candidate) -> float:
+        return float(np.mean(self.objective.of_batches(*candidate, len(self.objective.batches))))
+
+    def _tuned(self) -> list[str]:
+        """The parameters that are numbers above 0."""
+        values = self.method.parameters().items() if self.tune else ()
+        return [name for name, value in values if isinstance(value, float) and value > 0]
+
+    def _tell(self) -> None:
+        self.progress.advance(min(round(self.objective.passes), round(self.passes)))
+
+    def _confirmed(self) -> Found:
+        """The best one counted or timed; where that is over the budget, or 1 % under, the same shape again."""
+        assert self.best is not None
+        share, best = self.budget.share, self.best
+        weights = np.array(best.removals, dtype=float)
+        for _ in range(_RETRIES):
+            cost = self.cost.confirm(best.removals, best.method)
+            if (1 - _UNDER[self.budget.kind]) * share <= cost <= share:
+                break
+            best = best._replace(removals=self.space.fit(weights, self.cost, share))
+        self.best = best
+        found = self.found()
+        assert found is not None
+        return replace(found, cost=cost)
