@@ -218,7 +218,7 @@ class Searched:
     model: its label. schedule: the removals, as `list:…`. usual: those without a search at the same cost.
     distance, usual_distance: of the answers from the unreduced model's, on `images` images of `data`. predicted, cost:
     the share of the unreduced model's FLOPs or time, cost as counted or timed in the end (None: interrupted before).
-    marks: of the images, in the model's preprocessing, in base64, `MARK` bytes each.
+    marks: what the images are known by; see `searching.images`.
     """
 
     model: StrictStr
@@ -231,7 +231,6 @@ class Searched:
     distance: float
     usual_distance: float
     predicted: float
-    cost: float | None
     data: StrictStr
     images: AtLeast1
     marks: StrictStr
@@ -239,12 +238,14 @@ class Searched:
     passes: float
     device: StrictStr
     dtype: StrictStr
+    cost: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("schedule", "usual"):
             if parse_schedule(getattr(self, name)).kind != "list":
                 raise ValueError(f"{name} must be a list of removals such as list:8,8,0,4")
 
+    @property
     def key(self) -> CellKey:
         """The cell it is for."""
         return CellKey.of(self.model, self.method, self.params, f"searched:{self.budget}")

@@ -37,6 +37,7 @@ from tokbench.results.records import SCHEMA, Manifest, Session
 from tokbench.results.table import frame, load_cells
 from tokbench.running.answers import measure_accuracy
 from tokbench.running.bench import Bench, Subject, looks_at_images
+from tokbench.running.searched import searched_for
 from tokbench.running.timing import time_cells
 from tokbench.schedules import parse_schedule
 
@@ -85,7 +86,9 @@ def run(
             progress.warn(warning)
     with RunFolder.held(path):
         folder = RunFolder.open(path) if is_run(path) else None
-        subjects = [_load(spec, grid, options) for spec in grid.models]
+        subjects = [load_subject(spec, grid, options) for spec in grid.models]
+        earlier = folder.manifest.sessions if folder else []
+        grid = searched_for(grid, subjects, earlier, options, device, progress)
         batch_size = _batch_size(options, device, folder)
         manifest = _manifest(grid, options, device, subjects, batch_size)
         grown = _grown(folder.manifest, grid, options, subjects) if folder else {}
@@ -168,7 +171,8 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _load(spec: ModelSpec, grid: Grid, options: RunOptions) -> Subject:
+def load_subject(spec: ModelSpec, grid: Grid, options: RunOptions) -> Subject:
+    """A model of the grid with its cells and, where something looks at them, its images."""
     load = partial(load_model, random_weights=True) if spec.random_weights else load_model
     model = cast(VisionTransformer, load(spec.name, spec.checkpoint, input_size=spec.input_size))
     require_supported(model)

@@ -29,5 +29,6 @@ def parse_budget(text: str) -> Budget:
     try:
         schedule = parse_schedule(f"searched:{text}")
     except ScheduleError as error:
-        raise UserError(str(error).replace(f"schedule 'searched:{text}'", f"budget '{text}'").replace("searched:", ""))
+        told = str(error).replace(f"schedule 'searched:{text}'", f"budget '{text}'").replace("searched:", "")
+        raise UserError(told) from error
     return Budget(schedule.kind.partition(":")[2], schedule.values[0])

@@ -1,173 +1,56 @@
-"""What `tokbench search` and a grid's `searched:` schedules do: search once, keep what was found, and write a grid."""
+"""What `tokbench search` does: a search for each model, method and budget, and a grid file of what was found."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import platformdirs
 import tomli_w
-import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from rich.table import Table
 
-from tokbench.config import Grid, MethodSpec, ModelSpec, PlannedCell, Searched
-from tokbench.errors import UserError
-from tokbench.fusion.core import make_method
-from tokbench.models import weights_sha256
+from tokbench.config import Grid, MethodSpec, Searched
+from tokbench.errors import printable
 from tokbench.progress import Progress
-from tokbench.schedules import Schedule, parse_schedule
-from tokbench.searching.budget import parse_budget
-from tokbench.searching.images import search_data, search_images, written_marks
-from tokbench.searching.objective import Memory
-from tokbench.searching.search import Found, Search
-from tokbench.validation import validated
-
-# Part of what a finding is kept under: a search that finds other schedules makes older findings stale.
-_VERSION = 1
+from tokbench.report.text import number, short_schedule, variant_name
+from tokbench.running.runner import find_device, load_subject
+from tokbench.running.searched import searcher_for
+from tokbench.schedules import parse_schedule
+from tokbench.searching.images import DEFAULT_IMAGES, search_data
 
 
-def search(
-    model: VisionTransformer,
-    method: str,
-    budget: str,
+def search_grid(
+    grid: Grid,
+    budgets: Sequence[str],
+    out: Path,
     *,
-    images: Tensor,
-    batch_size: int = 16,
+    data: str | None = None,
+    images: int = DEFAULT_IMAGES,
+    seconds: float,
     seed: int = 0,
-    seconds: float = float("inf"),
-    progress: Progress | None = None,
-    **params: Any,
-) -> Schedule:
-    """The removals per block that change the model's answers least within a budget, as a `list:` schedule for `apply`.
-
-    Args:
-        model: a timm ViT; a method in it is left where it is.
-        method: a name from `list_methods()`.
-        budget: "flops:0.35", at most that share of the unreduced model's FLOPs, or "speedup:1.5", as timed here.
-        images: (B, C, H, W), preprocessed, 256 say, without labels and none of those to be measured on.
-        batch_size: of the timing, for a speed-up.
-        seed: of the search.
-        seconds: when to end. Searches that time cuts short do not repeat exactly.
-        progress: told what happens; silent by default.
-        params: the method's own parameters.
-
-    Raises:
-        UserError: an unknown method, parameter or budget, or a budget that the method cannot reach on this model.
-    """
-    made, parsed = _searchable(method, params), parse_budget(budget)
-    if not len(images):
-        raise UserError("there are no images to search on")
-    return Search(
-        model, made, parsed, images,
-        batch_size=batch_size, seed=seed, seconds=seconds, progress=progress or Progress(),
-    ).run().schedule  # fmt: skip
-
-
-def _searchable(name: str, params: dict[str, Any]) -> Any:
-    if name == "none":
-        raise UserError("method 'none' is the unreduced model: it has no schedule to search")
-    method = make_method(name, **params)
-    if method.speed_only:
-        raise UserError(f"method '{name}' is a control for speed: nothing tells a good schedule of it from a bad one")
-    return method
-
-
-@dataclass
-class Searcher:
-    """Searches for one loaded model; what was found before, with the same weights and images, is found at once.
-
-    model: on the device and in the dtype to search in. images: as `search_images` gives them.
-    """
-
-    spec: ModelSpec
-    model: VisionTransformer
-    data: str
-    images: Tensor
-    batch_size: int
-    progress: Progress
-    seed: int = 0
-    seconds: float = float("inf")
-    tune: bool = False
-    current: Search | None = None
-
-    def __post_init__(self) -> None:
-        parameter = next(self.model.parameters())
-        self._shown = self.images.to(parameter.device, parameter.dtype)
-        self._marks = written_marks(self.images)
-        self._weights = weights_sha256(self.model)
-
-    def search(self, method: MethodSpec, budget: str) -> Searched:
-        """What `searched:` and the budget stand for. Raises UserError where the method cannot reach it."""
-        made = _searchable(method.name, method.params)
-        key = self._key(method, self._placement())
-        kept = _folder() / f"{self._key(method, self._placement(), budget, self.seed, self.tune)}.json"
-        if kept.is_file():
-            found = _kept(kept)
-            if found is not None:
-                return replace(found, model=self.spec.label)
-        self.current = Search(
-            self.model, made, parse_budget(budget), self._shown, self.batch_size, self.seed, seconds=self.seconds,
-            tune=self.tune, progress=self.progress, memory=Memory(_folder() / f"{key}.jsonl"),
-        )  # fmt: skip
-        searched = self._written(method, budget, self.current.run())
-        self.current = None
-        kept.write_text(json.dumps(asdict(searched)), encoding="utf-8")
-        return searched
-
-    def so_far(self, method: MethodSpec, budget: str) -> Searched | None:
-        """The best of a search that was interrupted; None where nothing was tried yet."""
-        found = self.current.found() if self.current else None
-        return None if found is None else self._written(method, budget, found)
-
-    def _written(self, method: MethodSpec, budget: str, found: Found) -> Searched:
-        params = {**method.params, **(found.method.parameters() if self.tune else {})}
-        device, dtype = self._placement()
-        return Searched(
-            model=self.spec.label,
-            weights_sha256=self._weights,
-            method=method.name,
-            params=json.loads(json.dumps(params)),
-            budget=str(parse_budget(budget)),
-            schedule=str(found.schedule),
-            usual=str(found.usual),
-            distance=found.distance,
-            usual_distance=found.before,
-            predicted=float(found.predicted),
-            cost=found.cost,
-            data=self.data,
-            images=found.images,
-            marks=self._marks,
-            seed=self.seed,
-            passes=found.passes,
-            device=device,
-            dtype=dtype,
-        )
-
-    def _placement(self) -> tuple[str, str]:
-        parameter = next(self.model.parameters())
-        return parameter.device.type, str(parameter.dtype).removeprefix("torch.")
-
-    def _key(self, method: MethodSpec, *more: Any) -> str:
-        about = [_VERSION, self._weights, method.name, sorted(method.params.items()), self._marks, *map(str, more)]
-        return hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:32]
-
-
-def _folder() -> Path:
-    folder = platformdirs.user_cache_path("tokbench") / "search"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _kept(path: Path) -> Searched | None:
-    try:
-        return validated(Searched, json.loads(path.read_text("utf-8")))
-    except (ValueError, UserError):  # half written, or by another version
-        return None
+    tune: bool = False,
+    progress: Progress,
+) -> list[Searched]:
+    """Search, and write what was found to `out` after each search; when interrupted, also the best so far."""
+    found: list[Searched] = []
+    budgets = [str(parse_schedule(f"searched:{budget}").budget) for budget in budgets]
+    for spec in grid.models:
+        subject = load_subject(spec, replace(grid, methods=()), replace(grid.options, only=("flops",)))
+        searcher = searcher_for(subject, data or search_data(grid.data), grid.options, find_device(grid.options.device),
+                                progress, images=images)  # fmt: skip
+        searcher.seconds, searcher.seed, searcher.tune = seconds, seed, tune
+        for method in grid.methods:
+            for budget in budgets if method.name != "none" else ():
+                try:
+                    found.append(searcher.search(method, budget))
+                except KeyboardInterrupt:
+                    found += filter(None, [searcher.so_far(method, budget)])
+                    raise
+                finally:
+                    if found:
+                        write_grid(searched_grid(grid, found), out)
+    return found
 
 
 def searched_grid(grid: Grid, found: Sequence[Searched]) -> Grid:
@@ -184,7 +67,9 @@ def searched_grid(grid: Grid, found: Sequence[Searched]) -> Grid:
 def write_grid(grid: Grid, path: Path) -> None:
     """A grid as TOML that `Grid.from_toml` reads."""
     plain = _without_none(grid.to_dict())
-    methods = [{"name": m["name"], "schedules": m["schedules"], **m["params"]} for m in plain["methods"] if m["name"] != "none"]
+    methods = [
+        {"name": m["name"], "schedules": m["schedules"], **m["params"]} for m in plain["methods"] if m["name"] != "none"
+    ]
     path.write_text(tomli_w.dumps({**plain, "methods": methods}), encoding="utf-8")
 
 
@@ -193,3 +78,24 @@ def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_none(own) for key, own in value.items() if own is not None}
     return [_without_none(own) for own in value] if isinstance(value, list) else value
+
+
+def as_table(found: Sequence[Searched]) -> Table:
+    """What was found, a search a row."""
+    table = Table(
+        "Model", "Method", "Budget", "KL", "searched", "Predicted", "Confirmed", "Tokens removed in each block"
+    )
+    for one in found:
+        kind = one.budget.partition(":")[0]
+        confirmed = "not yet" if one.cost is None else _cost(one.cost, kind)
+        method = variant_name(one.method, str(MethodSpec(one.method, (), one.params)))
+        table.add_row(
+            *map(printable, (one.model, method, short_schedule(one.budget))),
+            number(one.usual_distance, 4), number(one.distance, 4), _cost(one.predicted, kind), confirmed,
+            one.schedule.removeprefix("list:").replace(",", " "),
+        )  # fmt: skip
+    return table
+
+
+def _cost(share: float, kind: str) -> str:
+    return f"{100 * share:.1f} % FLOPs" if kind == "flops" else f"{1 / share:.2f}× speed"

@@ -6,12 +6,13 @@ import base64
 import hashlib
 import itertools
 import logging
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokbench.data import ImageSource, load_batches, open_dataset
+from tokbench.data import ImageSource, ImageStream, load_batches, open_dataset
 from tokbench.errors import UserError
 
 FEWEST = 32
@@ -61,3 +62,31 @@ def read_marks(text: str) -> set[bytes]:
     except ValueError as error:
         raise UserError(f"the marks of the images of a search cannot be read: {error}") from error
     return {joined[start : start + _MARK] for start in range(0, len(joined), _MARK)}
+
+
+class Overlap:
+    """Counts the images that are shown to cells of which some were searched on.
+
+    marks: what `written_marks` gave, by cell; cells without any are left out.
+    """
+
+    def __init__(self, marks: Mapping[str, str]) -> None:
+        self._marks = {cell: read_marks(text) for cell, text in marks.items()}
+        self.counts = dict.fromkeys(self._marks, 0)
+
+    def read_again(self, source: ImageSource | ImageStream, end: int) -> None:
+        """Count the images before place `end`, which an earlier session showed."""
+        if self._marks and end:
+            for batch in itertools.takewhile(lambda batch: batch.end <= end, load_batches(source, 1)):
+                self._count(batch.images)
+
+    def watching(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same batches, counted."""
+        for images, labels in batches:
+            self._count(images)
+            yield images, labels
+
+    def _count(self, images: Tensor) -> None:
+        for found in map(mark, images if self._marks else ()):
+            for cell, marks in self._marks.items():
+                self.counts[cell] += found in marks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -50,7 +50,10 @@ class Space:
         """Tokens that a block adds where it removes any: EViT's fused one. 0 where it depends on the image."""
         if self.method.counts_by_image:
             return 0
-        block, model = self.acting[0], insert(remove(fork(self.model)), self.method, Schedule("list", (2,) * self.depth))
+        block, model = (
+            self.acting[0],
+            insert(remove(fork(self.model)), self.method, Schedule("list", (2,) * self.depth)),
+        )
         size = resolve_input_size(model, self.input_size)
         with torch.inference_mode(), evaluation_mode([model]):
             device, dtype = placement(model)

@@ -26,9 +26,7 @@ def sensitivities(space: Space, distance: Callable[[Removals], float]) -> dict[i
     return found
 
 
-def cheapest_path(
-    space: Space, cost: Cost, most: float, found: dict[int, tuple[np.ndarray, np.ndarray]]
-) -> Removals:
+def cheapest_path(space: Space, cost: Cost, most: float, found: dict[int, tuple[np.ndarray, np.ndarray]]) -> Removals:
     """The removals of least distance that cost at most `most`, if distances of blocks add up and depend on the share
     of their tokens that goes: dynamic programming over (block, tokens), with a price of cost found by bisection."""
     tokens = space.tokens
