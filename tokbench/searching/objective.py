@@ -18,7 +18,7 @@ from tokbench.measure._model import evaluation_mode
 from tokbench.schedules import Schedule
 from tokbench.searching.space import Removals
 
-BATCH = 64
+BATCH = 32
 
 
 @dataclass

@@ -29,6 +29,7 @@ PASSES = 40
 FEWEST_IMAGES = 32
 # How far a candidate may be behind the best one on the first batch of images before the others are spared.
 _BEHIND = 1.15
+_FIRST = 2  # batches
 _SPREAD = 0.3  # of CMA-ES at the start, relative to the mean removal
 _RETRIES = 5  # of bringing what was confirmed under the budget
 # How far under the budget the confirmed cost may be: counts are exact, times are not.
@@ -105,13 +106,20 @@ class Search:
     def run(self) -> Found:
         """Search until the passes or the seconds are spent, and confirm what was found."""
         self.progress.phase(f"{self.method.name} at {self.budget}", round(self.passes))
-        self._try([Candidate(self.usual, self.method)])
-        found = sensitivities(self.space, lambda removals: self.objective.of_batches(removals, self.method, 1)[0])
-        self._tell()
-        path = cheapest_path(self.space, self.cost, self.budget.share, found)
-        self._try([Candidate(path, self.method)])
-        self._evolve(path)
+        self.attempt([Candidate(self.usual, self.method)])
+        self.evolve(self.start())
         return self._confirmed()
+
+    def start(self) -> Removals:
+        """A first guess, by what each block alone does to the answers."""
+
+        def alone(removals: Removals) -> float:
+            self._tell()
+            return self.objective.of_batches(removals, self.method, 1)[0]
+
+        path = cheapest_path(self.space, self.cost, self.budget.share, sensitivities(self.space, alone))
+        self.attempt([Candidate(path, self.method)])
+        return path
 
     def found(self) -> Found | None:
         """The best so far, as its cost is predicted; None before anything was tried."""
@@ -137,17 +145,21 @@ class Search:
         step = bisect_left(range(last), -self.budget.share, key=lambda step: -self.cost(space.of(scaled(step))))
         return space.of(scaled(step))
 
-    def _evolve(self, start: Removals) -> None:
+    def evolve(self, start: Removals) -> None:
         """CMA-ES (Hansen and Ostermeier, 2001) from the path: over the share of each block, and the logarithms of the
         parameters that are tuned."""
         space, names = self.space, self._tuned()
         mean = np.array([start[block] for block in space.acting], dtype=float)
         mean = np.concatenate([mean / mean.mean(), np.zeros(len(names))])
         cma = CMA(mean, _SPREAD, seed=self.seed)
-        while self.objective.passes < self.passes and time.monotonic() - self.began < self.seconds:
+        while not self.is_over():
             points = [cma.ask() for _ in range(cma.population_size)]
-            values = self._try([self._candidate(point, names) for point in points])
+            values = self.attempt([self._candidate(point, names) for point in points])
             cma.tell(list(zip(points, values, strict=True)))
+
+    def is_over(self) -> bool:
+        """Whether the passes or the seconds are spent."""
+        return self.objective.passes >= self.passes or time.monotonic() - self.began >= self.seconds
 
     def _candidate(self, point: np.ndarray, names: list[str]) -> Candidate:
         space = self.space
@@ -158,15 +170,15 @@ class Search:
         method = make_method(self.method.name, **{**self.method.parameters(), **tuned}) if tuned else self.method
         return Candidate(space.fit(weights, self.cost, self.budget.share), method)
 
-    def _try(self, candidates: list[Candidate]) -> list[float]:
+    def attempt(self, candidates: list[Candidate]) -> list[float]:
         """Their distances; for those that fall behind on the first images an estimate, as many times the best's."""
-        first = [self.objective.of_batches(*candidate, 1)[0] for candidate in candidates]
+        first = [self._first(candidate) for candidate in candidates]
         self._tell()
         ranked = np.argsort(first)
         values = [0.0] * len(candidates)
         for rank, number in enumerate(ranked):
             candidate = candidates[number]
-            ahead = self.objective.of_batches(*self.best, 1)[0] if self.best else float("inf")
+            ahead = self._first(self.best) if self.best else float("inf")
             if self.best and (rank > len(ranked) // 2 or first[number] > _BEHIND * ahead):
                 values[number] = self._value(self.best) * first[number] / ahead
                 continue
@@ -175,6 +187,9 @@ class Search:
             if self.best is None or values[number] < self._value(self.best):
                 self.best = candidate
         return values
+
+    def _first(self, candidate: Candidate) -> float:
+        return float(np.mean(self.objective.of_batches(*candidate, _FIRST)))
 
     def _value(self, candidate: Candidate) -> float:
         return float(np.mean(self.objective.of_batches(*candidate, len(self.objective.batches))))
