@@ -157,6 +157,11 @@ class Cell:
         return self.method == "none"
 
     @property
+    def is_searched(self) -> bool:
+        """Whether its schedule came out of a search."""
+        return bool(self.key.schedule and self.key.schedule.budget)
+
+    @property
     def is_broken(self) -> bool:
         """Whether its logits were NaN or infinite for some image."""
         return bool(self.nonfinite)

@@ -11,12 +11,12 @@ import tomli_w
 from rich.table import Table
 
 from tokbench.config import Grid, MethodSpec, Searched
-from tokbench.errors import printable
+from tokbench.errors import UserError, printable
 from tokbench.progress import Progress
 from tokbench.report.text import number, short_schedule, variant_name
 from tokbench.running.runner import find_device, load_subject
 from tokbench.running.searched import searcher_for
-from tokbench.schedules import parse_schedule
+from tokbench.searching.budget import parse_budget
 from tokbench.searching.images import DEFAULT_IMAGES, search_data
 
 
@@ -34,7 +34,9 @@ def search_grid(
 ) -> list[Searched]:
     """Search, and write what was found to `out` after each search; when interrupted, also the best so far."""
     found: list[Searched] = []
-    budgets = [str(parse_schedule(f"searched:{budget}").budget) for budget in budgets]
+    budgets = [str(parse_budget(budget)) for budget in budgets]
+    if len(grid.methods) == 1:
+        raise UserError("there is no method to search a schedule for: --method tome, say")
     for spec in grid.models:
         subject = load_subject(spec, replace(grid, methods=()), replace(grid.options, only=("flops",)))
         searcher = searcher_for(subject, data or search_data(grid.data), grid.options, find_device(grid.options.device),

@@ -74,12 +74,14 @@ class Objective:
     def of_batches(self, removals: Removals, method: Method, count: int) -> list[float]:
         """The mean distance in each of the first `count` batches."""
         key = f"{','.join(map(str, removals))} {json.dumps(method.parameters(), default=str)}"
-        self.shown[key] = max(count, self.shown.get(key, 0))
-        known = self.memory.known.get(key, [])
-        self.reduced.fusion.schedule, self.reduced.fusion.method = Schedule("list", removals), method
-        with torch.inference_mode(), evaluation_mode([self.reduced]):
-            for images, answers in list(zip(self.batches, self.answers, strict=True))[len(known) : count]:
-                self.memory.add(key, float(self._distance(self.reduced(images).float(), answers).mean()))
+        self.shown[key] = max(min(count, len(self.batches)), self.shown.get(key, 0))
+        unknown = range(len(self.memory.known.get(key, [])), min(count, len(self.batches)))
+        if unknown:
+            self.reduced.fusion.schedule, self.reduced.fusion.method = Schedule("list", removals), method
+            with torch.inference_mode(), evaluation_mode([self.reduced]):
+                for number in unknown:
+                    output = self.reduced(self.batches[number]).float()
+                    self.memory.add(key, float(self._distance(output, self.answers[number]).mean()))
         return self.memory.known[key][:count]
 
     def _distance(self, output: Tensor, answers: Tensor) -> Tensor:
