@@ -202,7 +202,7 @@ def test_an_interrupted_search_leaves_the_best_so_far(searched, tmp_path, monkey
     def interrupt(self, start):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Search, "evolve", interrupt)
+    monkeypatch.setattr(Search, "polish", interrupt)
     out = tmp_path / "a.toml"
     with pytest.raises(KeyboardInterrupt):
         search_grid(small_grid(searched), ["flops:0.5"], out, images=8, seconds=60, progress=runner.Progress())

@@ -1,7 +1,8 @@
 """Compare ways to search, at the same number of forward passes: `python benchmarks/search/compare.py --out ways.csv`.
 
-random: random perturbation of the usual schedule, kept where it helps. cma: CMA-ES from the usual schedule.
-surrogate: what `tokbench search` does, CMA-ES from the path that each block's sensitivity suggests.
+random: random perturbation of the usual schedule, kept where it helps. cma: CMA-ES (package cmaes) from it.
+surrogate: what `tokbench search` does, random perturbation of the path that each block's sensitivity suggests.
+surrogate-cma: CMA-ES from that path.
 Each is judged on the 256 images it searched on and on the 256 others of bundled:train. `prefix` is the share of block
 FLOPs that another candidate before it had made already, with the same tokens up to there.
 """
@@ -14,6 +15,7 @@ import time
 
 import numpy as np
 import torch
+from cmaes import CMA
 
 from tokbench.fusion.core import make_method
 from tokbench.models import load_model
@@ -25,21 +27,30 @@ from tokbench.searching.space import Removals
 
 
 class FromUsual(Search):
+    """The same polish, from the usual schedule."""
+
     def start(self) -> Removals:
         return self.usual
 
 
-class Random(FromUsual):
-    def evolve(self, start: Removals) -> None:
-        rng, space = np.random.default_rng(self.seed), self.space
+class Cma(FromUsual):
+    """CMA-ES over the logarithms of the blocks' shares, from the usual schedule."""
+
+    def polish(self, start: Removals) -> None:
+        cma = CMA(self._logarithms(start), 0.5, seed=self.seed)
         while not self.is_over():
-            assert self.best is not None
-            weights = np.array(self.best.removals) + 0.05 * np.mean(self.best.removals)
-            removals = space.fit(weights * np.exp(rng.normal(0, 0.5, space.depth)), self.cost, self.budget.share)
-            self.attempt([Candidate(removals, self.method)])
+            points = [cma.ask() for _ in range(cma.population_size)]
+            values = self.attempt([self._candidate(point, []) for point in points])
+            cma.tell(list(zip(points, values, strict=True)))
 
 
-WAYS = {"random": Random, "cma": FromUsual, "surrogate": Search}
+class SurrogateCma(Cma):
+    """CMA-ES from the path of the surrogate."""
+
+    start = Search.start
+
+
+WAYS = {"random": FromUsual, "cma": Cma, "surrogate": Search, "surrogate-cma": SurrogateCma}
 
 
 def shared_prefix(search: Search) -> float:

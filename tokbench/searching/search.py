@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
-from cmaes import CMA
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -30,7 +29,7 @@ FEWEST_IMAGES = 32
 # How far a candidate may be behind the best one on the first batch of images before the others are spared.
 _BEHIND = 1.15
 _FIRST = 2  # batches
-_SPREAD = 0.3  # of CMA-ES at the start, relative to the mean removal
+_STEP = 0.5  # of the logarithms, at first and at most
 _RETRIES = 5  # of bringing what was confirmed under the budget
 # How far under the budget the confirmed cost may be: counts are exact, times are not.
 _UNDER = {"flops": 0.01, "speedup": 0.05}
@@ -110,7 +109,7 @@ class Search:
         """Search until the passes or the seconds are spent, and confirm what was found."""
         self.progress.phase(f"{self.method.name} at {self.budget}", round(self.passes))
         self.attempt([Candidate(self.usual, self.method)])
-        self.evolve(self.start())
+        self.polish(self.start())
         return self._confirmed()
 
     def start(self) -> Removals:
@@ -148,46 +147,48 @@ class Search:
         step = bisect_left(range(last), -self.budget.share, key=lambda step: -self.cost(space.of(scaled(step))))
         return space.of(scaled(step))
 
-    def evolve(self, start: Removals) -> None:
-        """CMA-ES (Hansen and Ostermeier, 2001) from the path: over the share of each block, and the logarithms of the
-        parameters that are tuned."""
-        space, names = self.space, self._tuned()
-        mean = np.array([start[block] for block in space.acting], dtype=float)
-        mean = np.concatenate([mean / mean.mean(), np.zeros(len(names))])
-        cma = CMA(mean, _SPREAD, seed=self.seed)
+    def polish(self, start: Removals) -> None:
+        """Change all blocks' removals a little at random, and go on from there where that helps: an evolution strategy
+        of one parent and one child, whose steps grow with success and shrink without (Rechenberg's 1/5 rule)."""
+        names, random = self._tuned(), np.random.default_rng(self.seed)
+        point, step = np.concatenate([self._logarithms(start), np.zeros(len(names))]), _STEP
         while not self.is_over():
-            points = [cma.ask() for _ in range(cma.population_size)]
-            values = self.attempt([self._candidate(point, names) for point in points])
-            cma.tell(list(zip(points, values, strict=True)))
+            tried = point + step * random.normal(size=len(point))
+            before = self.best
+            self.attempt([self._candidate(tried, names)])
+            better = self.best is not before
+            step = min(step * np.exp(0.8 if better else -0.2), _STEP) if better or step > _STEP / 4 else step
+            if better and self.best is not None:
+                point = np.concatenate([self._logarithms(self.best.removals), tried[self.space.depth :]])
+
+    def _logarithms(self, removals: Removals) -> np.ndarray:
+        """Of each block's share of the removals; blocks without any get a small one, to grow from."""
+        return np.log(np.array(removals) + 0.05 * np.mean(removals))
 
     def is_over(self) -> bool:
         """Whether the passes or the seconds are spent."""
         return self.objective.passes >= self.passes or time.monotonic() - self.began >= self.seconds
 
     def _candidate(self, point: np.ndarray, names: list[str]) -> Candidate:
-        space = self.space
-        weights = np.zeros(space.depth)
-        weights[space.acting] = point[: len(space.acting)]
-        factors = dict(zip(names, np.exp(point[len(space.acting) :]).tolist(), strict=True))
-        tuned = {name: getattr(self.method, name) * factor for name, factor in factors.items()}
+        """Of logarithms: of each block's share, and of factors for the parameters of these names."""
+        weights, factors = np.exp(point[: self.space.depth]), np.exp(point[self.space.depth :])
+        tuned = {name: getattr(self.method, name) * float(f) for name, f in zip(names, factors, strict=True)}
         method = make_method(self.method.name, **{**self.method.parameters(), **tuned}) if tuned else self.method
-        return Candidate(space.fit(weights, self.cost, self.budget.share), method)
+        return Candidate(self.space.fit(weights, self.cost, self.budget.share), method)
 
     def attempt(self, candidates: list[Candidate]) -> list[float]:
-        """Their distances; for those that fall behind on the first images an estimate, as many times the best's."""
-        first = [self._first(candidate) for candidate in candidates]
-        self._tell()
-        ranked = np.argsort(first)
-        values = [0.0] * len(candidates)
-        for rank, number in enumerate(ranked):
-            candidate = candidates[number]
-            ahead = self._first(self.best) if self.best else float("inf")
-            if self.best and (rank > len(ranked) // 2 or first[number] > _BEHIND * ahead):
-                values[number] = self._value(self.best) * first[number] / ahead
-                continue
-            values[number] = self._value(candidate)
+        """Their distances, the best kept; for those that fall behind on the first images an estimate, as many times the
+        best's."""
+        values = []
+        for candidate in candidates:
+            first, ahead = self._first(candidate), self._first(self.best) if self.best else float("inf")
             self._tell()
-            if self.best is None or values[number] < self._value(self.best):
+            if self.best and first > _BEHIND * ahead:
+                values.append(self._value(self.best) * first / ahead)
+                continue
+            values.append(self._value(candidate))
+            self._tell()
+            if self.best is None or values[-1] < self._value(self.best):
                 self.best = candidate
         return values
 
