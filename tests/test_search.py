@@ -199,7 +199,7 @@ def test_a_written_grid_reads_back(searched, tmp_path):
 
 
 def test_an_interrupted_search_leaves_the_best_so_far(searched, tmp_path, monkeypatch):
-    def interrupt(self, start):
+    def interrupt(self):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Search, "polish", interrupt)

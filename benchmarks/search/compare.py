@@ -1,8 +1,8 @@
 """Compare ways to search, at the same number of forward passes: `python benchmarks/search/compare.py --out ways.csv`.
 
-random: random perturbation of the usual schedule, kept where it helps. cma: CMA-ES (package cmaes) from it.
-surrogate: what `tokbench search` does, random perturbation of the path that each block's sensitivity suggests.
-surrogate-cma: CMA-ES from that path.
+random: random perturbation of the usual schedule or the even one, the better of the two, kept where it helps.
+surrogate: what `tokbench search` does, the same from the path that the blocks' sensitivities suggest, if it is better.
+cma, surrogate-cma: CMA-ES (package cmaes) from these two.
 Each is judged on the 256 images it searched on and on the 256 others of bundled:train. `prefix` is the share of block
 FLOPs that another candidate before it had made already, with the same tokens up to there.
 """
@@ -22,35 +22,28 @@ from tokbench.models import load_model
 from tokbench.searching.budget import parse_budget
 from tokbench.searching.images import search_images
 from tokbench.searching.objective import Objective
-from tokbench.searching.search import Candidate, Search
+from tokbench.searching.search import PASSES, Search
 from tokbench.searching.space import Removals
 
 
-class FromUsual(Search):
-    """The same polish, from the usual schedule."""
-
-    def start(self) -> Removals:
-        return self.usual
+class Random(Search):
+    def guess(self) -> None:
+        pass
 
 
-class Cma(FromUsual):
-    """CMA-ES over the logarithms of the blocks' shares, from the usual schedule."""
-
-    def polish(self, start: Removals) -> None:
-        cma = CMA(self._logarithms(start), 0.5, seed=self.seed)
+class SurrogateCma(Search):
+    def polish(self) -> None:
+        cma = CMA(self.logarithms(self.best.removals), 0.5, seed=self.seed)
         while not self.is_over():
             points = [cma.ask() for _ in range(cma.population_size)]
-            values = self.attempt([self._candidate(point, []) for point in points])
-            cma.tell(list(zip(points, values, strict=True)))
+            cma.tell([(point, self.attempt(self.candidate(point, []))) for point in points])
 
 
-class SurrogateCma(Cma):
-    """CMA-ES from the path of the surrogate."""
-
-    start = Search.start
+class Cma(SurrogateCma):
+    guess = Random.guess
 
 
-WAYS = {"random": FromUsual, "cma": Cma, "surrogate": Search, "surrogate-cma": SurrogateCma}
+WAYS = {"random": Random, "cma": Cma, "surrogate": Search, "surrogate-cma": SurrogateCma}
 
 
 def shared_prefix(search: Search) -> float:
@@ -73,7 +66,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", default=["flops:0.5", "flops:0.35"])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--passes", type=float, default=40)
+    parser.add_argument("--passes", type=float, default=PASSES)
     parser.add_argument("--out", default="ways.csv")
     args = parser.parse_args()
     model = load_model("bundled").eval()

@@ -23,13 +23,13 @@ from tokbench.searching.objective import Memory, Objective
 from tokbench.searching.space import Removals, Space
 from tokbench.searching.surrogate import cheapest_path, sensitivities
 
-# Forward passes over all the images. More found little on the bundled model: benchmarks/search.
-PASSES = 40
-FEWEST_IMAGES = 32
-# How far a candidate may be behind the best one on the first batch of images before the others are spared.
+# Forward passes over all the images.
+PASSES = 100
+_FIRST = 2  # batches, after which a candidate is dropped that is so many times as far away as the best:
 _BEHIND = 1.15
-_FIRST = 2  # batches
-_STEP = 0.5  # of the logarithms, at first and at most
+_CHANGED = (0.2, 0.5, 1.0)  # the share of the blocks that change
+_STEPS = (0.1, 1.5)  # least and most standard deviation of the logarithm of a block's share
+_TRIES = 10  # for each pass: what was tried before takes none, and a small model has few schedules
 _RETRIES = 5  # of bringing what was confirmed under the budget
 # How far under the budget the confirmed cost may be: counts are exact, times are not.
 _UNDER = {"flops": 0.01, "speedup": 0.05}
@@ -108,20 +108,23 @@ class Search:
     def run(self) -> Found:
         """Search until the passes or the seconds are spent, and confirm what was found."""
         self.progress.phase(f"{self.method.name} at {self.budget}", round(self.passes))
-        self.attempt([Candidate(self.usual, self.method)])
-        self.polish(self.start())
+        even = self.space.fit(np.ones(self.space.depth), self.cost, self.budget.share)
+        self.attempt(Candidate(self.usual, self.method))
+        self.attempt(Candidate(even, self.method))
+        self.guess()
+        self.polish()
         return self._confirmed()
 
-    def start(self) -> Removals:
-        """A first guess, by what each block alone does to the answers."""
+    def guess(self) -> None:
+        """Try the path through all blocks that what each block alone does to the answers suggests."""
 
         def alone(removals: Removals) -> float:
             self._tell()
             return self.objective.of_batches(removals, self.method, 1)[0]
 
-        path = cheapest_path(self.space, self.cost, self.budget.share, sensitivities(self.space, alone))
-        self.attempt([Candidate(path, self.method)])
-        return path
+        found = sensitivities(self.space, alone)
+        path = cheapest_path(self.space, self.cost, self.budget.share, found)
+        self.attempt(Candidate(path, self.method))
 
     def found(self) -> Found | None:
         """The best so far, as its cost is predicted; None before anything was tried."""
@@ -147,21 +150,24 @@ class Search:
         step = bisect_left(range(last), -self.budget.share, key=lambda step: -self.cost(space.of(scaled(step))))
         return space.of(scaled(step))
 
-    def polish(self, start: Removals) -> None:
-        """Change all blocks' removals a little at random, and go on from there where that helps: an evolution strategy
-        of one parent and one child, whose steps grow with success and shrink without (Rechenberg's 1/5 rule)."""
+    def polish(self) -> None:
+        """Change some blocks' removals at random, by much or by little, and go on from there where that helps: an
+        evolution strategy of one parent and one child."""
         names, random = self._tuned(), np.random.default_rng(self.seed)
-        point, step = np.concatenate([self._logarithms(start), np.zeros(len(names))]), _STEP
-        while not self.is_over():
-            tried = point + step * random.normal(size=len(point))
-            before = self.best
-            self.attempt([self._candidate(tried, names)])
-            better = self.best is not before
-            step = min(step * np.exp(0.8 if better else -0.2), _STEP) if better or step > _STEP / 4 else step
-            if better and self.best is not None:
-                point = np.concatenate([self._logarithms(self.best.removals), tried[self.space.depth :]])
+        factors = np.zeros(len(names))
+        for _ in range(round(_TRIES * self.passes)):
+            if self.is_over():
+                break
+            assert self.best is not None
+            before, point = self.best, np.concatenate([self.logarithms(self.best.removals), factors])
+            changed = random.random(point.size) < random.choice(_CHANGED)
+            tried = point + np.exp(random.uniform(*np.log(_STEPS))) * changed * random.normal(size=point.size)
+            if changed.any():
+                self.attempt(self.candidate(tried, names))
+            if self.best is not before:
+                factors = tried[self.space.depth :]
 
-    def _logarithms(self, removals: Removals) -> np.ndarray:
+    def logarithms(self, removals: Removals) -> np.ndarray:
         """Of each block's share of the removals; blocks without any get a small one, to grow from."""
         return np.log(np.array(removals) + 0.05 * np.mean(removals))
 
@@ -169,28 +175,25 @@ class Search:
         """Whether the passes or the seconds are spent."""
         return self.objective.passes >= self.passes or time.monotonic() - self.began >= self.seconds
 
-    def _candidate(self, point: np.ndarray, names: list[str]) -> Candidate:
+    def candidate(self, point: np.ndarray, names: list[str]) -> Candidate:
         """Of logarithms: of each block's share, and of factors for the parameters of these names."""
         weights, factors = np.exp(point[: self.space.depth]), np.exp(point[self.space.depth :])
         tuned = {name: getattr(self.method, name) * float(f) for name, f in zip(names, factors, strict=True)}
         method = make_method(self.method.name, **{**self.method.parameters(), **tuned}) if tuned else self.method
         return Candidate(self.space.fit(weights, self.cost, self.budget.share), method)
 
-    def attempt(self, candidates: list[Candidate]) -> list[float]:
-        """Their distances, the best kept; for those that fall behind on the first images an estimate, as many times the
-        best's."""
-        values = []
-        for candidate in candidates:
-            first, ahead = self._first(candidate), self._first(self.best) if self.best else float("inf")
-            self._tell()
-            if self.best and first > _BEHIND * ahead:
-                values.append(self._value(self.best) * first / ahead)
-                continue
-            values.append(self._value(candidate))
-            self._tell()
-            if self.best is None or values[-1] < self._value(self.best):
-                self.best = candidate
-        return values
+    def attempt(self, candidate: Candidate) -> float:
+        """Its distance, and keep it where it is the best; where it falls behind on the first images an estimate, as
+        many times the best's."""
+        first, ahead = self._first(candidate), self._first(self.best) if self.best else float("inf")
+        self._tell()
+        if self.best and first > _BEHIND * ahead:
+            return self._value(self.best) * first / ahead
+        value = self._value(candidate)
+        self._tell()
+        if self.best is None or value < self._value(self.best):
+            self.best = candidate
+        return value
 
     def _first(self, candidate: Candidate) -> float:
         return float(np.mean(self.objective.of_batches(*candidate, _FIRST)))
