@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from kinds import ONE_OF_EACH, slowly
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
+from tiny_vits import eva, rotary, vit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tokbench
@@ -22,23 +21,6 @@ from tokbench.measure.compiled import compile_model
 from tokbench.measure.kernels import attention_kernels
 
 METHODS = [name for name in tokbench.list_methods() if name != "none"]
-TINY = dict(img_size=32, patch_size=4, embed_dim=24, depth=4, num_heads=3, num_classes=10)
-ROTARY = TINY | dict(embed_dim=48, use_rot_pos_emb=True)
-
-
-def vit(**changes) -> VisionTransformer:
-    return VisionTransformer(**(TINY | changes)).eval()
-
-
-def eva(**changes) -> Eva:
-    model = Eva(**(ROTARY | changes)).eval()
-    for parameter in model.blocks.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
-
-
-def rotary(kind: str, **changes) -> Eva:
-    return eva(**{"axial": {}, "mixed": {"rope_type": "mixed"}, "dinov3": {"rope_type": "dinov3"}}[kind], **changes)
 
 
 # Eva: what tests/test_fusion.py asks of VisionTransformer
