@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,11 +30,15 @@ ACCURACY = small_grid(TOME, RANDOM, only=("accuracy",))
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def quiet_stand_in(patch) -> Source:
+    patch.setattr(half_pass, "SAVE_SECONDS", 0)
+    patch.setattr(runner, "_draw", lambda *_: [])
+    return stand_in(patch, Source())
+
+
 @pytest.fixture
 def source(monkeypatch) -> Source:
-    monkeypatch.setattr(half_pass, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(runner, "_draw", lambda *_: [])
-    return stand_in(monkeypatch, Source())
+    return quiet_stand_in(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +46,18 @@ def whole(tmp_path_factory) -> dict:
     """The figures of a run that nothing interrupted."""
     path = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "_draw", lambda *_: [])
-        stand_in(patch, Source())
+        quiet_stand_in(patch)
         runner.run(UNTIMED, path)
     return figures(path)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Path:
+    """A run that was interrupted amid its pass over the images."""
+    path = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, quiet_stand_in(patch), 15, ACCURACY, path)
+    return path
 
 
 def stop_at(monkeypatch, source: Source, index: int, grid: Grid, out: Path) -> None:
@@ -146,8 +159,8 @@ def test_a_broken_part_of_a_pass_is_measured_again(source, whole, tmp_path, monk
     ],
     ids=str,
 )
-def test_a_part_of_a_pass_that_contradicts_itself_is_measured_again(source, tmp_path, monkeypatch, change):
-    stop_at(monkeypatch, source, 15, ACCURACY, tmp_path / "run")
+def test_a_part_of_a_pass_that_contradicts_itself_is_measured_again(source, stopped, tmp_path, change):
+    shutil.copytree(stopped, tmp_path / "run")
     (part,) = (tmp_path / "run" / "partial").rglob("*.npz")
     with np.load(part) as archive:
         arrays = dict(archive)
