@@ -35,7 +35,7 @@ def _ctrl_c_is_heard():
 
 
 def test_a_killed_run_comes_out_as_an_undisturbed_one(source, monkeypatch, capsys):
-    source.count = 600
+    source.count = 200
     words = ["--", "--device=cpu", "--method=tome", "--schedule=8"]
     monkeypatch.setattr(sys, "argv", ["kill_and_resume.py", "--kills", "3", *words])
     runpy.run_path(str(BENCHMARKS / "kill_and_resume.py"), run_name="__main__")
