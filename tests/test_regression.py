@@ -13,13 +13,14 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from kinds import ONE_OF_EACH
 
 from tokbench.check.compare import Limits, check
 from tokbench.check.differences import compare
 from tokbench.check.verdicts import Check, require_writable, summary, tell_github, write_junit
 from tokbench.config import Grid, MethodSpec, RunOptions
 from tokbench.errors import UserError
-from tokbench.fusion.core import bipartite_match
+from tokbench.fusion.core import METHODS, bipartite_match
 from tokbench.measure.stats import paired_drop, wilson
 from tokbench.results.folder import RunFolder
 from tokbench.results.predictions import Predictions
@@ -746,10 +747,12 @@ def part_of_reference(path: Path, keep: Callable[[str, str], bool]) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("schedule", ["flops:0.35", pytest.param("flops:0.5", marks=pytest.mark.slow)])
-def test_this_code_says_what_the_reference_run_says(tokbench_command, tmp_path, schedule):
-    """Our own check, `tokbench check --baseline results/reference`, of its cells that differ most from the model."""
-    reference = part_of_reference(tmp_path / "reference", lambda _, own: own == schedule)
+@pytest.mark.parametrize("methods", [ONE_OF_EACH, pytest.param({*METHODS}, marks=pytest.mark.slow)], ids=["few", "all"])
+def test_this_code_says_what_the_reference_run_says(tokbench_command, tmp_path, methods):
+    """Our own check, `tokbench check --baseline results/reference`; the README has it with all cells and more images."""
+    reference = part_of_reference(
+        tmp_path / "reference", lambda method, own: method in methods and (own == "flops:0.35" or methods == {*METHODS})
+    )
     words = ["--baseline", reference, *OURS, "--out", tmp_path / "run"]
     code, out, err = tokbench_command("check", *words)
     assert code == 0, f"tokbench check {' '.join(map(str, words))}\n{out}{err}"
