@@ -50,7 +50,7 @@ def short_schedule(schedule: str) -> str:
     "keep 0.7@3,6,9", `flops:0.5` "50 % FLOPs", `list:8,8,8,0` "list 3×8 0".
     """
     if schedule.startswith("searched:"):
-        return f"searched {short_schedule(schedule.removeprefix('searched:'))}"
+        return f"{short_schedule(schedule.removeprefix('searched:'))} (searched)"
     kind, _, rest = schedule.rpartition(":")
     if kind in ("", "constant"):
         return f"r={rest}" if rest else ""
