@@ -18,7 +18,7 @@ from tokbench.report.text import cell_name, group_title, interval, number, varia
 from tokbench.results.cell import Cell, Figure
 from tokbench.results.folder import RunFolder, replace_file
 from tokbench.results.metrics import GAINS, METRICS
-from tokbench.results.table import comparable, load_shown, measured, unbeaten
+from tokbench.results.table import Rivals, comparable, load_shown, measured
 
 _TEMPLATE, _SCRIPT = (Path(__file__).with_name(name) for name in ("report.html.jinja", "report.js"))
 _SYMBOLS = {
@@ -77,7 +77,10 @@ def plot_data(cells: Sequence[Cell]) -> dict[str, Any]:
     group_of = {cell: number for number, group in enumerate(groups) for cell in group}
     number_of = {cell: number for number, cell in enumerate(cells)}
     runs = [list(dict.fromkeys(cell.run for cell in group)) for group in groups]
-    each = {paced: comparable(cells, *(name for name in names if METRICS[name].paced == paced)) for paced in (0, 1)}
+    each = {
+        paced: [Rivals(own) for own in comparable(cells, *(name for name in names if METRICS[name].paced == paced))]
+        for paced in (False, True)
+    }
     return {
         "metrics": {name: {"label": METRICS[name].label, "better": METRICS[name].better} for name in names},
         "axes": _axes(names),
@@ -89,8 +92,8 @@ def plot_data(cells: Sequence[Cell]) -> dict[str, Any]:
         "fronts": {
             f"{x}|{y}": [
                 [number_of[cell] for cell in front]
-                for group in each[METRICS[x].paced or METRICS[y].paced]
-                if (front := unbeaten(group, x, y))
+                for rivals in each[METRICS[x].paced or METRICS[y].paced]
+                if (front := rivals.front(x, y))
             ]
             for x, y in combinations(names, 2)
         },
