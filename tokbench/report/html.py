@@ -103,7 +103,7 @@ def plot_data(cells: Sequence[Cell]) -> dict[str, Any]:
 def _drawn(cell: Cell, runs: Sequence[str]) -> dict[str, Any]:
     """How the plot draws and names a cell that may be compared with those of these runs."""
     style, changed, several = method_style(cell.method), cell.variant != cell.method, len(runs) > 1
-    place = runs.index(cell.run)
+    place, figures = runs.index(cell.run), cell.figures.items()
     return {
         "name": cell_name(cell, several),
         "series": variant_name(cell.method, cell.variant) + (f" · {cell.run}" if several else ""),
@@ -112,7 +112,8 @@ def _drawn(cell: Cell, runs: Sequence[str]) -> dict[str, Any]:
         "color": style.color,
         "symbol": _SYMBOLS[style.marker] + ("-open" if changed else ""),
         "size": round(9 * style.size, 1),
-        "figures": {name: [f.value, *(f.interval or ())] for name, f in cell.figures.items()},
+        # More digits than a screen shows are most of a large page.
+        "figures": {name: [float(f"{own:.6g}") for own in (f.value, *(f.interval or ()))] for name, f in figures},
         "words": {name: _in_words(cell, name) for name in METRICS if cell[name]},
         "broken": [f"NaN or infinite logits: {cell.nonfinite:,} images"] if cell.is_broken else [],
     }

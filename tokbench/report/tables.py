@@ -232,7 +232,7 @@ def render_table(
 def readable(cells: Sequence[Cell]) -> dict[str, Any]:
     """The table for reading, in parts for a page: title, heads, rows of cells with sort values, notes.
 
-    A cell's `value` sorts it: the number behind it, "" where it is missing, else its text. A head's `first` is the
+    A cell's `value` sorts it where its text does not: the number behind it, "" where it is missing. A head's `first` is the
     order that puts the best first.
     """
     sheet = _Sheet.of(cells, Fronts(cells))
@@ -246,7 +246,7 @@ def readable(cells: Sequence[Cell]) -> dict[str, Any]:
             {
                 "kind": _kind(cell, sheet.fronts),
                 "cells": [
-                    {"text": text, "left": column.left, "value": _sort_value(column, cell, text)}
+                    {"text": text, "left": column.left, "value": _sort_value(column, cell)}
                     for column, text in zip(sheet.columns, texts, strict=True)
                 ],
             }
@@ -260,11 +260,11 @@ def _kind(cell: Cell, fronts: Fronts) -> str:
     return "failed" if cell.error else "baseline" if cell.is_baseline else "front" if fronts.word(cell) else ""
 
 
-def _sort_value(column: _Column, cell: Cell, text: str) -> str:
+def _sort_value(column: _Column, cell: Cell) -> str | None:
     if column.value is None:
-        return text
+        return None
     value = column.value(cell)
-    return "" if value is None else repr(float(value))
+    return "" if value is None else f"{value:.6g}"
 
 
 def print_table(

@@ -240,12 +240,10 @@ def filter_cells(cells: Sequence[Cell], conditions: Iterable[str]) -> list[Cell]
         key = column if sign == "=" else f"{column} {number}"
         wanted.setdefault(key, []).append(_test(column, sign, value, condition))
     tests = [(key.partition(" ")[0], alternatives) for key, alternatives in wanted.items()]
-    return [
-        cell
-        for cell in cells
-        if not tests
-        or all(any(test(row[column]) for test in own) for row in [columns_of(cell)] for column, own in tests)
-    ]
+    if not tests:
+        return list(cells)
+    rows = [(cell, columns_of(cell)) for cell in cells]
+    return [cell for cell, row in rows if all(any(test(row[column]) for test in own) for column, own in tests)]
 
 
 def _split_condition(condition: str) -> tuple[str, str, str]:
