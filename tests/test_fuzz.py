@@ -541,7 +541,7 @@ def hostile_run(path: Path, flops: int) -> str:
 @pytest.fixture(scope="module")
 def hostile():
     """Two such runs, by names that are hostile, too."""
-    yield hostile_run(Path("=cmd()##[error]\n::x\udcff[/v2]"), 10), hostile_run(Path("::add-mask::x"), 11)
+    yield hostile_run(Path("=cmd()##[error]\n::x\udcff[/v2]"), 10**7), hostile_run(Path("::add-mask::x"), 2 * 10**7)
     for name in Path().iterdir():
         if name.name.startswith(("=cmd", "::")):
             shutil.rmtree(name)
@@ -574,9 +574,8 @@ def test_names_are_text_in_every_command_and_format(hostile, monkeypatch):
     page = Path(one, "report.html").read_text(encoding="utf-8")
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
     told = assert_answer_or_one_line("check", one, f"--baseline={two}", "--junit=junit.xml")
-    assert told.count("\n::error title=tokbench check, ") == 2 and "<" not in re.sub(
-        r"\\<", "", Path("summary.md").read_text()
-    )
+    assert re.findall("^::.*?(?=::)", told, re.MULTILINE) == ["::error title=tokbench check, flops"]
+    assert "<" not in Path("summary.md").read_text().replace(r"\<", "")
     assert len([*ElementTree.parse("junit.xml").iter("testcase")]) > 3 * len(HOSTILE)
 
 

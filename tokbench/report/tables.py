@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -510,7 +511,7 @@ def _markdown(sheet: _Sheet) -> str:
         return f"| {' | '.join(cells)} |"
 
     title = for_markdown(_title(sheet.cells))
-    notes = [for_markdown(note).replace("\\`", "`") for note in _notes(sheet)]  # they name `none` and `free`
+    notes = [re.sub(r"\\`(none|free)\\`", r"`\1`", for_markdown(note)) for note in _notes(sheet)]
     lines = [f"**{title}**", ""] if title else []
     lines.append(line([column.head for column in sheet.columns]))
     lines.append("|" + "|".join(":---" if column.left else "---:" for column in sheet.columns) + "|")

@@ -301,7 +301,7 @@ def _owner(path: Path) -> str:
 
 def _slug(cell_id: str) -> str:
     # The hash keeps names apart that differ only in replaced characters, in case, or past the cut.
-    digest = hashlib.sha256(cell_id.encode()).hexdigest()[:8]
+    digest = hashlib.sha256(cell_id.encode(errors="surrogatepass")).hexdigest()[:8]
     return re.sub(r"[^A-Za-z0-9.=@,-]+", "_", cell_id)[:100].strip("._") + f"-{digest}"
 
 
