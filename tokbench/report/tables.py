@@ -233,8 +233,8 @@ def render_table(
 def readable(cells: Sequence[Cell]) -> dict[str, Any]:
     """The table for reading, in parts for a page: title, heads, rows of cells with sort values, notes.
 
-    A cell's `value` sorts it where its text does not: the number behind it, "" where it is missing. A head's `first` is the
-    order that puts the best first.
+    A cell's `value` sorts it where its text does not: the number behind it, "" where it is missing. A head's `first` is
+    the order that puts the best first.
     """
     sheet = _Sheet.of(cells, Fronts(cells))
     return {
