@@ -568,7 +568,11 @@ def test_names_are_text_in_every_command_and_format(hostile, monkeypatch):
     assert not any(re.search(r"(?<!\\)[%_#{]", re.sub(r"\\\w+(\{\}|\{(?=[^}]))?", "", row)) for row in rows[1:])
     for form in ("rich", "json"):
         assert_answer_or_one_line("compare", one, two, f"--format={form}")
-    for words in (("pick", one, "--max-drop=50"), ("pick", one, "--max-drop=50", "--json"), ("plot", one)):
+    for words in (
+        ("pick", one, "--max-drop=50"),
+        ("pick", one, "--max-drop=50", "--json"),
+        ("plot", one, "--x=gflops", "--size=page"),
+    ):
         assert_answer_or_one_line(*words)
     assert_answer_or_one_line("report", one, two)
     page = Path(one, "report.html").read_text(encoding="utf-8")
