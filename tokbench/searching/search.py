@@ -122,9 +122,9 @@ class Search:
             self._tell()
             return self.objective.of_batches(removals, self.method, 1)[0]
 
-        found = sensitivities(self.space, alone)
-        path = cheapest_path(self.space, self.cost, self.budget.share, found)
-        self.attempt(Candidate(path, self.method))
+        if found := sensitivities(self.space, alone, self.is_over):
+            path = cheapest_path(self.space, self.cost, self.budget.share, found)
+            self.attempt(Candidate(path, self.method))
 
     def found(self) -> Found | None:
         """The best so far, as its cost is predicted; None before anything was tried."""

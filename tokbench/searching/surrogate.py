@@ -14,10 +14,17 @@ _SHARES = (0.1, 0.25, 0.5)
 _STEPS = 40  # of the bisection for the price of cost
 
 
-def sensitivities(space: Space, distance: Callable[[Removals], float]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """For each block that can remove tokens: shares that it removes, and the distance when no other removes any."""
+def sensitivities(
+    space: Space, distance: Callable[[Removals], float], is_over: Callable[[], bool]
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """For each block that can remove tokens: shares that it removes, and the distance when no other removes any.
+
+    Empty where it `is_over` before all blocks have had their turn.
+    """
     patches, found = space.tokens - space.prefix, {}
     for block in space.acting:
+        if is_over():
+            return {}
         most = space.most(block, space.tokens)
         counts = sorted({min(round(share * patches), most) for share in _SHARES} - {0})
         alone = [tuple(count if other == block else 0 for other in range(space.depth)) for count in counts]
