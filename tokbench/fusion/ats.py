@@ -58,7 +58,7 @@ class ATS(Method):
 def _midpoints(score: Tensor, real: Tensor, points: int) -> Tensor:
     """Which tokens, of scores (B, T) in this order, are sampled by so many points: (B, T)."""
     place = torch.arange(points, device=score.device, dtype=score.dtype)
-    return _nearest(score.cumsum(1), real, ((2 * place + 1) / (2 * (points + 1))).expand(len(score), -1))
+    return _nearest(score.cumsum(1), real, ((2 * place + 1) / (2 * (points + 1))).expand(score.shape[0], -1))
 
 
 def _released(score: Tensor, real: Tensor, points: int) -> Tensor:

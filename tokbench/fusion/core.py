@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache, wraps
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -194,8 +195,25 @@ def pick(x: Tensor, index: Tensor) -> Tensor:
         return x.gather(1, wide(index, x))
     # On the CPU, gathering looks the index up for every channel; whole rows of one long list come ten times as fast.
     batch, tokens, channels = x.shape
-    first = torch.arange(0, batch * tokens, tokens)
+    first = torch.arange(batch) * tokens
     return x.reshape(-1, channels).index_select(0, (index + first.unsqueeze(1)).flatten()).unflatten(0, index.shape)
+
+
+def constant(most: int) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Decorator of what makes a tensor that no image has a part in: the last `most` are kept for later passes."""
+
+    def decorate(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        kept = lru_cache(maxsize=most)(make)
+
+        @torch.compiler.assume_constant_result
+        @wraps(make)
+        def get(*key: Any) -> Tensor:
+            # While a model is exported no tensor is a real one, and none may be left to the passes that follow.
+            return (make if torch.compiler.is_exporting() else kept)(*key)
+
+        return get
+
+    return decorate
 
 
 def score_dtype(x: Tensor) -> torch.dtype:
@@ -586,7 +604,7 @@ def inverse(order: Tensor) -> Tensor:
 
 def after_prefix(prefix: int, *tokens: Tensor) -> Tensor:
     """(B, prefix + Σ n) what a plan keeps: the prefix tokens, which always stay, and then `tokens`, each (B, n)."""
-    first = torch.arange(prefix, device=tokens[0].device).expand(len(tokens[0]), -1)
+    first = torch.arange(prefix, device=tokens[0].device).expand(tokens[0].shape[0], -1)
     return torch.cat([first, *tokens], dim=1)
 
 
