@@ -49,9 +49,8 @@ class ATS(Method):
             order = score.masked_fill(~real, torch.inf).argsort(dim=1, stable=True)
             taken = _released(score.gather(1, order), real.gather(1, order), view.grid[0] * view.grid[1])
         count = taken.sum(1)
-        # Of a compiled model, shapes cannot depend on what the images show: it runs at the most that may be left.
         most = view.nominal - r if self.form == "midpoints" else view.patches
-        most = min(most, view.patches) if torch.compiler.is_compiling() else int(count.max())
+        most = min(most, view.patches) if view.fixed else int(count.max())
         return keep_only(order.gather(1, chosen_first(taken)[:, :most]), view.prefix, count)
 
 

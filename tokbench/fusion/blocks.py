@@ -37,6 +37,7 @@ class Fusion:
     positional: bool = False
     trace: bool = False
     checks: bool = False  # each plan before it is carried out: not while anything is timed
+    counted: bool = False  # traced to count the FLOPs of just these images
     states: dict[bool, State] = field(default_factory=lambda: {False: State(), True: State()})
 
     @property
@@ -156,6 +157,7 @@ class Fusion:
             begun=self.state.begun,
             nominal=(self.state.nominal or int(x.shape[1])) - self.prefix,
             padded=self.state.count is not None,
+            fixed=torch.compiler.is_compiling() or (torch.jit.is_tracing() and not self.counted),
         )
 
     def reduce(self, view: View, r: int) -> tuple[Tensor, Tensor | None]:

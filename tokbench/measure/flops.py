@@ -86,6 +86,8 @@ def count_flops(
     """
     # On a copy: a module may store traced sizes, and fvcore leaves its hooks in place if the forward pass raises.
     twin = fork(_eager(model)).eval()
+    if hasattr(twin, "fusion"):
+        twin.fusion.counted = True
     device, dtype = placement(twin)
     if images is None:
         # Random, because identical tokens could make a method divide by zero.
