@@ -69,7 +69,7 @@ def exports(model, path) -> None:
         torch.testing.assert_close(formats.FORMATS[path.suffix[1:]].open(path)(x), model(x), rtol=0, atol=1e-4)
 
 
-CHEAP = [("dinov3", "mctf", "pt2")]
+CHEAP = [("registers", "evit", "pt2")]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_a_cell_becomes_a_file_and_what_is_said_of_it(shipped):
     assert (about["method"], about["params"], about["schedule"]) == ("tome", {"prop_attn": True}, "constant:8")
     assert about["input"] == {"name": "images", "shape": ["dynamic", 3, 24, 24], "dtype": "float32"}
     assert about["preprocessing"]["mean"] == [0.5] * 3 and about["preprocessing"]["interpolation"] == "bicubic"
-    assert about["measured"]["top1"] == 79.8 and about["measured"]["machine"] and about["cell"] == shipped.cell
+    assert about["measured"]["top1"] == pytest.approx(79.8) and about["measured"]["machine"] and about["cell"] == shipped.cell
     assert about["compared"]["batches"] == [1, 3, 16] and about["compared"]["same_answers"] == 1
     assert {"torch", "onnx", "onnxruntime", "onnxscript"} <= set(about["versions"])
     assert "100.0% equal answers on 20 images, in batches of 1, 3, 16" in shipped.told
@@ -195,14 +195,16 @@ class Stubborn(Method):
     name = "stubborn"
 
     def plan(self, view: View, r: int) -> Assignment:
-        return keep_only(torch.arange(view.patches - r).repeat(int(view.x.mean() * 0) + len(view.x), 1), view.prefix)
+        return keep_only(torch.arange(view.patches - r).expand(len(view.x), -1), view.prefix)
 
 
 def test_what_cannot_be_exported_is_refused_by_name_and_stays_as_it_was(tmp_path):
     register_method(dataclass(frozen=True)(Stubborn))
     model, x = tokbench.apply(tiny(depth=1).train(), "stubborn", 5), images(2)
     model(x)
-    with pytest.raises(tokbench.UserError, match="^method 'stubborn' in a VisionTransformer cannot be exported as pt2: "):
+    with pytest.raises(
+        tokbench.UserError, match="^method 'stubborn' in a VisionTransformer cannot be exported as pt2: "
+    ):
         tokbench.export(model, tmp_path / "model.pt2", images=x)
     assert not list(tmp_path.iterdir()) and model.training and tokbench.tokens_per_block(model) == [32]
     assert torch.equal(copy.deepcopy(model.eval())(x), tokbench.apply(model, "stubborn", 5)(x))
@@ -224,7 +226,9 @@ def test_a_file_that_answers_differently_goes_and_an_earlier_one_stays(tmp_path,
     kind = formats.Format((), "", lambda program, path: path.write_text("new"), other_than(model))
     monkeypatch.setitem(formats.FORMATS, "pt2", kind)
     (tmp_path / "model.pt2").write_text("old")
-    with pytest.raises(RunStopped, match=r"model.pt2' differs from the model by 0\.5, .*equal answers.* it was removed"):
+    with pytest.raises(
+        RunStopped, match=r"model.pt2' differs from the model by 0\.5, .*equal answers.* it was removed"
+    ):
         tokbench.export(model, tmp_path / "model.pt2", images=images(3), force=True)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("model.pt2", "old")]
 
@@ -233,11 +237,13 @@ def test_rounding_is_what_the_next_wider_numbers_show(tmp_path, monkeypatch):
     """Half precision answers nearly as single does; a file that is as far from it as that is a good one."""
     half = tokbench.apply(tiny(), "tome", 5).half()
     single = copy.deepcopy(half).float()
-    kind = formats.Format((), "", lambda program, path: path.write_text("new"), lambda path: lambda x: single(x.float()))
+    kind = formats.Format(
+        (), "", lambda program, path: path.write_text("new"), lambda path: lambda x: single(x.float())
+    )
     monkeypatch.setitem(formats.FORMATS, "pt2", kind)
     monkeypatch.setattr(exporting, "_trace", lambda model, batch: None)
     written = tokbench.export(half, tmp_path / "model.pt2", images=images(8), batch=4)
-    assert 0 < written.compared.largest_difference and written.compared.batches == (4, 4)
+    assert written.compared.largest_difference > 0 and written.compared.batches == (4, 4)
 
 
 @pytest.mark.parametrize("method", ["tome", "ats", "dct"])

@@ -56,6 +56,7 @@ def export_asked(
         cell = find_cell(run, cell_id)
         model, about = _of_cell(cell, RunFolder.open(run))
         dtype = dtype or (cell.dtype if cell.dtype in _DTYPES else None)
+    about["weights_sha256"] = weights_sha256(model)  # before they are cast
     model = model.to(_DTYPES[dtype or "fp32"])
     size = "dynamic" if batch == "dynamic" else int(batch)
     return export(model, out, format=format, batch=size, about=about, force=force)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -105,16 +105,17 @@ def export(
     require_supported(model)
     if batch != "dynamic" and batch < 1:
         raise UserError(f"batch must be at least 1 image or 'dynamic', not {batch}")
-    shown = _batches(default_images(model) if images is None else images, batch)
+    shown = _batches((default_images(model) if images is None else images).to(*placement(model)), batch)
     with TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, evaluation_mode([model]), torch.no_grad():
         file = Path(folder, path.name)
         with _quiet():
             try:
                 kind.write(_trace(model, batch), file)
                 opened = kind.open(file)
+                found = torch.cat([opened(part) for part in shown])
             except Exception as error:
                 raise UserError(f"{_called(model)} cannot be exported as {name}: {_reason(error)}") from error
-        compared = _compare(model, opened, shown, path)
+        compared = _compare(model, found, shown, path)
         described = describe(model, name, batch) | dict(about or {}) | {"compared": asdict(compared)}
         description = path.with_name(f"{path.name}.json")
         Path(folder, description.name).write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n")
@@ -183,12 +184,10 @@ def _trace(model: nn.Module, batch: int | Literal["dynamic"]) -> torch.export.Ex
     )  # fmt: skip
 
 
-def _compare(model: nn.Module, opened: Callable[[Tensor], Tensor], batches: list[Tensor], path: Path) -> Compared:
-    """Raises RunStopped where outputs differ by more than rounding may make of them."""
-    device, dtype = placement(model)
-    moved = [images.to(device, dtype) for images in batches]
-    expected = torch.cat([model(images) for images in moved]).cpu().double()
-    found = torch.cat([opened(images) for images in moved]).cpu().double()
+def _compare(model: nn.Module, outputs: Tensor, batches: list[Tensor], path: Path) -> Compared:
+    """Raises RunStopped where a file's outputs (B, D) differ by more than rounding may make of them."""
+    _, dtype = placement(model)
+    expected, found = torch.cat([model(images) for images in batches]).cpu().double(), outputs.cpu().double()
     largest = float((found - expected).abs().max())
     classes = expected.shape[1] > 1 and getattr(model, "num_classes", 0) > 0
     same = float((found.argmax(1) == expected.argmax(1)).double().mean()) if classes else None
@@ -196,7 +195,7 @@ def _compare(model: nn.Module, opened: Callable[[Tensor], Tensor], batches: list
     if not largest <= limit and dtype in _WIDER:
         # Tokens whose scores are nearly equal change places by rounding alone, here as in any runtime.
         wider = copy.deepcopy(model).to(_WIDER[dtype])
-        exact = torch.cat([wider(images.to(_WIDER[dtype])) for images in moved]).cpu().double()
+        exact = torch.cat([wider(images.to(_WIDER[dtype])) for images in batches]).cpu().double()
         limit = max(limit, 2 * float((exact - expected).abs().max()))
     if not largest <= limit:
         answers = "" if same is None else f", {same:.1%} equal answers"

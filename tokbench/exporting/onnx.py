@@ -33,7 +33,5 @@ def _first(x: Any, count: int, dim: int, descending: bool) -> tuple[Any, Any]:
     short = x.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.INT32, ir.DataType.INT64)
     wide = (FLOAT if x.dtype.is_floating_point() else INT32).dtype
     sorted_ = op.Cast(x, to=wide) if short else x
-    values, indices = op.TopK(
-        sorted_, op.Constant(value_ints=[count]), axis=dim, largest=int(descending), sorted=1
-    )
+    values, indices = op.TopK(sorted_, op.Constant(value_ints=[count]), axis=dim, largest=int(descending), sorted=1)
     return (op.Cast(values, to=x.dtype) if short else values), indices

@@ -233,8 +233,9 @@ class View:
     block's attention uses it. block counts from 0. token_map: (B, N₀), where each of the model's first tokens is now,
     −1 dropped; only for methods that set `needs_map`. grid: (rows, columns) of patches at the start. begun: what the
     method's `begin` gave. Methods that set `counts_by_image` find images filled up (`padded`) with tokens of size 0,
-    and in `nominal` the patch tokens there would be if each block had removed what was asked for. fixed: shapes cannot depend
-    on what images show, for the model is compiled, exported or traced: it runs at the most that may be left.
+    and in `nominal` the patch tokens there would be if each block had removed what was asked for. fixed: shapes
+    cannot depend on what images show, for the model is compiled, exported or traced; all images then get the most that
+    may be left.
     """
 
     x: Tensor
