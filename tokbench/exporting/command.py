@@ -10,8 +10,8 @@ import torch
 
 from tokbench.config import MethodSpec
 from tokbench.errors import UserError, nearest
-from tokbench.exporting.export import Exported, default_images, export, require_free
 from tokbench.exporting.formats import find_format
+from tokbench.exporting.writing import Exported, default_images, export, require_free
 from tokbench.models import load_model, weights_sha256
 from tokbench.report.code import applied, loaded
 from tokbench.resolve import apply
@@ -95,7 +95,8 @@ def _of_words(
     spec = MethodSpec.from_text(method or "none")
     if (spec.name == "none") != (schedule is None):
         raise UserError("--method and --schedule go together, as in --method tome --schedule 13")
-    spec.check()
+    if schedule is not None:
+        spec.check()
     built: Any = load_model(model, checkpoint, input_size=input_size)
     if schedule is not None:
         apply(built, spec.name, schedule, images=default_images(built), **spec.params)

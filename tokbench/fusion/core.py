@@ -208,8 +208,9 @@ def constant(most: int) -> Callable[[Callable[..., Tensor]], Callable[..., Tenso
         @torch.compiler.assume_constant_result
         @wraps(make)
         def get(*key: Any) -> Tensor:
-            # While a model is exported no tensor is a real one, and none may be left to the passes that follow.
-            return (make if torch.compiler.is_exporting() else kept)(*key)
+            # What a trace makes is part of its graph, and while a model is exported no real tensor: later passes must
+            # not find it.
+            return (make if torch.compiler.is_exporting() or torch.jit.is_tracing() else kept)(*key)
 
         return get
 
