@@ -249,9 +249,9 @@ def test_rounding_is_what_the_next_wider_numbers_show(tmp_path, monkeypatch):
     assert written.compared.largest_difference > 0 and written.compared.batches == (4, 4)
 
 
-@pytest.mark.parametrize("method", ["tome", "ats", "dct"])
+@pytest.mark.parametrize("method", ["ats", "dct"])
 def test_a_jit_trace_answers_as_the_model_does(method):
-    model, example, x = tokbench.apply(tiny(), method, 5), images(2), images(6)
+    model, example, x = tokbench.apply(tiny(depth=1), method, 5), images(2), images(6)
     with torch.inference_mode():
         traced = torch.jit.trace(model, example)
         torch.testing.assert_close(traced(x), model(x))

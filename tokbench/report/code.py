@@ -70,8 +70,8 @@ def export_of(cell: Cell, folder: RunFolder) -> list[str]:
     command = ["tokbench", "export", str(folder.path), "--cell", cell.id, *plugins, "--out", "model.onnx"]
     return [
         shlex.join(map(printable, command)),
-        'session = onnxruntime.InferenceSession("model.onnx")',
-        'output = session.run(None, {"images": images})[0]',
+        "import onnxruntime",
+        'output = onnxruntime.InferenceSession("model.onnx").run(None, {"images": images})[0]',
     ]
 
 

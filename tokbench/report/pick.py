@@ -122,7 +122,7 @@ class Pick:
             role = "Runner-up" if self.other_meets else "Nearest"
             lines.append(f"{role}: {_told(self.other, self.limits)}; {self.why}.")
         lines += [f"Note: {note}." for note in self.notes]
-        return "\n".join([*lines, *(["", self.code, "", *self.export] if self.code else [])])
+        return "\n".join([*lines, *(["", *self.export, "", self.code] if self.code else [])])
 
     def to_dict(self) -> dict[str, Any]:
         """For programs: plain JSON values. `nearest` is a cell that does not meet the limits."""
