@@ -6,14 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from tokbench.errors import UserError, nearest
-
-INPUT, OUTPUT = "images", "output"
+from tokbench.exporting.runtimes import INPUT, OUTPUT, Run, open_onnxruntime, open_pt2
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class Format:
     packages: tuple[str, ...]
     extra: str
     write: Callable[[torch.export.ExportedProgram, Path], None]
-    open: Callable[[Path], Callable[[Tensor], Tensor]]
+    open: Callable[[Path], Run]
 
     def require_packages(self, name: str) -> None:
         """Raise UserError, with the pip line, for a package that is missing."""
@@ -51,11 +48,6 @@ def _write_pt2(program: torch.export.ExportedProgram, path: Path) -> None:
     torch.export.save(program, path)
 
 
-def _open_pt2(path: Path) -> Callable[[Tensor], Tensor]:
-    module: Callable[[Tensor], Tensor] = torch.export.load(path).module()
-    return module
-
-
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
     from tokbench.exporting.onnx import translations
 
@@ -67,20 +59,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
     written.save(path)
 
 
-def _open_onnx(path: Path) -> Callable[[Tensor], Tensor]:
-    import onnxruntime
-
-    options: Any = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {INPUT: images.cpu().numpy()})[0])
-
-    return run
-
-
 FORMATS = {
-    "onnx": Format(("onnx", "onnxscript", "onnxruntime"), "onnx", _write_onnx, _open_onnx),
-    "pt2": Format((), "", _write_pt2, _open_pt2),
+    "onnx": Format(("onnx", "onnxscript", "onnxruntime"), "onnx", _write_onnx, open_onnxruntime),
+    "pt2": Format((), "", _write_pt2, open_pt2),
 }

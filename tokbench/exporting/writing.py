@@ -22,7 +22,8 @@ from tokbench.data import load_images
 from tokbench.data.labels import model_names
 from tokbench.data.preparing import data_config
 from tokbench.errors import RunStopped, UserError, shortened
-from tokbench.exporting.formats import FORMATS, INPUT, OUTPUT, find_format
+from tokbench.exporting.formats import FORMATS, find_format
+from tokbench.exporting.runtimes import INPUT, OUTPUT
 from tokbench.fusion.patch import require_supported
 from tokbench.measure._model import evaluation_mode, placement, resolve_input_size
 from tokbench.measure.environment import package_versions
