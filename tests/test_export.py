@@ -211,7 +211,8 @@ def test_what_cannot_be_exported_is_refused_by_name_and_stays_as_it_was(tmp_path
         tokbench.UserError, match="^method 'stubborn' in a VisionTransformer cannot be exported as pt2: "
     ):
         tokbench.export(model, tmp_path / "model.pt2", images=x)
-    assert not list(tmp_path.iterdir()) and model.training and tokbench.tokens_per_block(model) == [32]
+    assert not list(tmp_path.iterdir()) and model.training
+    assert tokbench.tokens_per_block(model) == [32]
     assert torch.equal(copy.deepcopy(model.eval())(x), tokbench.apply(model, "stubborn", 5)(x))
     assert not logging.root.manager.disable
 
@@ -248,7 +249,7 @@ def test_rounding_is_what_the_next_wider_numbers_show(tmp_path, monkeypatch):
     monkeypatch.setitem(formats.FORMATS, "pt2", kind)
     monkeypatch.setattr(writing, "_trace", lambda model, batch: None)
     written = tokbench.export(half, tmp_path / "model.pt2", images=images(8), batch=4)
-    assert written.compared.largest_difference > 0 and written.compared.batches == (4, 4)
+    assert written.compared.largest_difference > 0 and written.compared.batches == (4,)
 
 
 @pytest.mark.parametrize("method", ["ats", "dct"])

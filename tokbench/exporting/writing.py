@@ -24,8 +24,8 @@ from tokbench.data.preparing import data_config
 from tokbench.errors import RunStopped, UserError, shortened
 from tokbench.exporting.formats import FORMATS, find_format
 from tokbench.exporting.runtimes import INPUT, OUTPUT
-from tokbench.fusion.patch import require_supported
-from tokbench.measure._model import evaluation_mode, placement, resolve_input_size
+from tokbench.fusion.patch import fork, require_supported
+from tokbench.measure._model import placement, resolve_input_size
 from tokbench.measure.environment import package_versions
 from tokbench.models import weights_sha256
 
@@ -40,8 +40,8 @@ _WIDER = {torch.float32: torch.float64, torch.float16: torch.float32, torch.bflo
 class Compared:
     """How a file's outputs differ from its model's.
 
-    images: how many were shown, in `batches`. largest_difference: of any output. same_answers: the share of images
-    with the same class, None where there are no classes.
+    images: how many were shown, in batches of the sizes `batches`. largest_difference: of any output. same_answers: the
+    share of images with the same class, None where there are no classes.
     """
 
     images: int
@@ -62,7 +62,7 @@ class Exported:
         """For people."""
         found = self.compared
         answers = "" if found.same_answers is None else f", {found.same_answers:.1%} equal answers"
-        batches = ", ".join(map(str, dict.fromkeys(found.batches)))
+        batches = ", ".join(map(str, found.batches))
         return (
             f"{self.path} gives what the model gives: largest difference {found.largest_difference:.1e}{answers} on "
             f"{found.images} images, in batches of {batches}\n{self.description} describes it"
@@ -107,7 +107,8 @@ def export(
     if batch != "dynamic" and batch < 1:
         raise UserError(f"batch must be at least 1 image or 'dynamic', not {batch}")
     shown = _batches((default_images(model) if images is None else images).to(*placement(model)), batch)
-    with TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, evaluation_mode([model]), torch.no_grad():
+    model = fork(model).eval()
+    with TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, torch.no_grad():
         file = Path(folder, path.name)
         with _quiet():
             try:
@@ -118,7 +119,7 @@ def export(
                 raise UserError(f"{_called(model)} cannot be exported as {name}: {_reason(error)}") from error
         compared = _compare(model, found, shown, path)
         described = describe(model, name, batch) | dict(about or {}) | {"compared": asdict(compared)}
-        description = path.with_name(f"{path.name}.json")
+        description = _description(path)
         Path(folder, description.name).write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n")
         for part in Path(folder).iterdir():  # weights of more than 2 GB are a file of their own
             os.replace(part, path.with_name(part.name))
@@ -159,10 +160,15 @@ def require_free(path: Path, force: bool) -> None:
     """Raise UserError unless a file can be written there; force: one that is there may be replaced."""
     if not path.parent.is_dir():
         raise UserError(f"the folder {str(path.parent)!r} does not exist")
-    if path.is_dir():
-        raise UserError(f"{str(path)!r} is a folder")
-    if path.exists() and not force:
-        raise UserError(f"{str(path)!r} is there already; --force replaces it")
+    for file in (path, _description(path)):
+        if file.is_dir():
+            raise UserError(f"{str(file)!r} is a folder")
+        if file.exists() and not force:
+            raise UserError(f"{str(file)!r} is there already; --force replaces it")
+
+
+def _description(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
 
 
 def _batches(images: Tensor, batch: int | Literal["dynamic"]) -> list[Tensor]:
@@ -204,7 +210,7 @@ def _compare(model: nn.Module, outputs: Tensor, batches: list[Tensor], path: Pat
             f"{str(path)!r} differs from the model by {largest:.2g}{answers}, and rounding explains {limit:.2g}: "
             "it was removed"
         )
-    return Compared(len(expected), tuple(len(images) for images in batches), largest, same)
+    return Compared(len(expected), tuple(dict.fromkeys(len(images) for images in batches)), largest, same)
 
 
 def _called(model: nn.Module) -> str:
