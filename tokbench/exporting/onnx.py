@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from onnxscript import FLOAT, INT32, ir
-from onnxscript import opset20 as op
+from onnxscript import FLOAT, INT32, ir, opset20
+
+op: Any = opset20  # as typed, its operators would take no value whose type is only known when it is traced
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
