@@ -439,7 +439,7 @@ def test_junit_holds_a_case_per_gate_and_cell(bad, tmp_path):
     assert len(cases) == len(bad.verdicts)
     failures = {key: failure.get("message") for key, failure in cases.items() if failure is not None}
     assert failures == {
-        ("tokbench.cells", "m/topk/keep:0.5@3"): "failed: 100 %\\x1b[31m <bad>",
+        ("tokbench.cells", "m/topk/keep:0.5@3"): "failed: 100 %\\u001b[31m <bad>",
         ("tokbench.flops", "m/tome/constant:8"): "−100.00 %, 1 → 2e-09 GFLOPs",
     }
     with pytest.raises(UserError, match="it is a folder"):
