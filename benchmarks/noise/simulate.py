@@ -1,8 +1,8 @@
-"""Which interval of a time and of a speed-up is honest and useful on a noisy machine: `python benchmarks/noise/simulate.py`.
+"""Which interval of a time and of a speed-up is honest and useful on a noisy machine.
 
-Prints Markdown tables. A simulated measurement is rounds in which every one of twelve models has a turn of one pass, in
-random order, on a machine whose pace is known at every moment. So the typical (median) pass during the measurement is
-known, and the speed-up of two of the models, which is 1.5.
+`python benchmarks/noise/simulate.py` prints Markdown tables. A simulated measurement is rounds in which each of twelve
+models has a turn of one pass, in random order, on a machine whose pace is known at every moment. So the typical pass
+(the median one) during the measurement is known, and the speed-up of two of the models, which is 1.5.
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ def coverage(candidate: Callable[[np.ndarray], Interval], rounds: int, measureme
         for _ in range(measurements):
             unreduced, cell, truth = measurement(scenario, rounds, generator)
             (low, high), (least, most) = candidate(cell), candidate(unreduced / cell)
-            rows.append([low <= truth <= high, least <= SPEEDUP <= most, (high - low) / truth, (most - least) / SPEEDUP])
+            rows.append(
+                [low <= truth <= high, least <= SPEEDUP <= most, (high - low) / truth, (most - least) / SPEEDUP]
+            )
         covered, widths = np.mean(rows, axis=0)[:2] * 100, np.median(rows, axis=0)[2:]
         found[scenario] = [*covered, *widths]
     return found

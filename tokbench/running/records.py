@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from math import inf, isnan
+from collections.abc import Mapping, Sequence
+from math import ceil, inf, isnan
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from tokbench.measure.stats import (
     mean_interval,
     paired_drop,
     ratios,
+    rounds_needed,
     typical,
     wilson,
 )
@@ -159,17 +160,36 @@ def by_process(samples: list[list[float]]) -> list[float] | list[list[float]]:
     return samples[0] if len(samples) == 1 else samples
 
 
-VAGUE = "the speed-up is known to no better than ±5 %"
+VAGUE_WIDTH = 0.05
+VAGUE = f"the speed-up is known to no better than ±{VAGUE_WIDTH:.0%}".replace("%", " %")
 
 
-def vague_speedups(results: list[SpeedResult]) -> list[str]:
-    """The names of those whose speed-up is known too badly to choose by."""
-    return [result.name for result in results if result.speedup_high - result.speedup_low > 0.1 * result.speedup]
+def vague_speedups(fields: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The names of those whose speed-up is known too badly to choose by, or has no interval."""
+    ends = {name: (own.get("speedup_low", 0.0), own.get("speedup_high", inf)) for name, own in fields.items()}
+    return [name for name, (low, high) in ends.items() if high - low > 2 * VAGUE_WIDTH * fields[name]["speedup"]]
 
 
-def vague_sentence(vague: list[str], count: int) -> str:
-    """A warning about those of so many speed-ups."""
-    return (
-        f"{len(vague)} of {count} speed-ups are known to no better than ±5 % (as for {vague[0]}): "
-        "too few rounds for so noisy a machine"
-    )
+def vague_sentence(vague: Mapping[str, int], count: int, done: int, seconds: float, unit: str) -> str:
+    """A warning about those of so many speed-ups, and how long it would take to know them better.
+
+    vague: by name, how many rounds (or processes) would do. done, seconds: how many there were, and how long they took.
+    unit: "rounds" or "processes".
+    """
+    names, needed = list(vague), max(vague.values())
+    told = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+    text = f"{len(vague)} of {count} speed-ups are known to no better than ±5 % ({told}): "
+    if needed > 20 * done:
+        return f"{text}measure again on a quieter machine"
+    more = max(1, round(seconds * (needed / done - 1)))
+    return f"{text}about {more:,} seconds more would do, in a new run with --{unit} {needed}"
+
+
+def needed_for_speedup(
+    fields: Mapping[str, Any], results: Sequence[SpeedResult], references: Sequence[SpeedResult]
+) -> int:
+    """About how many rounds like these, or where there were several how many processes, would give it no caveat."""
+    if len(results) == 1:
+        return rounds_needed(ratios(references[0].rounds, results[0].rounds), VAGUE_WIDTH)
+    half = (fields["speedup_high"] - fields["speedup_low"]) / 2 / fields["speedup"]
+    return ceil(len(results) * (half / VAGUE_WIDTH) ** 2)
