@@ -82,8 +82,10 @@ def test_the_answer_is_the_fastest_cell_without_a_significant_loss(cells: list[C
     one = "One image at a time it is"
     slow = ("latency_speedup", Figure(0.84, 0.8, 0.9))
     assert answer(slow).endswith(f" {one} slower than the unreduced model: 0.84×.")
-    alike = ("latency_speedup", Figure(1.12, 1.09, 1.15))
-    assert answer(alike).endswith(f" {one} within 10 % of the unreduced model, by which runs differ: 1.12×.")
+    alike = ("latency_speedup", Figure(1.05, 1.01, 1.09))
+    assert answer(alike).endswith(f" {one} within 10 % of the unreduced model, by which runs differ: 1.05×.")
+    vague = ("latency_speedup", Figure(1.12, 0.23, 1.15))
+    assert answer(vague).endswith(" One image at a time it cannot be told from the unreduced model in speed: 1.12×.")
     assert "One image" not in answer(slow, batch_size=1)
     assert "One image" not in answer(("latency_speedup", Figure(1.2, 1.11, 1.3)))
     assert "One image" not in answer(("latency_speedup", Figure(1.0)))
@@ -292,8 +294,8 @@ def test_within_and_cannot_be_told_are_different_sentences(cells: list[Cell]) ->
         timed = changed(cells[:3], {"latency_speedup": Figure((low * high) ** 0.5, low, high)}, processes=processes)
         return told(timed)
 
-    assert "is within 10 % of it, by which runs differ" in alone(0.95, 1.05)
-    assert "cannot be told from it in speed" in alone(0.5, 2.0) and "within" not in alone(0.5, 2.0)
+    assert "2 are within 10 % of it, by which runs differ: " in alone(0.95, 1.05)
+    assert "2 cannot be told from it in speed: " in alone(0.5, 2.0) and "within" not in alone(0.5, 2.0)
     assert "slower than it" in alone(0.5, 0.85) and "slower than it" not in alone(0.93, 0.97)
     # An interval over processes needs no allowance for how runs differ.
     assert "slower than it" in alone(0.93, 0.97, processes=5)

@@ -173,11 +173,11 @@ def test_holm_rarely_raises_a_false_alarm() -> None:
 
 def test_median_ratio_is_of_pairs() -> None:
     # Every round the machine is another time slower, and the ratio always 2.
-    slower = [1.0, 5.0, 3.0, 10.0, 2.0, 4.0]
+    slower = [1.0, 5.0, 3.0, 10.0, 2.0, 4.0, 8.0, 7.0]
     assert median_ratio_interval([2 * value for value in slower], slower) == (2, 2, 2)
 
 
-@pytest.mark.parametrize("rounds", [7, 14, 40])
+@pytest.mark.parametrize("rounds", [8, 14, 40])
 def test_median_ratio_interval_covers(rounds: int) -> None:
     generator = np.random.default_rng(2)
     hits = 0
@@ -219,7 +219,7 @@ def test_median_interval_of_known_values() -> None:
 
 
 def test_over_processes_the_interval_is_of_their_medians() -> None:
-    one = [1.0, 9.0, 2.0, 3.0, 2.0, 2.0]
+    one = [1.0, 9.0, 2.0, 3.0, 2.0, 2.0, 4.0, 1.0]
     assert typical([one]) == median_interval(one)
     # By hand: logarithms 0, 1 and 2 deviate by 1, and t of 2 is 4.3027.
     samples = [[1.0] * 3, [np.exp(1)] * 3, [np.exp(2)] * 3]
@@ -237,7 +237,7 @@ def test_rounds_needed_are_those_with_a_narrow_interval() -> None:
         high - low for _, low, high in (median_interval(generator.lognormal(sigma=0.2, size=needed)) for _ in range(50))
     ]
     assert np.median(widths) / 2 == pytest.approx(0.03, rel=0.5)
-    assert rounds_needed([1.0] * 8, 0.05) == 6
+    assert rounds_needed([1.0] * 8, 0.05) == 8
 
 
 def test_median_ratio_needs_pairs() -> None:

@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--measurements", type=int, default=1000, help="simulated of each kind (1000)")
     asked = parser.parse_args()
     print_table(40, asked.measurements, list(CANDIDATES))
-    for rounds in (7, 14, 100):
+    for rounds in (8, 14, 100):
         print_table(rounds, asked.measurements, [next(iter(CANDIDATES))])
     print_processes(asked.measurements)
 

@@ -26,10 +26,10 @@ from tokbench.measure._model import (
     release_memory,
     resolve_input_size,
 )
-from tokbench.measure.stats import median_ratio_interval
+from tokbench.measure.stats import FEWEST_VALUES, median_ratio_interval
 
-# With fewer rounds there is no interval to speak of; beyond the maximum, longer turns are worth more.
-FEWEST_ROUNDS, MOST_ROUNDS = 7, 100
+# With fewer rounds there is no interval; beyond the maximum, longer turns are worth more.
+FEWEST_ROUNDS, MOST_ROUNDS = FEWEST_VALUES, 100
 # Target half-width of a speed-up's interval, relative to it, and the rounds used to estimate what that takes.
 TARGET_WIDTH, PILOT_ROUNDS = 0.01, 5
 # Passes on a single image: enough that the 95th percentile is not the slowest one.
@@ -81,7 +81,7 @@ def measure_speed(
 
     All models run on the same images, random unless some are given. Their parameters must be on one device and of one
     dtype. In each round every model has one turn. If the models are too slow for `seconds`, there are fewer rounds, at
-    least 7; if a busy machine slows them down later, the measurement stops after twice the time.
+    least 8; if a busy machine slows them down later, the measurement stops after twice the time.
 
     Args:
         models: the models by name; the first is the reference of the speed-ups.

@@ -13,8 +13,8 @@ from scipy.stats import binomtest, norm
 from scipy.stats import t as student
 
 CONFIDENCE = 0.95
-# Of five values, not even the interval from the lowest to the highest holds the median in 95 of 100 cases.
-FEWEST_VALUES = 6
+# With fewer, the signs of neighbors are too few to tell a drift: the interval would cover too often, or not enough.
+FEWEST_VALUES = 8
 _TWO_SIDED = float(norm.ppf((1 + CONFIDENCE) / 2))
 
 

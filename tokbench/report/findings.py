@@ -273,7 +273,7 @@ class _Group:
             verb, _, rest = _alone(alike[0]).replace(_MODEL, "it").partition(" ")
             if verb:
                 names = self._named(alike, "latency_speedup")
-                told.append(f"{len(alike)} {plural(len(alike), verb, 'are')} {rest}: {names}")
+                told.append(f"{len(alike)} {plural(len(alike), verb, 'are') if verb == 'is' else verb} {rest}: {names}")
         if not told:
             return []
         faster = f"faster than {_MODEL} at batch {max(cell.batch_size or 0 for cell in timed)}"

@@ -23,7 +23,7 @@ from tokbench.running.records import (
     vague_speedups,
 )
 
-# A budget for all rounds together; slow cells exceed it, because each makes seven rounds at least.
+# A budget for all rounds together; slow cells exceed it, because each makes eight rounds at least.
 SPEED_SECONDS_PER_CELL = 2.5
 LARGEST_BATCH = 1024
 
