@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
 import shutil
+import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from made_run import changed
@@ -943,3 +947,15 @@ def test_how_a_process_died_is_told(does, told, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(script))
     with pytest.raises(fresh.ProcessDied, match=f"^{told}$"):
         fresh.in_process(None, print)
+
+
+def test_ctrl_c_ends_the_process_that_times(tmp_path, monkeypatch):
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\nexec sleep 60\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    before = psutil.Process().children()
+    threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        fresh.in_process(None, print)
+    assert psutil.Process().children() == before

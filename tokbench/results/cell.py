@@ -67,15 +67,18 @@ class RecordIndex:
         return next((record for record in reversed(kinds.values()) if record.kind == kind), None)
 
     def rows(self) -> list[tuple[CellKey, int | None, dict[str, Record]]]:
-        """Each cell with its records by kind; once for each batch size where it was timed at several, and that size."""
+        """Each cell with its records by kind; once for each batch size where cells were timed at several, and that
+        size."""
         rows: list[tuple[CellKey, int | None, dict[str, Record]]] = []
+        speeds = {
+            key: {getattr(one, "batch_size", None): one for one in kinds.values() if one.kind == "speed"}
+            for key, kinds in self.cells.items()
+        }
+        swept = any(len(own) > 1 for own in speeds.values())
         for key, kinds in self.cells.items():
-            speeds = {getattr(one, "batch_size", None): one for one in kinds.values() if one.kind == "speed"}
-            rest = {kind: record for kind, record in kinds.items() if record.kind != "speed"}
-            if len(speeds) < 2:
-                rows.append((key, None, {record.kind: record for record in kinds.values()}))
-            else:
-                rows += [(key, size, {**rest, "speed": speeds[size]}) for size in sorted(speeds)]
+            rest = {record.kind: record for record in kinds.values()}
+            sizes = sorted(speeds[key]) if swept else []
+            rows += [(key, size, {**rest, "speed": speeds[key][size]}) for size in sizes] or [(key, None, rest)]
         return sorted(rows, key=lambda row: row[1] or 0)
 
 

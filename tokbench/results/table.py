@@ -281,6 +281,9 @@ def comparable(cells: Sequence[Cell], *metrics: str) -> list[list[Cell]]:
     """
     paced = any(find_metric(name).paced for name in metrics)
     timed_at = _timed_at(cells)
+    for cell in cells:  # what was timed at several sizes has cells for each; what was not timed goes with the first
+        if cell.at_batch:
+            timed_at.setdefault((cell.run, cell.model), cell.at_batch)
 
     def key(cell: Cell) -> tuple[Any, ...]:
         size = cell.at_batch or timed_at.get((cell.run, cell.model))
