@@ -91,7 +91,9 @@ def plot_pareto(
     require_format(out)
     if size not in SIZES:
         raise UserError(f"no size {size!r}; there are {', '.join(SIZES)}.{nearest(size, SIZES)}")
-    if x in SWEEP or (x is not None and [*x] in [[name] for name in SWEEP]):
+    if SWEEP.intersection(asked := [x] if isinstance(x, str) else x or ()):
+        if len(asked) > 1:
+            raise UserError("--x batch is a plot by itself: name no other --x")
         art = Art(SIZES[size], find_theme(theme), cells)
         with drawing(art.theme, art.settings):
             save(draw_sweep(cells, y, art), out, dpi=200 if art.size.text else 300)

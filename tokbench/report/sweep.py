@@ -15,12 +15,12 @@ from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from tokbench.errors import UserError
 from tokbench.report.panels import DASHES, Art
-from tokbench.report.text import broken, cell_name, group_title
+from tokbench.report.text import broken, capital, cell_name, group_title, told_caveats
 from tokbench.results.cell import Cell
 from tokbench.results.metrics import METRICS, find_metric, metric_name
 from tokbench.results.table import PANEL, group_by, measured_names
 
-SWEEP = ("batch", "batch_size")  # what the x axis is called
+SWEEP = frozenset({"batch", "batch_size"})  # what the x axis is called
 
 
 def draw_sweep(cells: Sequence[Cell], y: str | None, art: Art) -> Figure:
@@ -44,6 +44,12 @@ def draw_sweep(cells: Sequence[Cell], y: str | None, art: Art) -> Figure:
     FigureCanvasAgg(figure)
     for panel, group in zip(figure.subplots(len(groups), 1, squeeze=False)[:, 0], groups, strict=True):
         _draw(panel, group, name, art)
+    if art.size.text:
+        notes = [
+            METRICS[name].bars and f"Bars: {METRICS[name].bars}",
+            *(f"{capital(text)}." for text in told_caveats(shown)),
+        ]
+        figure.supxlabel("\n".join(filter(None, notes)), x=0.01, ha="left", fontsize=8, color=art.theme.muted)
     return figure
 
 

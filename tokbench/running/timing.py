@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import ceil
+from typing import Any
 
 from tokbench.errors import BaselineFailed, RunStopped, one_line
 from tokbench.measure._model import is_out_of_memory, release_memory
@@ -69,37 +70,35 @@ def _time_in_each_process(bench: Bench, members: list[Runnable], size: int) -> l
     return [Timed(speed, memory, watch.stop())]
 
 
-def _record(bench: Bench, lacking: list[Runnable], timed: list[Timed], asked: int, seconds: float) -> None:
-    """Warn of what may spoil these timings, and write them down. seconds: how long they took."""
-    reference, processes = bench.running[0], len(timed)
-    base = [one.speed[reference.cell.id] for one in timed]
-    own = {
-        member.cell.id: [one.speed[member.cell.id] for one in timed]
-        for member in bench.running
-        if all(member.cell.id in one.memory for one in timed)
-    }
-    limits = {
-        member.cell.id: [one.speed[member.limit_name] for one in timed]
-        for member in bench.running
-        if member.limit is not None and all(member.limit_name in one.speed for one in timed)
-    }
-    fields = {
+def _figures(bench: Bench, timed: list[Timed]) -> dict[str, dict[str, Any]]:
+    """The speed part of the record of each cell that every process timed, by cell id."""
+    base = [one.speed[bench.running[0].cell.id] for one in timed]
+    return {
         name: speed_fields(
-            results,
+            [one.speed[name] for one in timed],
             references=base,
-            limits=limits.get(name, ()),
-            memory=max((own for one in timed if (own := one.memory[name])), default=None),
+            limits=[one.speed[limit] for one in timed] if all(limit in one.speed for one in timed) else [],
+            memory=max(filter(None, (one.memory[name] for one in timed)), default=None),
             compiled=bench.options.compile,
         )
-        for name, results in own.items()
+        for name, limit in (
+            (member.cell.id, "" if member.limit is None else member.limit_name) for member in bench.running
+        )
+        if all(name in one.memory for one in timed)
     }
+
+
+def _record(bench: Bench, lacking: list[Runnable], timed: list[Timed], asked: int, seconds: float) -> None:
+    """Warn of what may spoil these timings, and write them down. seconds: how long they took."""
+    reference, processes, fields = bench.running[0], len(timed), _figures(bench, timed)
+    base = [one.speed[reference.cell.id] for one in timed]
     disturbance = together([one.disturbance for one in timed], bench.device)
     vague = vague_speedups({name: figures for name, figures in fields.items() if name != reference.cell.id})
     warnings = list(disturbance.warnings)
     if vague:
-        needed = {name: needed_for_speedup(fields[name], own[name], base) for name in vague}
+        needed = {name: needed_for_speedup(fields[name], [one.speed[name] for one in timed], base) for name in vague}
         done, unit = (processes, "processes") if processes > 1 else (len(base[0].rounds), "rounds")
-        warnings.append(vague_sentence(needed, len(own) - 1, done, seconds, unit))
+        warnings.append(vague_sentence(needed, len(fields) - 1, done, seconds, unit))
     for sentence in warnings:
         if sentence not in thread_warnings(bench.device):  # said at the start
             bench.progress.warn(sentence)
