@@ -491,7 +491,7 @@ def test_a_vague_speedup_says_how_long_it_takes_to_know_it():
     reference, result = (SpeedResult("", 8, rounds, 1, 8.0, 1.0, 1.0, 1.0, []) for rounds in (noisy, [1.0] * 8))
     assert records.needed_for_speedup({}, [result], [reference]) > 8
     over = {"speedup": 1.0, "speedup_low": 0.9, "speedup_high": 1.1}
-    assert records.needed_for_speedup(over, [result] * 3, [reference] * 3) == 12
+    assert records.needed_for_speedup(over, [result] * 3, [reference] * 3) in (12, 13)
 
 
 def test_what_was_warned_of_labels_stays_with_the_run(tmp_path, monkeypatch):
@@ -918,7 +918,8 @@ def test_what_fails_in_a_process_is_recorded_as_it_would_be_here(source, tmp_pat
     real = timing.measure_speed
 
     def fail(models, *, on_failure, **how):
-        on_failure("tiny/tome/8", RuntimeError("no"))
+        if "tiny/tome/8" in models:
+            on_failure("tiny/tome/8", RuntimeError("no"))
         return real({name: own for name, own in models.items() if name != "tiny/tome/8"}, on_failure=on_failure, **how)
 
     monkeypatch.setattr(timing, "measure_speed", fail)

@@ -77,7 +77,7 @@ class RecordIndex:
         swept = any(len(own) > 1 for own in speeds.values())
         for key, kinds in self.cells.items():
             rest = {record.kind: record for record in kinds.values()}
-            sizes = sorted(speeds[key]) if swept else []
+            sizes = sorted(speeds[key], key=lambda size: size or 0) if swept else []
             rows += [(key, size, {**rest, "speed": speeds[key][size]}) for size in sizes] or [(key, None, rest)]
         return sorted(rows, key=lambda row: row[1] or 0)
 
