@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from tokbench.errors import UserError
-from tokbench.report.panels import DASHES, Art
+from tokbench.report.panels import DASHES, Art, bars_within
+from tokbench.report.scene import bar_reach
 from tokbench.report.text import broken, capital, cell_name, group_title, told_caveats
 from tokbench.results.cell import Cell
 from tokbench.results.metrics import METRICS, find_metric, metric_name
@@ -54,19 +55,26 @@ def draw_sweep(cells: Sequence[Cell], y: str | None, art: Art) -> Figure:
 
 
 def _draw(panel: Axes, group: Sequence[Cell], name: str, art: Art) -> None:
-    several = len({cell.run for cell in group}) > 1
+    several, reach = len({cell.run for cell in group}) > 1, bar_reach(group, name)
+    lines = group_by(group, lambda cell: (cell.run, cell.key))
     schedules: dict[str, list[str]] = {}
-    for line in group_by(group, lambda cell: (cell.run, cell.key)):
+    for place, line in enumerate(lines):
         first, figures = line[0], [figure for cell in line if (figure := cell[name])]
         dashes = schedules.setdefault(first.variant, [])
         dashes += [] if first.schedule in dashes else [first.schedule]
-        values = [figure.value for figure in figures]
-        ends = [figure.interval or (figure.value, figure.value) for figure in figures]
-        reach = [[max(0.0, side * (end[at] - value)) for value, end in zip(values, ends, strict=True)]
-                 for at, side in ((0, -1), (1, 1))]  # fmt: skip
+        # A little beside each other, so that no bar covers another.
+        across = [(cell.at_batch or 0) * 2 ** (0.03 * (place - (len(lines) - 1) / 2)) for cell in line]
         marks = art.marks(first) | {"linestyle": DASHES[dashes.index(first.schedule) % len(DASHES)]}
-        label = broken(cell_name(first, several), 28)
-        panel.errorbar([cell.at_batch or 0 for cell in line], values, yerr=reach, label=label, elinewidth=0.9, **marks)
+        up, label = bars_within(figures, reach), broken(cell_name(first, several), 28)
+        panel.errorbar(across, [figure.value for figure in figures], yerr=up, label=label, elinewidth=0.9, **marks)
+        for side, head in enumerate("v^"):
+            sign, limit = (-1, 1)[side], reach[side]
+            cut = [
+                at
+                for at, own in zip(across, figures, strict=True)
+                if own.interval and sign * own.interval[side] > sign * limit
+            ]
+            panel.plot(cut, [limit] * len(cut), head, color=marks["color"], markersize=5)
     if METRICS[name].unit == "×":
         panel.axhline(1, color=art.theme.muted, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1.5)
     sizes = sorted({cell.at_batch or 0 for cell in group})
