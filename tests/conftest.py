@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 # Before torch is imported. The cores are for the processes that run the tests, and those that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,10 +12,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
+from made_run import make_run
 from stand_ins import Source, stand_in
 
 from tokbench import cli, interrupts, plugins
 from tokbench.fusion.core import METHODS
+from tokbench.results.cell import Cell
+from tokbench.results.table import load_cells
 from tokbench.running import runner
 
 # The same inputs every time, however slow the machine, and whether Hypothesis sees that it is in CI or not.
@@ -80,6 +84,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A small made-up run."""
+    return make_run(tmp_path / "run")
+
+
+@pytest.fixture
+def cells(run: Path) -> list[Cell]:
+    return load_cells([run])
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from stand_ins import Source, stand_in
 
 import tokbench
 from tokbench import progress
@@ -23,16 +22,11 @@ from tokbench.running.unfinished import find_unfinished
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    """The tiny model and its images behind every name."""
-    stand_in(monkeypatch, Source())
-
-
 QUICK = ("--device", "cpu", "--batch-size", 12, "--method", "tome", "--schedule", 8)
 
 
-def test_run_shows_table_and_plot_and_the_other_commands_read_the_run(tokbench_command, tiny, tmp_path, monkeypatch):
+@pytest.mark.draws
+def test_run_shows_table_and_plot_and_the_other_commands_read_the_run(tokbench_command, source, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     run = tmp_path / "run"
     code, out, err = tokbench_command("run", *QUICK, "--out", run)
@@ -74,7 +68,7 @@ def test_show_warns_of_flops_that_whole_tokens_cannot_meet_in_a_line(tokbench_co
     assert err.startswith("tokbench: warning: topk at flops:0.05 takes") and err.count("\n") == 1
 
 
-def test_on_a_terminal_the_table_grows_under_a_bar(tiny, tmp_path, monkeypatch):
+def test_on_a_terminal_the_table_grows_under_a_bar(source, tmp_path, monkeypatch):
     import io
 
     from rich.console import Console
@@ -109,7 +103,7 @@ def test_without_a_terminal_a_long_phase_says_how_far_it_is(monkeypatch):
     assert first == "accuracy" and re.fullmatch(r"accuracy: 1,000 of 2,000, about 0:\d\d:\d\d left", second)
 
 
-def test_a_run_with_failed_cells_ends_with_3_and_names_them(tokbench_command, tiny, tmp_path, monkeypatch):
+def test_a_run_with_failed_cells_ends_with_3_and_names_them(tokbench_command, source, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError("busy")
 
@@ -121,7 +115,7 @@ def test_a_run_with_failed_cells_ends_with_3_and_names_them(tokbench_command, ti
     assert f"1 failed; tracebacks: {run / 'records.jsonl'}" in out
 
 
-def test_an_interrupted_run_says_what_is_kept(tokbench_command, tiny, tmp_path, monkeypatch):
+def test_an_interrupted_run_says_what_is_kept(tokbench_command, source, tmp_path, monkeypatch):
     from tokbench.running import runner
 
     def interrupt(*args, **kwargs):
@@ -152,7 +146,7 @@ def test_an_interrupted_run_says_what_is_kept(tokbench_command, tiny, tmp_path, 
     assert tokbench_command("run", *QUICK)[0] == 130
 
 
-def test_a_new_run_says_that_an_unfinished_one_of_the_same_grid_is_there(tokbench_command, tiny, tmp_path, monkeypatch):
+def test_a_new_run_says_that_an_unfinished_one_of_its_grid_is_there(tokbench_command, source, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -179,7 +173,7 @@ def test_a_new_run_says_that_an_unfinished_one_of_the_same_grid_is_there(tokbenc
     assert find_unfinished(Grid.from_dict(RunFolder.open(left).manifest.grid.plain())) is None
 
 
-def test_the_command_that_continues_names_the_folder_that_was_made(tokbench_command, tiny, tmp_path, monkeypatch):
+def test_the_command_that_continues_names_the_folder_that_was_made(tokbench_command, source, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -270,7 +264,7 @@ def test_wrong_input_is_one_line_and_2(tokbench_command, monkeypatch, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_metric_format_or_column_is_one_line_and_2(tokbench_command, tiny, tmp_path):
+def test_wrong_metric_format_or_column_is_one_line_and_2(tokbench_command, source, tmp_path):
     run = tmp_path / "run"
     assert tokbench_command("run", *QUICK, "--only", "flops,accuracy", "--out", run)[0] == 0
     for words, part in [
@@ -309,24 +303,13 @@ def test_version_and_help(tokbench_command):
     assert code == 0 and "--checkpoint" in out and "(default: auto)" in out
 
 
-REFERENCE = Path(__file__).parents[1] / "results" / "reference"
 HEAVY = {"torch", "timm", "pandas", "numpy", "matplotlib", "scipy"}
 
 
 @pytest.mark.parametrize(
-    ("words", "heavy"),
-    [
-        (["--help"], HEAVY),
-        (["list", "methods"], HEAVY),
-        (["list", "schedules"], HEAVY),
-        (["list", "data"], HEAVY),
-        (["table", str(REFERENCE)], {"torch", "timm"}),
-        (["plot", str(REFERENCE), "--out", "a.png"], {"torch", "timm"}),
-        (["pick", str(REFERENCE), "--max-drop", "5"], {"torch", "timm"}),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
+    "words", [["--help"], ["list", "methods"], ["list", "schedules"], ["list", "data"]], ids=" ".join
 )
-def test_what_only_reads_imports_nothing_heavy(tmp_path, words, heavy):
+def test_what_only_tells_imports_nothing_heavy(tmp_path, words):  # of runs: tests/test_folder.py
     code = f"""
 import sys
 sys.argv = ["tokbench", *{words!r}]
@@ -334,7 +317,7 @@ from tokbench.cli import main
 try:
     main()
 finally:
-    found = {heavy!r} & set(sys.modules)
+    found = {HEAVY!r} & set(sys.modules)
     assert not found, found
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -383,7 +366,7 @@ def test_what_a_user_means_is_understood_or_answered(tokbench_command, words, co
     assert found == code and part in (err if code else out) and err.count("\n") == (code == 2)
 
 
-def test_a_metric_may_be_called_by_its_column(tokbench_command, tiny, tmp_path):
+def test_a_metric_may_be_called_by_its_column(tokbench_command, source, tmp_path):
     run = tmp_path / "run"
     assert tokbench_command("run", *QUICK, "--out", run)[0] == 0
     assert tokbench_command("table", run, "--sort", "latency_ms")[0] == 0
@@ -394,7 +377,8 @@ def test_a_metric_may_be_called_by_its_column(tokbench_command, tiny, tmp_path):
     assert code == 2 and err.count("'drop'") == 1
 
 
-def test_without_answers_the_plot_sets_flops_against_speed(tokbench_command, tiny, tmp_path):
+@pytest.mark.draws
+def test_without_answers_the_plot_sets_flops_against_speed(tokbench_command, source, tmp_path):
     run = tmp_path / "run"
     code, out, err = tokbench_command("run", *QUICK, "--only", "flops,speed", "--out", run)
     assert (code, err) == (0, "") and (run / "pareto.png").is_file() and out.rstrip().endswith("pareto.png")

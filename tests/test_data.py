@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from image_folders import make_folder, vit
 from PIL import Image
 from scipy.io import savemat
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
@@ -33,27 +34,10 @@ BUNDLED = Path(data.__file__).parents[1] / "bundled"
 WNIDS = ImageNetInfo().label_names()
 
 
-def vit(num_classes: int = 10, in_chans: int = 3, **config: object) -> VisionTransformer:
-    model = VisionTransformer(
-        img_size=32, patch_size=8, in_chans=in_chans, num_classes=num_classes, embed_dim=8, depth=1, num_heads=1
-    )
-    model.pretrained_cfg = {"mean": (0.5,) * in_chans, "std": (0.5,) * in_chans, "crop_pct": 1.0, **config}
-    return model
-
-
 def grey_vit() -> VisionTransformer:
     model = VisionTransformer(img_size=56, patch_size=8, in_chans=1, num_classes=10, embed_dim=8, depth=1, num_heads=1)
     model.pretrained_cfg = {"mean": (0.5,), "std": (0.5,), "crop_pct": 1.0, "label_names": list(CLASSES)}
     return model
-
-
-def make_folder(root: Path, images: dict[str, int]) -> Path:
-    """A folder of class folders with so many images each."""
-    for name, count in images.items():
-        (root / name).mkdir(parents=True)
-        for i in range(count):
-            Image.new("RGB", (40, 36), (i, 0, 0)).save(root / name / f"{i:03d}.png")
-    return root
 
 
 def complaint(spec: object, model: VisionTransformer, limit: int | None = None) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pytest
 from made_run import changed, make_run
 from stand_ins import plain_records
 
@@ -33,16 +32,6 @@ def each(cells: list[Cell], metric: str, values: Iterable[float], reach: float |
         changed([cell], {metric: Figure(value) if reach is None else Figure(value, value - reach, value + reach)})[0]
         for cell, value in zip(cells, values, strict=True)
     ]
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return make_run(tmp_path / "run")
-
-
-@pytest.fixture
-def cells(run: Path) -> list[Cell]:
-    return load_cells([run])
 
 
 def only(run: Path, out: Path, keep: Any, **changed: Any) -> Path:

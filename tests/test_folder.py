@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -321,6 +322,17 @@ def test_lines_that_nobody_wrote_are_refused_and_cut(run: RunFolder, monkeypatch
     monkeypatch.setattr(store, "_LONGEST_LINE", 10)
     with pytest.raises(UserError, match="line 1: longer than 10 bytes"):
         run.records()
+
+
+def test_more_records_than_can_be_read_in_time_are_refused_with_their_size(run: RunFolder) -> None:
+    os.truncate(run.path / "records.jsonl", 740_000_000)  # sparse: it takes no room
+    with pytest.raises(UserError, match="records.jsonl has 740,000,000 bytes; .* up to 134,217,728"):
+        run.records()
+
+
+def test_a_name_of_any_characters_has_a_place_for_its_predictions(run: RunFolder) -> None:
+    places = {run.prediction_name(name) for name in ("a\udcff", "a\udcfe", "a", "a\n")}
+    assert len(places) == 4 and all(place.isascii() for place in places)
 
 
 def elsewhere(tmp_path: Path, *names: str) -> Path:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import csv
 import io
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 import warnings
@@ -20,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -35,8 +38,9 @@ from tokbench import cli, interrupts
 from tokbench.errors import UserError
 from tokbench.fusion.core import METHODS
 from tokbench.models import load_model
-from tokbench.report.tables import render_table
-from tokbench.results.folder import MANIFEST, RECORDS, SKIPPED
+from tokbench.report.tables import FORMATS, render_table
+from tokbench.results.folder import MANIFEST, RECORDS, SKIPPED, RunFolder
+from tokbench.results.predictions import Predictions
 from tokbench.results.table import load_cells
 from tokbench.running import half_pass, runner
 from tokbench.schedules import GRAMMAR, parse_schedule
@@ -52,8 +56,8 @@ def few(examples: int) -> settings:
     return settings(max_examples=examples) if short else settings()
 
 
-def call(*words: str) -> tuple[int, str]:
-    """Exit code and standard error of a command line, in this process; warnings go there as they would in another."""
+def call(*words: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command line, in this process; warnings go to the latter."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
     with (
@@ -70,21 +74,38 @@ def call(*words: str) -> tuple[int, str]:
     err.flush()
     code = int(caught.value.code or 0)
     OUTCOMES[words[0], code] += 1
-    return code, err.buffer.getvalue().decode()  # type: ignore[attr-defined]
+    return code, *(stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
 
 
-def assert_answer_or_one_line(*words: str) -> None:
-    code, err = call(*words)
+def assert_answer_or_one_line(*words: str) -> str:
+    """What it prints comes back. Nothing in it is obeyed by a terminal or a CI server, nothing outside is touched."""
+    code, out, err = call(*words)
     assert code in CODES.get(words[0], (0, 2)), (words, code, err)
     assert "Traceback" not in err, (words, err)
     if code == 2:
         assert err.startswith("tokbench: ") and err.count("\n") == 1 and err.endswith("\n"), (words, err)
+    lines = [line for line in (out + err).split("\n") if not line.startswith("::error title=tokbench check, ")]
+    assert not any(re.search(r"^\s*::|##\w*\[", line) or not line.isprintable() for line in lines), (words, out, err)
+    assert {path.name: path.read_bytes() for path in Path("outside").rglob("*.*")} == OUTSIDE, words
+    return out
+
+
+# What links in a run folder lead to, by the names that a run has of its own: nobody may write there, or delete.
+OUTSIDE = {name: b"precious" for name in ("manifest.json", "records.jsonl", "report.html", "pareto.png", ".owner.json",
+           "skipped.json", "a.npz")}  # fmt: skip
+
+
+def make_outside() -> None:
+    Path("outside/partial").mkdir(parents=True)
+    for name, content in OUTSIDE.items():
+        Path("outside", "partial" if name == "a.npz" else "", name).write_bytes(content)
 
 
 @contextlib.contextmanager
 def ground(folder: Path) -> Iterator[None]:
     """Work in a folder that holds `whole`, a run of a tiny model, and `half`, one that was stopped in its pass."""
     with pytest.MonkeyPatch.context() as patches, contextlib.chdir(folder):
+        make_outside()
         source = stand_in(patches, Source())
         patches.setattr(Source, "indices", np.arange(len(source)), raising=False)
         patches.setattr(tokbench.models, "load_model", runner.load_model)
@@ -139,9 +160,12 @@ plain = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )
-odd = plain | st.sampled_from(
-    [[], {}, "", "../../x", "/", "<script>", "\x1b[31m", -1, 10**400, 1e308, 2**63, [{}], 0.5]
-)
+HOSTILE = (
+    "deit[/v2]", "imagenet[v2]", "$\\b$", "::add-mask::x", "##[error]x", "##vso[task.x]", "\x1b[31m\x1b]0;x\x07",
+    "a\udcff", "a\n::warning::x", "=cmd()", "-1+cmd()", "<script>alert(1)</script>", "100 %", "_x_ \\ ^~{}", "a&b",
+    "`x`|y", "![a](b)", "\u202eabc", "x" * 3000,
+)  # fmt: skip
+odd = plain | st.sampled_from([[], {}, "", "../../x", "/", -1, 10**400, 1e308, 2**63, [{}], 0.5, *HOSTILE])
 # What a shell can hand over: no zero, and bytes that are no UTF-8 as lone surrogates. No "/": files are written.
 arguments = st.text(
     st.one_of(st.characters(exclude_characters="\0/", exclude_categories=["Cs"]), st.sampled_from("\udc80\udcff")),
@@ -387,7 +411,7 @@ def damaged(value: Any) -> st.SearchStrategy[Any]:
 
 @st.composite
 def tampered_runs(draw: st.DrawFn) -> str:
-    """The folder `whole` or `half` with one or two of its files damaged, as `tampered`."""
+    """The folder `whole` or `half`, as `tampered`: one or two of its files are damaged, some lead elsewhere."""
     original = Path(draw(st.sampled_from(["whole", "half"])))
     files: dict[Path, bytes | None] = {}
     names = sorted(path.relative_to(original) for path in original.rglob("*") if path.is_file())
@@ -408,6 +432,7 @@ def tampered_runs(draw: st.DrawFn) -> str:
         else:
             rows = draw(damaged([json.loads(line) for line in (original / name).read_text().splitlines()]))
             rows = rows if isinstance(rows, list) else [rows]
+            rows += draw(st.lists(st.sampled_from(rows), max_size=2)) if rows else []  # the last of a kind counts
             text = "".join(json.dumps(row) + "\n" for row in rows).encode(errors="surrogatepass")
             files[Path(name)] = text + draw(st.binary(max_size=5))
         if draw(st.integers(0, 19)) == 0:
@@ -421,13 +446,28 @@ def tampered_runs(draw: st.DrawFn) -> str:
             target.mkdir()
         elif not target.is_dir():
             target.write_bytes(damage)
-    return "\n".join(f"{path}: {damage!r}" for path, damage in files.items())
+    own = (
+        [*OUTSIDE, *OUTSIDE, "partial", "predictions"]
+        if draw(st.integers(0, 2)) == 0
+        else ["report.html", "pareto.png"]
+    )
+    links = draw(st.lists(st.sampled_from(own), max_size=2, unique=True))
+    for name in links:
+        path, target = (
+            Path("tampered", name),
+            Path("outside", "" if "." in name else "partial", name if "." in name else ""),
+        )
+        shutil.rmtree(path, ignore_errors=True)
+        path.unlink(missing_ok=True)
+        path.symlink_to(target.resolve())
+    return "\n".join([*(f"{path}: {damage!r}" for path, damage in files.items()), f"links: {links}"])
 
 
 READERS = (
     ("table", "--format=md"), ("table", "--format=rich", "--pareto"), ("table", "--format=json", "--filter=drop<1"),
     ("table", "whole", "--format=csv"), ("pick", "--max-drop=5"), ("pick", "--min-speedup=1", "--json"),
     ("pick", "--max-gflops=1", "--max-latency-ms=1"), ("check", "--baseline=whole", "--max-slowdown=5"),
+    ("table", "--format=tex"), ("compare", "whole"), ("compare", "--format=csv", "--baseline=whole:none", "whole"),
     ("check", "whole", "--baseline"), ("check", "--baseline=whole", "--limit=4"), ("check", "whole", "--limit=4",
     "--baseline"),
 )  # fmt: skip
@@ -441,7 +481,7 @@ def test_tampered_runs_are_read(_, command):
 @few(4)
 @given(
     tampered_runs(),
-    st.sampled_from([("report", "--out=a.html"), ("plot", "--out=a.png"), ("plot", "--out=a.svg", "whole")]),
+    st.sampled_from([("report",), ("plot",), ("plot", "--out=a.svg", "whole")]),
 )
 def test_tampered_runs_are_drawn(_, command):
     assert_answer_or_one_line(*command, "tampered")
@@ -468,13 +508,92 @@ def test_a_run_folder_may_have_any_name():
     name = "./-a\n[red]'\"<b>$x$\x1b[31m\udcff"
     try:
         for words in (GO_ON, ("table", "--format=md"), ("table", "--format=csv"), ("plot",), ("report",), ("check",)):
-            code, err = call(*words, name, *["--baseline=whole"] * (words == ("check",)))
+            code, _, err = call(*words, name, *["--baseline=whole"] * (words == ("check",)))
             assert (code, "\x1b" in err) == (0, False), (words, err)
         assert {"report.html", "pareto.png"} <= {path.name for path in Path(name).iterdir()}
         assert_answer_or_one_line("pick", name, "--max-drop=5")
         assert_answer_or_one_line("table", name + "?")
     finally:
         shutil.rmtree(name)
+
+
+def hostile_run(path: Path, flops: int) -> str:
+    """A run in which everything that has a name has each of `HOSTILE`: its methods by themselves, the rest by turns."""
+    folder = RunFolder.create(
+        path, {"machine": {"cpu": HOSTILE[0]}, "command": HOSTILE[3], "plugins": {HOSTILE[4]: "a"}}
+    )
+    labels = np.arange(8)
+    answers = Predictions(labels, labels, np.full(8, 0.5, np.float32), labels >= 0)
+    for place, name in enumerate(("none", *HOSTILE)):
+        other, cell = HOSTILE[place - 2], f"{name}/8"
+        same = {
+            "cell": cell, "model": "".join(HOSTILE[:-1]), "method": name, "schedule": "8" if place else "",
+            "params": {other: name} if place % 2 else {}, "weights_sha256": "a", "data": "".join(HOSTILE[:-1]),
+            "data_fingerprint": "b", "device": "cpu", "dtype": "fp32", "caveats": [other] if place < 5 else [],
+        }  # fmt: skip
+        folder.append({"kind": "flops", "flops": 10**9 - flops * place, "flops_ratio": 1 - place / 100} | same)
+        top1 = {"top1": 1 - place / 100, "drop": 1.0 * place, "drop_low": 0.0, "drop_high": 2.0 * place}
+        folder.append({"kind": "accuracy", "images": 8, "agreement": 1.0, **top1} | same)
+        folder.replace(folder.prediction_name(cell), answers.save)
+    folder.append({"kind": "failure", "phase": "speed", "message": "\n".join(HOSTILE)} | same)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def hostile():
+    """Two such runs, by names that are hostile, too."""
+    yield hostile_run(Path("=cmd()##[error]\n::x\udcff[/v2]"), 10**7), hostile_run(Path("::add-mask::x"), 2 * 10**7)
+    for name in Path().iterdir():
+        if name.name.startswith(("=cmd", "::")):
+            shutil.rmtree(name)
+
+
+def test_names_are_text_in_every_command_and_format(hostile, monkeypatch):
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", "summary.md")
+    one, two = hostile
+    tables = {form: assert_answer_or_one_line("table", one, two, f"--format={form}") for form in FORMATS}
+    assert all(name in tables["rich"] for name in ("deit[/v2]", "imagenet[v2]", "$\\b$", "![a](b)"))
+    for sheet in (tables["csv"], assert_answer_or_one_line("compare", one, two, "--format=csv")):
+        rows = list(csv.reader(io.StringIO(sheet)))
+        assert len({*map(len, rows)}) == 1 and not any(
+            own[:1] in ("=", "@") or own[:2] == "-1+" for own in sum(rows, [])
+        )
+    assert {row["method"] for row in json.loads(tables["json"])} >= {"deit[/v2]", "=cmd()", "a\\udcff"}
+    for page in (tables["md"], assert_answer_or_one_line("compare", one, two, "--format=md")):
+        lines = [re.sub(r"`(none|free)`", "", line) for line in page.splitlines()]
+        assert not any(re.search(r"(?<!\\)(\\\\)*(<|!\[|`|\$)", line) for line in lines)
+        assert len({len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in lines if line.startswith("| ")}) == 1
+    rows = [line for line in tables["tex"].splitlines() if line.endswith(r"\\")]
+    assert len({len(re.findall(r"(?<!\\)&", row)) for row in rows}) == 1
+    assert not any(re.search(r"(?<!\\)[%_#{]", re.sub(r"\\\w+(\{\}|\{(?=[^}]))?", "", row)) for row in rows[1:])
+    for form in ("rich", "json"):
+        assert_answer_or_one_line("compare", one, two, f"--format={form}")
+    for words in (
+        ("pick", one, "--max-drop=50"),
+        ("pick", one, "--max-drop=50", "--json"),
+        ("plot", one, "--x=gflops", "--size=page"),
+    ):
+        assert_answer_or_one_line(*words)
+    assert_answer_or_one_line("report", one, two)
+    page = Path(one, "report.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
+    told = assert_answer_or_one_line("check", one, f"--baseline={two}", "--junit=junit.xml")
+    assert re.findall("^::.*?(?=::)", told, re.MULTILINE) == ["::error title=tokbench check, flops"]
+    assert "<" not in Path("summary.md").read_text().replace(r"\<", "")
+    assert len([*ElementTree.parse("junit.xml").iter("testcase")]) > 3 * len(HOSTILE)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_are_text_in_errors(name):
+    for words in (
+        ("table", name),
+        ("plot", "whole", f"--x={name}"),
+        ("table", "whole", f"--filter={name}"),
+        ("list", name),
+    ):
+        assert_answer_or_one_line(*words)
+    assert_answer_or_one_line("run", "--dry-run", f"--label={name}", "--model=tiny", f"--data={name}", f"--out={name}")
 
 
 RECORD = {
@@ -517,7 +636,7 @@ def test_a_checkpoint_that_would_start_a_program_is_refused(tmp_path, monkeypatc
     marker, checkpoint = tmp_path / "made", tmp_path / "hostile.pth"
     checkpoint.write_bytes(pickle.dumps({"state_dict": _Hostile(marker)}))
     words = ("--model", "vit_tiny_patch16_224", "--checkpoint", str(checkpoint), "--device", "cpu", "--only", "flops")
-    code, err = call("run", *words, "--method", "tome", "--schedule", "8", "--out", str(tmp_path / "run"))
+    code, _, err = call("run", *words, "--method", "tome", "--schedule", "8", "--out", str(tmp_path / "run"))
     assert code == 2 and err.startswith("tokbench: ") and err.count("\n") == 1, err
     assert not marker.exists()
     pickle.loads(checkpoint.read_bytes())

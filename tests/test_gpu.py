@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from stand_ins import Listener, plain_records, small_grid, tiny_model
-from test_modes import eva, vit
+from tiny_vits import eva, vit
 from torch import Tensor, nn
 
 import tokbench

@@ -27,16 +27,6 @@ from tokbench.results.table import load_cells
 HOSTILE = "<script>window.hacked = true</script><b>&amp;"
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return make_run(tmp_path / "run")
-
-
-@pytest.fixture
-def cells(run: Path) -> list[Cell]:
-    return load_cells([run])
-
-
 # --- the page -----------------------------------------------------------------------------------------------
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from image_folders import make_folder, vit
 from PIL import Image
 from stand_ins import Listener, plain_records, small_grid, tiny_model
-from test_data import make_folder, vit
 
 from tokbench import data
 from tokbench.config import MethodSpec, RunOptions

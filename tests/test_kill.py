@@ -1,20 +1,26 @@
-"""A real run on the bundled model, killed and interrupted: benchmarks/kill_and_resume.py in small."""
+"""Runs in processes of their own, killed and interrupted: benchmarks/kill_and_resume.py in small."""
 
 from __future__ import annotations
 
 import os
 import re
 import resource
+import runpy
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import fvcore.nn  # noqa: F401  (so that the processes below have it)
 import psutil
 import pytest
+from forked import forked
 from made_run import make_run
+
+from tokbench import __main__, cli
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -28,13 +34,37 @@ def _ctrl_c_is_heard():
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_killed_run_comes_out_as_an_undisturbed_one():
-    words = ["--", "--device=cpu", "--limit=48", "--method=tome", "--schedule=13"]
-    script = [sys.executable, BENCHMARKS / "kill_and_resume.py", "--kills", "3", *words]
-    done = subprocess.run(script, capture_output=True, text=True, check=False, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("kill ") == 3
-    assert "all figures equal the undisturbed run's" in done.stdout.splitlines()[-1]
+def test_a_killed_run_comes_out_as_an_undisturbed_one(source, monkeypatch, capsys):
+    source.count = 200
+    words = ["--", "--device=cpu", "--method=tome", "--schedule=8"]
+    monkeypatch.setattr(sys, "argv", ["kill_and_resume.py", "--kills", "3", *words])
+    runpy.run_path(str(BENCHMARKS / "kill_and_resume.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert out.count("kill ") == 3
+    assert "all figures equal the undisturbed run's" in out.splitlines()[-1]
+
+
+def command(*words: object, main: Callable[[], object] = cli.main, before: str = "") -> Callable[[], None]:
+    """What runs a command line, after a piece of code."""
+
+    def work() -> None:
+        exec(before, {"ctrl_c": lambda: os.kill(os.getpid(), signal.SIGINT)})
+        sys.argv = ["tokbench", *map(str, words)]
+        main()
+
+    return work
+
+
+def wait_for_the_pass(run: Path, alive: Callable[[], bool]) -> None:
+    """Until FLOPs are counted, and a moment longer, which is amid the pass over the images."""
+    records = run / "records.jsonl"
+    while alive() and not (records.exists() and records.read_text().count("\n") == 2):
+        time.sleep(0.05)
+    time.sleep(0.5)
+
+
+ACCURACY = ("run", "--method", "tome", "--schedule", "13", "--limit", "9999", "--workers")
+REST = ("--device", "cpu", "--only", "flops,accuracy")
 
 
 def cpu_seconds(usage: resource.struct_rusage) -> float:
@@ -42,19 +72,18 @@ def cpu_seconds(usage: resource.struct_rusage) -> float:
 
 
 @pytest.mark.parametrize("word", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_at_once_and_names_the_command_that_continues(tmp_path, word):
+def test_a_signal_stops_at_once_and_names_the_command_that_continues(source, tmp_path, word):
+    source.count = 9999
     run = tmp_path / "a run"
-    words = ["run", "--method", "tome", "--schedule", "13", "--workers", "1", "--limit", "9999", "--out", str(run)]
-    command = [sys.executable, "-m", "tokbench", *words, "--device", "cpu", "--only", "flops,accuracy"]
+    words = [*ACCURACY, "1", "--out", str(run)]
     others = cpu_seconds(resource.getrusage(resource.RUSAGE_CHILDREN))
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    while process.poll() is None and not (run / "records.jsonl").exists():
-        time.sleep(0.05)
-    time.sleep(2)
+    process = forked(command(*words, *REST), tmp_path)
+    wait_for_the_pass(run, process.is_alive)
     until_asked = sum(psutil.Process(process.pid).cpu_times()[:2])
-    process.send_signal(word)
-    _, err = process.communicate()
-    assert process.returncode == 130, err
+    os.kill(process.pid, word)
+    process.join()
+    err = (tmp_path / "err").read_text()
+    assert process.exitcode == 130, err
     # Usually a second; by the clock it would be as many as there are other processes.
     assert cpu_seconds(resource.getrusage(resource.RUSAGE_CHILDREN)) - others - until_asked < 10
     (line,) = err.splitlines()
@@ -64,15 +93,13 @@ def test_a_signal_stops_at_once_and_names_the_command_that_continues(tmp_path, w
 
 
 def test_ctrl_c_to_the_whole_process_group_is_one_clean_line(tmp_path):
+    """As in a terminal: a process of its own and its readers are all told."""
     run = tmp_path / "run"
-    words = ["run", "--method", "tome", "--schedule", "13", "--workers", "2", "--limit", "9999", "--out", str(run)]
-    command = [sys.executable, "-m", "tokbench", *words, "--device", "cpu", "--only", "flops,accuracy"]
+    line = [sys.executable, "-m", "tokbench", *ACCURACY, "2", "--out", str(run), *REST]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
     )
-    while process.poll() is None and not (run / "records.jsonl").exists():
-        time.sleep(0.05)
-    time.sleep(4)
+    wait_for_the_pass(run, lambda: process.poll() is None)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 130, err
@@ -100,42 +127,51 @@ save = half_pass.PassFile.save
 half_pass.PassFile.add = lambda self, half: ctrl_c()
 half_pass.PassFile.save = lambda self: (ctrl_c(), save(self))
 """,
-    "amid an import": """
-import builtins
-kept, numpy_is_at = builtins.__build_class__, "numpy._core"
-def build(function, name, *bases, **words):
-    if function.__module__.startswith(numpy_is_at):
-        ctrl_c()
-    return kept(function, name, *bases, **words)
-builtins.__build_class__ = build
-""",
 }
+SHORT = ("run", "--method", "tome", "--schedule", "13", "--workers", "1", "--limit", "48", "--only", "accuracy")
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_ctrl_c_is_one_line_at_any_moment(moment, tmp_path):
-    script = tmp_path / "script.py"
-    begin = "import os, signal, sys\nctrl_c = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
-    script.write_text(f"{begin}{MOMENTS[moment]}from tokbench import cli\ncli.main()\n")
-    words = ["run", "--method", "tome", "--schedule", "13", "--workers", "1", "--limit", "48", "--only", "accuracy"]
-    command = [sys.executable, script, *words, "--device", "cpu", "--out", tmp_path / "run"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
-    assert done.returncode == 130, done.stderr
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("tokbench: interrupted")
-    assert ("before anything was measured" in line) == (moment == "amid an import")
+def test_ctrl_c_is_one_line_at_any_moment(moment, source, tmp_path):
+    words = [*SHORT, "--device", "cpu", "--out", tmp_path / "run"]
+    process = forked(command(*words, before=MOMENTS[moment]), tmp_path)
+    process.join()
+    err = (tmp_path / "err").read_text()
+    assert process.exitcode == 130, err
+    (line,) = err.splitlines()
+    assert line.startswith("tokbench: interrupted") and "before anything was measured" not in line
+
+
+AMID_AN_IMPORT = """
+import builtins
+kept = builtins.__build_class__
+def build(function, name, *bases, **words):
+    if function.__module__.startswith("PACKAGE"):
+        ctrl_c()
+    return kept(function, name, *bases, **words)
+builtins.__build_class__ = build
+"""
 
 
 def _script(tmp_path: Path, before: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """A new process, with imports still to do."""
     begin = "import os, signal\nctrl_c = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
     end = "from tokbench.__main__ import main\nmain()\n"
     (tmp_path / "script.py").write_text(begin + before + end)
-    command = [sys.executable, tmp_path / "script.py", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    line = [sys.executable, tmp_path / "script.py", *words]
+    return subprocess.run(line, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+
+
+def test_ctrl_c_amid_the_import_of_what_measures_is_one_line(tmp_path):
+    early = AMID_AN_IMPORT.replace("PACKAGE", "numpy._core")
+    done = _script(tmp_path, early, *SHORT, "--device", "cpu", "--out", tmp_path / "run")
+    assert done.returncode == 130, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("tokbench: interrupted") and "before anything was measured" in line
 
 
 def test_ctrl_c_before_the_command_line_is_read_is_one_line(tmp_path):
-    early = MOMENTS["amid an import"].replace("numpy._core", "typer")
+    early = AMID_AN_IMPORT.replace("PACKAGE", "typer")
     done = _script(tmp_path, early, "list", "methods")
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "tokbench: interrupted\n")
 
@@ -147,10 +183,13 @@ def test_ctrl_c_amid_python_s_tear_down_changes_nothing(tmp_path):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("command", ["plot", "report"])
-def test_ctrl_c_amid_writing_leaves_no_half_a_file(command, tmp_path):
-    run, target = make_run(tmp_path / "run"), tmp_path / "drawn" / f"it.{'png' if command == 'plot' else 'html'}"
+@pytest.mark.parametrize("what", ["plot", "report"])
+def test_ctrl_c_amid_writing_leaves_no_half_a_file(what, tmp_path):
+    run, target = make_run(tmp_path / "run"), tmp_path / "drawn" / f"it.{'png' if what == 'plot' else 'html'}"
     target.parent.mkdir()
-    done = _script(tmp_path, "os.fsync = lambda file: ctrl_c()\n", command, run, "--out", target)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "tokbench: interrupted\n")
+    interrupt = "import os\nos.fsync = lambda file: ctrl_c()\n"
+    process = forked(command(what, run, "--out", target, main=__main__.main, before=interrupt), tmp_path)
+    process.join()
+    assert (process.exitcode, (tmp_path / "out").read_text()) == (130, "")
+    assert (tmp_path / "err").read_text() == "tokbench: interrupted\n"
     assert not list(target.parent.iterdir())

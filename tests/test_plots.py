@@ -36,16 +36,6 @@ from tokbench.results.table import load_cells
 HOSTILE = "a$b$ $\\b$ _x_ {y} ^2 <b> \\frac"
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return make_run(tmp_path / "run")
-
-
-@pytest.fixture
-def cells(run: Path) -> list[Cell]:
-    return load_cells([run])
-
-
 def drawn(cells: Sequence[Cell], **asked: Any) -> Picture:
     """The picture that `plot_pareto` would write."""
     pictures: list[Picture] = []

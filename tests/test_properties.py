@@ -63,7 +63,7 @@ def situations(draw, name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_plan_names_every_token_once_and_keeps_what_it_should(name):
-    @settings(max_examples=25)
+    @settings(max_examples=15)
     @given(situations(name))
     def check(situation):
         method, view, r = situation
@@ -109,7 +109,7 @@ def vit(prefix: int) -> VisionTransformer:
 def test_a_model_is_the_composition_of_its_plans_for_each_image_alone(name):
     models = {prefix: vit(prefix) for prefix in PREFIXES}
 
-    @settings(max_examples=15)
+    @settings(max_examples=6)
     @given(
         st.sampled_from(list(PREFIXES)), st.lists(st.integers(0, 9), min_size=3, max_size=3),
         st.permutations(range(3)), st.integers(1, 2), st.integers(0, 99),

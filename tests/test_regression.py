@@ -13,13 +13,14 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from kinds import ONE_OF_EACH
 
 from tokbench.check.compare import Limits, check
 from tokbench.check.differences import compare
 from tokbench.check.verdicts import Check, require_writable, summary, tell_github, write_junit
 from tokbench.config import Grid, MethodSpec, RunOptions
 from tokbench.errors import UserError
-from tokbench.fusion.core import bipartite_match
+from tokbench.fusion.core import METHODS, bipartite_match
 from tokbench.measure.stats import paired_drop, wilson
 from tokbench.results.folder import RunFolder
 from tokbench.results.predictions import Predictions
@@ -475,7 +476,7 @@ def test_junit_holds_a_case_per_gate_and_cell(bad, tmp_path):
     assert len(cases) == len(bad.verdicts)
     failures = {key: failure.get("message") for key, failure in cases.items() if failure is not None}
     assert failures == {
-        ("tokbench.cells", "m/topk/keep:0.5@3"): "failed: 100 %\\x1b[31m <bad>",
+        ("tokbench.cells", "m/topk/keep:0.5@3"): "failed: 100 %\\u001b[31m <bad>",
         ("tokbench.flops", "m/tome/constant:8"): "−100.00 %, 1 → 2e-09 GFLOPs",
     }
     with pytest.raises(UserError, match="it is a folder"):
@@ -584,7 +585,7 @@ GRID = Grid(
         MethodSpec("tofu", ("20",)),
         MethodSpec("evit", ("keep:0.6@3,6,9",)),
     ),
-    options=RunOptions(device="cpu", batch_size=32, limit=64, only=("flops", "accuracy")),
+    options=RunOptions(device="cpu", batch_size=32, limit=32, only=("flops", "accuracy")),
 )
 
 
@@ -614,7 +615,7 @@ def test_a_wrong_sign_in_the_matching_fails_the_check(good_run, monkeypatch, tmp
     from tokbench.fusion import tome
 
     monkeypatch.setattr(tome, "bipartite_match", match_the_least_similar)
-    found = check(good_run, limit=48, out=tmp_path / "again")
+    found = check(good_run, limit=24, out=tmp_path / "again")
     moved = {cell for gate, cell in failed(found) if gate in ("top-1", "flips")}
     assert "bundled/tome/13" in moved
     # Methods that do not match by it, the unreduced model, and what does not depend on which tokens merge, stand.
@@ -623,17 +624,17 @@ def test_a_wrong_sign_in_the_matching_fails_the_check(good_run, monkeypatch, tmp
 
 
 def test_the_unchanged_code_passes_on_a_subset_with_other_batches(good_run, tmp_path):
-    found = check(good_run, limit=24, out=tmp_path / "again", limits=Limits(0, 0))
+    found = check(good_run, limit=16, out=tmp_path / "again", limits=Limits(0, 0))
     assert found.passed, "\n".join(found.lines())
-    assert found.scope == "4 cells on 24 of the baseline's 64 images of bundled"
-    assert len(Predictions.load(RunFolder.open(found.run).prediction_path("bundled/none")).label) == 24
+    assert found.scope == "4 cells on 16 of the baseline's 32 images of bundled"
+    assert len(Predictions.load(RunFolder.open(found.run).prediction_path("bundled/none")).label) == 16
     # The two runs can be compared later, on what they have in common, but only if one says so.
-    with pytest.raises(UserError, match=r"saw other images: 24 of bundled .* --limit 24"):
+    with pytest.raises(UserError, match=r"saw other images: 16 of bundled .* --limit 16"):
         check(good_run, found.run)
-    assert check(good_run, found.run, limit=24, limits=Limits(0, 0)).passed
-    assert check(good_run, found.run, limit=7).scope == "4 cells on 7 of the baseline's 64 images of bundled"
-    with pytest.raises(UserError, match="--limit 25: the run .*again has only 24 images"):
-        check(good_run, found.run, limit=25)
+    assert check(good_run, found.run, limit=16, limits=Limits(0, 0)).passed
+    assert check(good_run, found.run, limit=7).scope == "4 cells on 7 of the baseline's 32 images of bundled"
+    with pytest.raises(UserError, match="--limit 17: the run .*again has only 16 images"):
+        check(good_run, found.run, limit=17)
 
 
 def test_a_baseline_that_was_continued_is_measured_again_as_a_whole(tmp_path):
@@ -670,8 +671,8 @@ def test_nothing_is_measured_where_weights_or_images_are_not_the_baselines(good_
         (copy / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         with pytest.raises(UserError, match=f"the {part} are not those of .*{field}: sha256 .* there"):
             check(copy, out=tmp_path / "out")
-    with pytest.raises(UserError, match="--limit 65: the run .* has only 64 images"):
-        check(good_run, limit=65, out=tmp_path / "out")
+    with pytest.raises(UserError, match="--limit 33: the run .* has only 32 images"):
+        check(good_run, limit=33, out=tmp_path / "out")
     with pytest.raises(UserError, match="at least 1"):
         check(good_run, limit=0, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -768,9 +769,34 @@ def test_a_refusal_to_compare_is_2_and_a_run_that_stopped_3(tokbench_command, go
 OURS = ("--limit", 32, "--max-drop", 3.2, "--max-flips", 3.2)
 
 
-def test_this_code_says_what_the_reference_run_says(tokbench_command, tmp_path):
+def part_of_reference(path: Path, keep: Callable[[str, str], bool]) -> Path:
+    """A copy of the reference run with the methods and schedules that are kept, and its unreduced model."""
+    copy = Path(shutil.copytree(REFERENCE, path))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for method in manifest["grid"]["methods"]:
+        method["schedules"] = [one for one in method["schedules"] if keep(method["name"], one)]
+    grid = manifest["grid"]
+    grid["methods"] = [one for one in grid["methods"] if one["name"] == "none" or one["schedules"]]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    records = [json.loads(line) for line in (copy / "records.jsonl").read_text().splitlines()]
+    kept = [one for one in records if one["method"] == "none" or keep(one["method"], one["schedule"])]
+    (copy / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("methods", "schedules"),
+    [
+        (ONE_OF_EACH, {"flops:0.35"}),
+        pytest.param({*METHODS}, {"flops:0.35", "flops:0.5"}, marks=pytest.mark.slow),  # as the README's own check
+    ],
+    ids=["some", "all"],
+)
+def test_this_code_says_what_the_reference_run_says(tokbench_command, tmp_path, methods, schedules):
     """Our own check: `tokbench check --baseline results/reference`, on as many images as take well under a minute."""
-    words = ["--baseline", REFERENCE, *OURS, "--out", tmp_path / "run"]
+    keep = lambda method, schedule: method in methods and schedule in schedules  # noqa: E731
+    reference = part_of_reference(tmp_path / "reference", keep)
+    words = ["--baseline", reference, *OURS, "--out", tmp_path / "run"]
     code, out, err = tokbench_command("check", *words)
     assert code == 0, f"tokbench check {' '.join(map(str, words))}\n{out}{err}"
 
@@ -778,13 +804,7 @@ def test_this_code_says_what_the_reference_run_says(tokbench_command, tmp_path):
 def test_a_wrong_sign_fails_our_own_check_at_its_settings(tokbench_command, monkeypatch, tmp_path):
     from tokbench.fusion import tome
 
-    copy = Path(shutil.copytree(REFERENCE, tmp_path / "reference"))
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["grid"]["methods"] = [method for method in manifest["grid"]["methods"] if method["name"] == "tome"]
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    records = [json.loads(line) for line in (copy / "records.jsonl").read_text().splitlines()]
-    kept = [record for record in records if record["method"] in ("none", "tome")]
-    (copy / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+    copy = part_of_reference(tmp_path / "reference", lambda method, own: (method, own) == ("tome", "flops:0.35"))
     monkeypatch.setattr(tome, "bipartite_match", match_the_least_similar)
     code, out, err = tokbench_command("check", "--baseline", copy, *OURS, "--out", tmp_path / "run")
     assert code == 1, out + err

@@ -22,16 +22,6 @@ from tokbench.results.records import Record, make_record
 from tokbench.results.table import all_columns, cells_of, comparable, frame, load_cells, load_table, pareto_front
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return make_run(tmp_path / "run")
-
-
-@pytest.fixture
-def cells(run: Path) -> list[Cell]:
-    return load_cells([run])
-
-
 def flops(method: str = "none", schedule: str = "", **fields: Any) -> Record:
     return make_record(
         {"schema": 1, "kind": "flops", "cell": f"m/{method}/{schedule}", "model": "m", "method": method}

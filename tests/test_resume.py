@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,16 +23,41 @@ from tokbench.results.predictions import Predictions
 from tokbench.running import answers, bench, half_pass, runner, timing
 
 TOME, RANDOM = MethodSpec("tome", ("8",)), MethodSpec("random", ("8",))
+UNTIMED = small_grid(TOME, RANDOM, only=("flops", "accuracy"))
+ACCURACY = small_grid(TOME, RANDOM, only=("accuracy",))
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def quiet_stand_in(patch) -> Source:
+    patch.setattr(half_pass, "SAVE_SECONDS", 0)
+    patch.setattr(runner, "_draw", lambda *_: [])
+    return stand_in(patch, Source())
+
+
 @pytest.fixture
 def source(monkeypatch) -> Source:
-    monkeypatch.setattr(half_pass, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(runner, "_draw", lambda *_: [])
-    return stand_in(monkeypatch, Source())
+    return quiet_stand_in(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict:
+    """The figures of a run that nothing interrupted."""
+    path = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        quiet_stand_in(patch)
+        runner.run(UNTIMED, path)
+    return figures(path)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Path:
+    """A run that was interrupted amid its pass over the images."""
+    path = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, quiet_stand_in(patch), 15, ACCURACY, path)
+    return path
 
 
 def stop_at(monkeypatch, source: Source, index: int, grid: Grid, out: Path) -> None:
@@ -81,44 +107,40 @@ def test_a_finished_run_is_not_measured_again(source, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stop", [0, 15, 23])
-def test_a_half_done_pass_goes_on_from_the_last_batch(source, tmp_path, monkeypatch, stop):
-    runner.run(small_grid(), tmp_path / "whole")
-    stop_at(monkeypatch, source, stop, small_grid(), tmp_path / "run")
-    runner.run(small_grid(), tmp_path / "run")
+def test_a_half_done_pass_goes_on_from_the_last_batch(source, whole, tmp_path, monkeypatch, stop):
+    stop_at(monkeypatch, source, stop, UNTIMED, tmp_path / "run")
+    runner.run(UNTIMED, tmp_path / "run")
     assert source.read == list(range(stop // 10 * 10, IMAGES))
-    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+    assert figures(tmp_path / "run") == whole
     assert not (tmp_path / "run" / "partial").exists()
 
 
-def test_a_pass_that_is_interrupted_again_and_again(source, tmp_path, monkeypatch):
-    runner.run(small_grid(), tmp_path / "whole")
+def test_a_pass_that_is_interrupted_again_and_again(source, whole, tmp_path, monkeypatch):
     for stop in (12, 14, 21):
-        stop_at(monkeypatch, source, stop, small_grid(), tmp_path / "run")
-    runner.run(small_grid(), tmp_path / "run")
+        stop_at(monkeypatch, source, stop, UNTIMED, tmp_path / "run")
+    runner.run(UNTIMED, tmp_path / "run")
     assert source.read == list(range(20, IMAGES))
-    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+    assert figures(tmp_path / "run") == whole
 
 
-def test_a_pass_that_was_over_but_not_recorded_reads_no_image(source, tmp_path, monkeypatch):
-    runner.run(small_grid(), tmp_path / "whole")
+def test_a_pass_that_was_over_but_not_recorded_reads_no_image(source, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(answers, "accuracy_fields", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            runner.run(small_grid(), tmp_path / "run")
+            runner.run(UNTIMED, tmp_path / "run")
     source.read.clear()
-    runner.run(small_grid(), tmp_path / "run")
+    runner.run(UNTIMED, tmp_path / "run")
     assert not source.read
-    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+    assert figures(tmp_path / "run") == whole
 
 
-def test_a_broken_part_of_a_pass_is_measured_again(source, tmp_path, monkeypatch):
-    runner.run(small_grid(), tmp_path / "whole")
-    stop_at(monkeypatch, source, 21, small_grid(), tmp_path / "run")
+def test_a_broken_part_of_a_pass_is_measured_again(source, whole, tmp_path, monkeypatch):
+    stop_at(monkeypatch, source, 21, UNTIMED, tmp_path / "run")
     first, second = sorted((tmp_path / "run" / "partial").rglob("*.npz"))
     second.write_bytes(second.read_bytes()[:100])
-    runner.run(small_grid(), tmp_path / "run")
+    runner.run(UNTIMED, tmp_path / "run")
     assert source.read == list(range(10, IMAGES))
-    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+    assert figures(tmp_path / "run") == whole
 
 
 @pytest.mark.parametrize(
@@ -137,27 +159,26 @@ def test_a_broken_part_of_a_pass_is_measured_again(source, tmp_path, monkeypatch
     ],
     ids=str,
 )
-def test_a_part_of_a_pass_that_contradicts_itself_is_measured_again(source, tmp_path, monkeypatch, change):
-    stop_at(monkeypatch, source, 15, small_grid(only=("accuracy",)), tmp_path / "run")
+def test_a_part_of_a_pass_that_contradicts_itself_is_measured_again(source, stopped, tmp_path, change):
+    shutil.copytree(stopped, tmp_path / "run")
     (part,) = (tmp_path / "run" / "partial").rglob("*.npz")
     with np.load(part) as archive:
         arrays = dict(archive)
     about = change if isinstance(change, str) else json.dumps({**json.loads(str(arrays["about"])), **change})
     np.savez(part, **{**arrays, "about": np.array(about)})
-    runner.run(small_grid(only=("accuracy",)), tmp_path / "run")
+    runner.run(ACCURACY, tmp_path / "run")
     assert source.read == list(range(IMAGES))
 
 
 def test_a_stream_starts_again(source, tmp_path, monkeypatch):
     monkeypatch.setattr(source, "streaming", True)
-    stop_at(monkeypatch, source, 15, small_grid(), tmp_path / "run")
+    stop_at(monkeypatch, source, 15, ACCURACY, tmp_path / "run")
     assert not (tmp_path / "run" / "partial").exists()
-    runner.run(small_grid(), tmp_path / "run")
+    runner.run(ACCURACY, tmp_path / "run")
     assert source.read == list(range(IMAGES))
 
 
-def test_a_larger_grid_adds_only_what_is_new(source, tmp_path):
-    runner.run(small_grid(TOME, RANDOM), tmp_path / "whole")
+def test_a_larger_grid_adds_only_what_is_new(source, whole, tmp_path):
     runner.run(small_grid(TOME), tmp_path / "run")
     before = plain_records(tmp_path / "run")
     table = runner.run(small_grid(MethodSpec("tome", ("constant:8",)), RANDOM), tmp_path / "run")
@@ -168,18 +189,17 @@ def test_a_larger_grid_adds_only_what_is_new(source, tmp_path):
     assert len(added[-1]["reference_seconds"]) == len(added[-1]["seconds"])
     paired = np.divide(added[-1]["reference_latency_seconds"], added[-1]["latency_seconds"])
     assert added[-1]["latency_speedup"] == pytest.approx(np.median(paired))
-    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+    assert figures(tmp_path / "run") == whole
     assert list(table["cell"]) == ["tiny/none", "tiny/tome/8", "tiny/random/8"]
     manifest = RunFolder.open(tmp_path / "run").manifest
     assert [len(session.grid.methods) for session in manifest.continued] == [3]
 
 
-def test_what_is_new_waits_for_the_half_done_pass(source, tmp_path, monkeypatch):
-    runner.run(small_grid(TOME, RANDOM), tmp_path / "whole")
-    stop_at(monkeypatch, source, 15, small_grid(TOME), tmp_path / "run")
-    runner.run(small_grid(TOME, RANDOM), tmp_path / "run")
+def test_what_is_new_waits_for_the_half_done_pass(source, whole, tmp_path, monkeypatch):
+    stop_at(monkeypatch, source, 15, small_grid(TOME, only=("flops", "accuracy")), tmp_path / "run")
+    runner.run(UNTIMED, tmp_path / "run")
     assert source.read == [*range(10, IMAGES), *range(IMAGES)]
-    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+    assert figures(tmp_path / "run") == whole
 
 
 def test_a_measure_can_be_added(source, tmp_path):
@@ -200,27 +220,27 @@ def test_a_model_can_be_added(source, tmp_path):
 
 
 def test_the_unreduced_model_must_answer_as_before(source, tmp_path):
-    runner.run(small_grid(TOME), tmp_path / "run")
+    runner.run(small_grid(TOME, only=("accuracy",)), tmp_path / "run")
     folder = RunFolder.open(tmp_path / "run")
     path = folder.prediction_path("tiny/none")
     answers = Predictions.load(path)
     answers.predicted[13] = (answers.predicted[13] + 1) % CLASSES
     answers.save(path)
     with pytest.raises(RunStopped, match="predictions differ among images 10 to 20"):
-        runner.run(small_grid(TOME, RANDOM), tmp_path / "run")
+        runner.run(ACCURACY, tmp_path / "run")
     assert "tiny/random/8" not in {r["cell"] for r in plain_records(folder.path) if r["kind"] == "accuracy"}
     path.write_bytes(b"no archive")
     with pytest.raises(RunStopped, match="predictions in .* cannot be read"):
-        runner.run(small_grid(TOME, RANDOM), tmp_path / "run")
+        runner.run(ACCURACY, tmp_path / "run")
 
 
 @pytest.mark.parametrize("cell", ["tiny/none", "tiny/tome/8"])
 def test_answers_that_were_deleted_are_measured_again(source, tmp_path, cell):
-    runner.run(small_grid(TOME), tmp_path / "run")
+    runner.run(small_grid(TOME, only=("accuracy",)), tmp_path / "run")
     path = RunFolder.open(tmp_path / "run").prediction_path(cell)
     before = Predictions.load(path)
     path.unlink()
-    runner.run(small_grid(TOME), tmp_path / "run")
+    runner.run(small_grid(TOME, only=("accuracy",)), tmp_path / "run")
     assert np.array_equal(Predictions.load(path).predicted, before.predicted)
     assert [r["cell"] for r in plain_records(tmp_path / "run") if r["kind"] == "accuracy"].count(cell) == 2
 
@@ -236,7 +256,8 @@ def test_a_cell_must_be_what_it_was(source, tmp_path):
 def test_more_images_measure_accuracy_again_and_keep_the_rest(source, tmp_path, monkeypatch):
     dynamic = MethodSpec("ats", ("keep:0.5@1",))  # its FLOPs depend on the images
     grid = small_grid(TOME, dynamic, MethodSpec("free", ("8",)))
-    runner.run(grid, tmp_path / "whole", options=RunOptions(device="cpu", batch_size=10))
+    accuracy = RunOptions(device="cpu", batch_size=10, only=("accuracy",))
+    runner.run(grid, tmp_path / "whole", options=accuracy)
     few, all_ = (RunOptions(device="cpu", batch_size=10, limit=limit) for limit in (12, None))
     runner.run(grid, tmp_path / "run", options=few)
     before = plain_records(tmp_path / "run")
@@ -262,19 +283,19 @@ def test_more_images_measure_accuracy_again_and_keep_the_rest(source, tmp_path, 
 
 def test_half_a_pass_over_fewer_images_is_forgotten(source, tmp_path, monkeypatch):
     monkeypatch.setattr(source, "count", 20)
-    stop_at(monkeypatch, source, 15, small_grid(TOME), tmp_path / "run")
+    stop_at(monkeypatch, source, 15, small_grid(TOME, only=("accuracy",)), tmp_path / "run")
     part, larger = source, Source()
     larger.fingerprint = "e" * 64
     notes = []
     monkeypatch.setattr(Listener, "note", lambda self, text: notes.append(text))
     monkeypatch.setattr(runner, "open_dataset", lambda *a, limit, labels: part if limit == 20 else larger)
-    table = runner.run(small_grid(TOME), tmp_path / "run", progress=Listener())
+    table = runner.run(small_grid(TOME, only=("accuracy",)), tmp_path / "run", progress=Listener())
     assert notes[0].startswith("tiny: 24 images instead of 20, so accuracy is measured again on all of them")
     assert larger.read == list(range(IMAGES)) and set(table["images"]) == {IMAGES}
     source.fingerprint = "d" * 64  # more images, and the first ones are others
     monkeypatch.setattr(runner, "open_dataset", lambda *a, limit, labels: part if limit == 24 else Source(30))
     with pytest.raises(UserError, match="data was 24 images of blobs and is 30 of blobs"):
-        runner.run(small_grid(TOME), tmp_path / "run")
+        runner.run(small_grid(TOME, only=("accuracy",)), tmp_path / "run")
 
 
 def other_weights(monkeypatch, source):
@@ -333,10 +354,10 @@ def test_a_failed_cell_is_tried_again_and_told_once(source, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(bench, "apply", refuse)
         for _ in range(2):
-            table = runner.run(small_grid(TOME), tmp_path / "run")
+            table = runner.run(small_grid(TOME, only=("flops", "accuracy")), tmp_path / "run")
     assert list(table["error"].notna()) == [False, True]
     assert [r["kind"] for r in plain_records(tmp_path / "run")].count("failure") == 1
-    table = runner.run(small_grid(TOME), tmp_path / "run")
+    table = runner.run(small_grid(TOME, only=("flops", "accuracy")), tmp_path / "run")
     assert table["error"].isna().all() and table["top1"].notna().all()
 
 
@@ -349,9 +370,9 @@ def test_a_run_of_an_older_version_is_not_continued(source, tmp_path):
 def test_progress_tells_what_is_there(source, tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(Listener, "continued", lambda self, records: told.append(len(records)))
-    stop_at(monkeypatch, source, 15, small_grid(), tmp_path / "run")
+    stop_at(monkeypatch, source, 15, UNTIMED, tmp_path / "run")
     listener = Listener()
-    runner.run(small_grid(), tmp_path / "run", progress=listener)
+    runner.run(UNTIMED, tmp_path / "run", progress=listener)
     assert told == [3]
     phase = listener.told.index(("phase", "tiny: accuracy", IMAGES))
     assert listener.told[phase + 1 : phase + 4] == [("advance", 10), ("advance", 20), ("advance", 24)]

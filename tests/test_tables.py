@@ -19,16 +19,6 @@ from tokbench.results.folder import RunFolder
 from tokbench.results.table import filter_cells, load_cells, load_shown
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return make_run(tmp_path / "run")
-
-
-@pytest.fixture
-def cells(run: Path) -> list[Cell]:
-    return load_cells([run])
-
-
 def rich_text(cells: list[Cell], width: int) -> str:
     console = Console(width=width, file=io.StringIO(), color_system=None)
     console.print(render_table(cells, "rich", width=width))

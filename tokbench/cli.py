@@ -16,7 +16,7 @@ import typer
 from typer.exceptions import TyperException
 
 from tokbench import __version__
-from tokbench.errors import RunStopped, UserError, complain, nearest
+from tokbench.errors import RunStopped, UserError, complain, nearest, say
 from tokbench.interrupts import ending_after_unwinding, ending_at_once, ignoring_at_exit
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ def run(
     if dry_run:
         if "accuracy" in chosen.options.only:
             require_data(chosen.data)
-        print(chosen.describe())
+        say(chosen.describe())
         return
 
     if out is None and not fresh:
@@ -326,7 +326,7 @@ def plot(
             load_shown(runs, complain), target, x=x, y=y, size=size, theme=theme, published=published, linear=linear,
             tell=complain,
         )  # fmt: skip
-    print(drawn)
+    say(str(drawn))
 
 
 @app.command()
@@ -359,7 +359,7 @@ def table(
         piped = not console.is_terminal and "COLUMNS" not in os.environ
         print_table(console, cells, sort, pareto, filters=filters, columns=names, every_column=piped)
     else:
-        print(render_table(cells, format, sort, pareto, filters=filters, columns=names), end="")
+        say(render_table(cells, format, sort, pareto, filters=filters, columns=names))
 
 
 @app.command()
@@ -374,7 +374,7 @@ def report(
 
     with ending_after_unwinding():
         written = write_report(runs, out or runs[0] / "report.html", tell=complain)
-    print(written)
+    say(str(written))
 
 
 @app.command()
@@ -419,7 +419,7 @@ def show(
         )  # fmt: skip
     for warning in caught:
         complain(f"warning: {warning.message}")
-    print(drawn)
+    say(str(drawn))
 
 
 @app.command()
@@ -468,7 +468,7 @@ def check(
 
         limits = Limits(max_drop, max_flips, max_slowdown, despite_warnings)
         found = check_run(baseline, run, limits=limits, limit=limit, out=out, device=device, progress=progress)
-    print("\n".join(found.lines()))
+    say("\n".join(found.lines()))
     if junit:
         with ending_after_unwinding():
             write_junit(found, junit)
@@ -498,7 +498,7 @@ def compare(
     if format == "rich":
         Console().print(as_table(found))
     else:
-        print(render(found, format), end="")
+        say(render(found, format))
 
 
 @app.command()
@@ -531,9 +531,9 @@ def pick(
         max_gflops=max_gflops,
     )  # fmt: skip
     if as_json:
-        print(json.dumps([found.to_dict() for found in picks], indent=2, ensure_ascii=False))
+        say(json.dumps([found.to_dict() for found in picks], indent=2, ensure_ascii=False))
     else:
-        print("\n\n".join(found.text() for found in picks))
+        say("\n\n".join(found.text() for found in picks))
     raise typer.Exit(0 if all(found.best is not None for found in picks) else 1)
 
 
@@ -558,16 +558,16 @@ def list_(
             if not names:
                 families = dict.fromkeys(name.partition("_patch")[0] for name in model_names())
                 raise UserError(f"no model is called {pattern!r}.{nearest(pattern, families)}")
-            print("\n".join(names))
+            say("\n".join(names))
         case "methods":
             from tokbench.config import describe_methods
 
-            print(describe_methods())
+            say(describe_methods())
         case "schedules":
             from tokbench.config import describe_schedules
 
-            print(describe_schedules())
+            say(describe_schedules())
         case "data":
             from tokbench.config import SPECS
 
-            print(SPECS)
+            say(SPECS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
 import sys
 import textwrap
 from collections.abc import Iterable
@@ -38,8 +40,21 @@ def shortened(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that any file can hold and no terminal interprets: control characters are escaped: \\n, \\x1b, \\udcff."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    """Text that any file can hold, and that neither a terminal nor a CI server obeys.
+
+    Control characters, the `::` that begins a command in GitHub's logs and the `##[` that does in others' are escaped
+    as both JSON and Python read them in a string: \\n, \\u001b, \\udcff, :\\u003a, #\\u0023[. Twice is as once.
+    """
+    if not text.isprintable():
+        text = "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
+    if "::" in text or "##" in text:
+        text = re.sub(r"(?<=:):|(?<=#)#(?=\w*\[)", lambda found: f"\\u{ord(found[0]):04x}", text)
+    return text
+
+
+def say(text: str) -> None:
+    """Print what a command found, on standard output."""
+    print("\n".join(map(printable, text.removesuffix("\n").split("\n"))))
 
 
 def complain(text: str) -> None:

@@ -41,7 +41,7 @@ def _load(path: Path) -> list[str]:
     except OSError as error:
         raise UserError(f"plugin '{str(path)[:100]}' cannot be read: {error.strerror}") from error
     at = str(path.resolve())
-    name = f"tokbench_plugin_{path.stem}_{hashlib.sha256(at.encode()).hexdigest()[:8]}"
+    name = f"tokbench_plugin_{path.stem}_{hashlib.sha256(os.fsencode(at)).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UserError(f"plugin '{path}' is not a Python file; its name must end with .py")

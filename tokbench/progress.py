@@ -117,7 +117,7 @@ class LiveProgress(Progress):
     def phase(self, name: str, total: int | None) -> None:
         self._draw()  # the last phase's full bar and its records
         self._bars.remove_task(self._task)
-        self._task = self._bars.add_task(name, total=total)
+        self._task = self._bars.add_task(printable(name), total=total)
         self._draw()
         if not self._console.is_terminal:
             self._say(name)

@@ -15,11 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tokbench.check.runs import Measured, Run, matched
-from tokbench.check.verdicts import for_markdown
 from tokbench.config import MethodSpec
 from tokbench.errors import UserError, nearest, printable
 from tokbench.measure.stats import paired_drop, wilson
-from tokbench.report.text import interval, number
+from tokbench.report.text import for_markdown, for_sheet, interval, number
 from tokbench.results.cell import Cell, CellKey, Figure
 from tokbench.results.metrics import METRICS
 from tokbench.results.predictions import Predictions
@@ -181,7 +180,7 @@ def render(found: Sequence[Difference], format: str) -> str:
     writer.writerow(["cell", "against", "images", *(f"{name}_{end}" for name in _HEADS for end in ends)])
     for one in found:
         figures = [getattr(one.figures.get(name), end, None) for name in _HEADS for end in ends]
-        writer.writerow([one.cell, one.against, one.images, *figures])
+        writer.writerow([for_sheet(one.cell), for_sheet(one.against), one.images, *figures])
     return file.getvalue()
 
 

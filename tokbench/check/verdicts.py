@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
 from tokbench.errors import RunStopped, UserError, printable
+from tokbench.report.text import for_markdown
 from tokbench.results.conditions import Differences, in_words
 from tokbench.results.folder import replace_file
 
@@ -108,7 +108,7 @@ class Check:
             lines.append(f"{self.word(gate)}  {gate:6}  {self.headline(gate)}")
             lines += [f"        {line}" for line in self.failed(gate)]
         lines += [f"note  {note}" for note in self.notes]
-        return [_for_log(line) for line in [*lines, self.conclusion()]]
+        return [printable(line) for line in [*lines, self.conclusion()]]
 
 
 def require_writable(path: Path) -> None:
@@ -131,14 +131,14 @@ def write_junit(check: Check, path: Path) -> None:
     properties = ElementTree.SubElement(suite, "properties")
     described = {"run": check.run, "baseline": check.baseline, "differences": "; ".join(check.differ.told)}
     for name, value in described.items():
-        ElementTree.SubElement(properties, "property", {"name": name, "value": _for_xml(str(value))})
+        ElementTree.SubElement(properties, "property", {"name": name, "value": printable(str(value))})
     for verdict in check.verdicts:
-        names = {"classname": f"tokbench.{verdict.gate}", "name": _for_xml(verdict.cell)}
+        names = {"classname": f"tokbench.{verdict.gate}", "name": printable(verdict.cell)}
         case = ElementTree.SubElement(suite, "testcase", names)
         if verdict.passed:
-            ElementTree.SubElement(case, "system-out").text = _for_xml(verdict.text)
+            ElementTree.SubElement(case, "system-out").text = printable(verdict.text)
         else:
-            ElementTree.SubElement(case, "failure", {"message": _for_xml(verdict.text), "type": verdict.gate})
+            ElementTree.SubElement(case, "failure", {"message": printable(verdict.text), "type": verdict.gate})
     ElementTree.indent(root)
     tree = ElementTree.ElementTree(root)
     try:
@@ -186,22 +186,6 @@ def tell_github(check: Check, environment: Mapping[str, str] = os.environ) -> No
             file.write(summary(check))
 
 
-# A run may come from somebody else, with names of their choice. What they say is text in each of these.
-
-
-def _for_log(line: str) -> str:
-    """GitHub's runner obeys lines that begin with `::`, and whatever follows `##[`."""
-    return re.sub(r"^\s*(?=::)|##(?=\[)", lambda found: found[0] + "\\", printable(line))
-
-
 def _for_command(lines: list[str]) -> str:
     """As the data of a workflow command, whose only escape is that of URLs."""
     return "%0A".join(printable(line).replace("%", "%25") for line in lines)
-
-
-def for_markdown(text: str) -> str:
-    """Without tables, markup and HTML. An underscore between letters is none."""
-    return re.sub(r"[\\`*|<>&\[\]~#$!]|(?<!\w)_|_(?!\w)", r"\\\g<0>", printable(text))
-
-
-_for_xml = printable  # ElementTree does the rest: what XML cannot hold at all, nobody can print

@@ -18,7 +18,7 @@ from tokbench.report.text import cell_name, group_title, interval, number, varia
 from tokbench.results.cell import Cell, Figure
 from tokbench.results.folder import RunFolder, replace_file
 from tokbench.results.metrics import GAINS, METRICS
-from tokbench.results.table import comparable, load_shown, measured, unbeaten
+from tokbench.results.table import Rivals, comparable, load_shown, measured
 
 _TEMPLATE, _SCRIPT = (Path(__file__).with_name(name) for name in ("report.html.jinja", "report.js"))
 _SYMBOLS = {
@@ -77,7 +77,10 @@ def plot_data(cells: Sequence[Cell]) -> dict[str, Any]:
     group_of = {cell: number for number, group in enumerate(groups) for cell in group}
     number_of = {cell: number for number, cell in enumerate(cells)}
     runs = [list(dict.fromkeys(cell.run for cell in group)) for group in groups]
-    each = {paced: comparable(cells, *(name for name in names if METRICS[name].paced == paced)) for paced in (0, 1)}
+    each = {
+        paced: [Rivals(own) for own in comparable(cells, *(name for name in names if METRICS[name].paced == paced))]
+        for paced in (False, True)
+    }
     return {
         "metrics": {name: {"label": METRICS[name].label, "better": METRICS[name].better} for name in names},
         "axes": _axes(names),
@@ -89,8 +92,8 @@ def plot_data(cells: Sequence[Cell]) -> dict[str, Any]:
         "fronts": {
             f"{x}|{y}": [
                 [number_of[cell] for cell in front]
-                for group in each[METRICS[x].paced or METRICS[y].paced]
-                if (front := unbeaten(group, x, y))
+                for rivals in each[METRICS[x].paced or METRICS[y].paced]
+                if (front := rivals.front(x, y))
             ]
             for x, y in combinations(names, 2)
         },
@@ -100,7 +103,7 @@ def plot_data(cells: Sequence[Cell]) -> dict[str, Any]:
 def _drawn(cell: Cell, runs: Sequence[str]) -> dict[str, Any]:
     """How the plot draws and names a cell that may be compared with those of these runs."""
     style, changed, several = method_style(cell.method), cell.variant != cell.method, len(runs) > 1
-    place = runs.index(cell.run)
+    place, figures = runs.index(cell.run), cell.figures.items()
     return {
         "name": cell_name(cell, several),
         "series": variant_name(cell.method, cell.variant) + (f" · {cell.run}" if several else ""),
@@ -109,7 +112,8 @@ def _drawn(cell: Cell, runs: Sequence[str]) -> dict[str, Any]:
         "color": style.color,
         "symbol": _SYMBOLS[style.marker] + ("-open" if changed else ""),
         "size": round(9 * style.size, 1),
-        "figures": {name: [f.value, *(f.interval or ())] for name, f in cell.figures.items()},
+        # More digits than a screen shows are most of a large page.
+        "figures": {name: [float(f"{own:.6g}") for own in (f.value, *(f.interval or ()))] for name, f in figures},
         "words": {name: _in_words(cell, name) for name in METRICS if cell[name]},
         "broken": [f"NaN or infinite logits: {cell.nonfinite:,} images"] if cell.is_broken else [],
     }

@@ -95,7 +95,7 @@ function sort(column) {
   const up = (now ? {ascending: "descending", descending: "ascending"}[now] : head.dataset.first) === "ascending";
   heads.forEach(other => other.removeAttribute("aria-sort"));
   head.setAttribute("aria-sort", up ? "ascending" : "descending");
-  const value = row => row.cells[column].dataset.value;
+  const value = row => row.cells[column].dataset.value ?? row.cells[column].textContent;
   const compare = (a, b) => {
     if (a === "" || b === "") return (a === "") - (b === "");  // what is missing goes last, either way
     return (up ? 1 : -1) * (isNaN(a) || isNaN(b) ? a.localeCompare(b, "en", {numeric: true}) : a - b);

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -17,6 +18,8 @@ from tokbench.errors import UserError, nearest
 from tokbench.report.text import (
     capital,
     figure_text,
+    for_markdown,
+    for_sheet,
     interval,
     not_significant,
     number,
@@ -112,6 +115,7 @@ class _Sheet:
     cells: Sequence[Cell]
     fronts: Fronts
     columns: Sequence[_Column]
+    made: dict[_Column, list[str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, cells: Sequence[Cell], fronts: Fronts) -> _Sheet:
@@ -127,12 +131,13 @@ class _Sheet:
 
     def narrowed(self, columns: Sequence[_Column]) -> _Sheet:
         """With these columns only."""
-        return _Sheet(self.cells, self.fronts, columns)
+        return _Sheet(self.cells, self.fronts, columns, self.made)
 
-    @cached_property
+    @property
     def texts(self) -> list[list[str]]:
-        """By column."""
-        return [[column.text(cell) for cell in self.cells] for column in self.columns]
+        """By column. Made once, also for sheets with fewer columns."""
+        self.made.update({own: [*map(own.text, self.cells)] for own in self.columns if own not in self.made})
+        return [self.made[column] for column in self.columns]
 
     @cached_property
     def widths(self) -> list[int]:
@@ -192,13 +197,12 @@ def render_table(
         raise UserError(f"no table format {format!r}; there are {', '.join(FORMATS)}.{nearest(format, FORMATS)}")
     fronts, chosen = Fronts(cells), list(cells)
     if pareto:
-        chosen = [cell for cell in cells if fronts.word(cell)]
-        if cells and not chosen:
+        if cells and not any(map(fronts.word, cells)):
             raise UserError(
                 "--pareto: there is no front, as no cell has both accuracy and FLOPs or speed; "
                 f"measured: {measured_names(cells)}."
             )
-        chosen = [cell for cell in cells if cell.is_baseline or cell in chosen]
+        chosen = [cell for cell in cells if cell.is_baseline or fronts.word(cell)]
     before = chosen
     chosen = _sorted(filter_cells(chosen, filters), sort)
     if before and not chosen:
@@ -210,7 +214,7 @@ def render_table(
             table = frame(chosen).assign(**more)
             table = table.drop(columns="front") if names is None else table[names]
             texts = [name for name in table.columns if table[name].dtype == object]
-            table[texts] = table[texts].map(_harmless)
+            table[texts] = table[texts].map(for_sheet)
             return table.to_csv(index=False, lineterminator="\n")
         case "json":
             rows = [columns_of(cell) | {"params": dict(cell.params)} | fronts.columns(cell) for cell in chosen]
@@ -230,8 +234,8 @@ def render_table(
 def readable(cells: Sequence[Cell]) -> dict[str, Any]:
     """The table for reading, in parts for a page: title, heads, rows of cells with sort values, notes.
 
-    A cell's `value` sorts it: the number behind it, "" where it is missing, else its text. A head's `first` is the
-    order that puts the best first.
+    A cell's `value` sorts it where its text does not: the number behind it, "" where it is missing. A head's `first` is
+    the order that puts the best first.
     """
     sheet = _Sheet.of(cells, Fronts(cells))
     return {
@@ -244,7 +248,7 @@ def readable(cells: Sequence[Cell]) -> dict[str, Any]:
             {
                 "kind": _kind(cell, sheet.fronts),
                 "cells": [
-                    {"text": text, "left": column.left, "value": _sort_value(column, cell, text)}
+                    {"text": text, "left": column.left, "value": _sort_value(column, cell)}
                     for column, text in zip(sheet.columns, texts, strict=True)
                 ],
             }
@@ -258,11 +262,11 @@ def _kind(cell: Cell, fronts: Fronts) -> str:
     return "failed" if cell.error else "baseline" if cell.is_baseline else "front" if fronts.word(cell) else ""
 
 
-def _sort_value(column: _Column, cell: Cell, text: str) -> str:
+def _sort_value(column: _Column, cell: Cell) -> str | None:
     if column.value is None:
-        return text
+        return None
     value = column.value(cell)
-    return "" if value is None else repr(float(value))
+    return "" if value is None else f"{value:.6g}"
 
 
 def print_table(
@@ -284,11 +288,6 @@ def print_table(
     table = render_table(cells, "rich", sort, pareto, filters=filters, columns=columns, width=width)
     console.width = max(console.width, table.min_width or 0)
     console.print(table)
-
-
-def _harmless(value: Any) -> Any:
-    """Text that no spreadsheet takes for a formula."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _known_column(name: str, cells: Sequence[Cell]) -> str:
@@ -463,19 +462,19 @@ def _notes(sheet: _Sheet) -> list[str]:
         notes.append("Random weights: FLOPs and speed only, nothing here is a trained model.")
     if "method_share" in shown and any((cell.value("method_share") or 0) > 0 for cell in cells):
         notes.append("Overhead: what the method itself computes, as a share of the cell's FLOPs.")
+    several = [name for name in ("run", "model") if len({getattr(cell, name) for cell in cells}) > 1]
     notes += [
-        f"{_cell_words(cell, cells)}: NaN or infinite logits for {cell.nonfinite:,} images, which count as wrong; "
+        f"{_cell_words(cell, several)}: NaN or infinite logits for {cell.nonfinite:,} images, which count as wrong; "
         "on no front."
         for cell in cells
         if cell.is_broken
     ]
-    return notes + [f"{_cell_words(cell, cells)} failed: {cell.error}" for cell in cells if cell.error]
+    return notes + [f"{_cell_words(cell, several)} failed: {cell.error}" for cell in cells if cell.error]
 
 
-def _cell_words(cell: Cell, cells: Sequence[Cell]) -> str:
+def _cell_words(cell: Cell, several: Sequence[str]) -> str:
     """A cell as the command line writes it, with its run and model where there are several."""
-    several = [getattr(cell, name) for name in ("run", "model") if len({getattr(own, name) for own in cells}) > 1]
-    return " ".join(filter(None, (*several, cell.variant, cell.schedule)))
+    return " ".join(filter(None, (*(getattr(cell, name) for name in several), cell.variant, cell.schedule)))
 
 
 def _rich(sheet: _Sheet, left_out: list[str]) -> Table:
@@ -512,21 +511,19 @@ def _rich(sheet: _Sheet, left_out: list[str]) -> Table:
 
 def _markdown(sheet: _Sheet) -> str:
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return f"| {' | '.join(cells)} |"
 
-    title, notes = _title(sheet.cells), _notes(sheet)
+    title = for_markdown(_title(sheet.cells))
+    notes = [re.sub(r"\\`(none|free)\\`", r"`\1`", for_markdown(note)) for note in _notes(sheet)]
     lines = [f"**{title}**", ""] if title else []
     lines.append(line([column.head for column in sheet.columns]))
     lines.append("|" + "|".join(":---" if column.left else "---:" for column in sheet.columns) + "|")
     for cell, texts in sheet.rows():
-        marked = [
-            f"**{text}**" if sheet.is_best(column, cell) else text
-            for column, text in zip(sheet.columns, texts, strict=True)
-        ]
-        lines.append(line(marked))
+        told = [for_markdown(text) if own.left else text for own, text in zip(sheet.columns, texts, strict=True)]
+        best = [sheet.is_best(own, cell) for own in sheet.columns]
+        lines.append(line([f"**{text}**" if marked else text for text, marked in zip(told, best, strict=True)]))
     # Two spaces end a line without a paragraph.
-    text = "\n".join(lines) + "\n" + ("\n" + "  \n".join(notes) + "\n" if notes else "")
-    return text.replace("<", "&lt;")  # no name becomes HTML
+    return "\n".join(lines) + "\n" + ("\n" + "  \n".join(notes) + "\n" if notes else "")
 
 
 def _latex(sheet: _Sheet) -> str:

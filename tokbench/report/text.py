@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from typing import Any
 
+from tokbench.errors import printable
 from tokbench.report.styles import method_style
 from tokbench.results.cell import Cell, Figure
 from tokbench.results.metrics import METRICS
@@ -73,10 +76,9 @@ def told_caveats(cells: Sequence[Cell]) -> list[str]:
     with the number of cells where it is not all that have the figures."""
     told = []
     for kind in dict.fromkeys(kind for cell in cells for kind in cell.caveats):
-        measured = [cell for cell in cells if kind in cell.kinds]
-        for text in dict.fromkeys(text for cell in cells for text in cell.caveats.get(kind, ())):
-            touched = sum(text in cell.caveats.get(kind, ()) for cell in cells)
-            part = "" if touched == len(measured) else f" ({touched} of {len(measured)} cells)"
+        measured = sum(kind in cell.kinds for cell in cells)
+        for text, touched in Counter(text for cell in cells for text in {*cell.caveats.get(kind, ())}).items():
+            part = "" if touched == measured else f" ({touched} of {measured} cells)"
             told.append(f"{kind} is in doubt: {text}{part}")
     return told
 
@@ -100,6 +102,16 @@ def group_title(group: Sequence[Cell]) -> str:
 def hardware(cell: Cell) -> str:
     """What it was measured on, "" where that is not known."""
     return cell.machine or cell.device or ""
+
+
+def for_markdown(text: str) -> str:
+    """Without tables, markup and HTML. An underscore between letters is none."""
+    return re.sub(r"[\\`*|<>&\[\]~#$!]|(?<!\w)_|_(?!\w)", r"\\\g<0>", printable(text))
+
+
+def for_sheet(value: Any) -> Any:
+    """Text that no spreadsheet takes for a formula; what is no text as it is."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 # Where a line may end, best first: words, parameters, their values, parts of names.

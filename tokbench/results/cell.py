@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import Any
 
+from tokbench.errors import printable
 from tokbench.results.records import Record
 from tokbench.schedules import Schedule, parse_schedule
 
@@ -24,7 +26,10 @@ class CellKey:
     def of(cls, model: str, method: str, params: Mapping[str, Any], schedule: str) -> CellKey:
         """Raises ScheduleError for a schedule that does not parse."""
         meaning = json.dumps(_by_value(params), sort_keys=True)
-        return cls(model, method, meaning, parse_schedule(schedule) if schedule else None)
+        return cls(model, method, meaning, _parsed(schedule) if schedule else None)
+
+
+_parsed = cache(parse_schedule)  # the same few in thousands of records
 
 
 def key_of(record: Record) -> CellKey:
@@ -168,10 +173,11 @@ class Cell:
     def method(self) -> str:
         return self.key.method
 
-    @property
+    @cached_property
     def variant(self) -> str:
         values = {name: value if isinstance(value, str) else json.dumps(value) for name, value in self.params.items()}
-        return self.method + (":" if values else "") + ",".join(f"{name}={value}" for name, value in values.items())
+        text = self.method + (":" if values else "") + ",".join(f"{name}={value}" for name, value in values.items())
+        return printable(text)
 
     @property
     def tokens_final(self) -> int | None:

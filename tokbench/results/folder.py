@@ -39,7 +39,8 @@ RECORDS = "records.jsonl"
 SKIPPED = "skipped.json"
 RESULTS = Path("results")
 _LOCK, _OWNER = ".lock", ".owner.json"
-_LONGEST_LINE = 2**26
+# Of all records: those of some 50,000 cells, which take a minute and 1.5 GB to read. And of one.
+_MOST_BYTES, _LONGEST_LINE = 2**27, 2**26
 _TEMPORARY = ".tokbench.tmp"  # nobody else names files so: repair removes those that a crash left
 
 
@@ -166,6 +167,8 @@ class RunFolder:
             return []
         records: list[Record] = []
         try:
+            if (size := path.stat().st_size) > _MOST_BYTES:
+                raise UserError(f"{path} has {size:,} bytes; a run's records are read up to {_MOST_BYTES:,}.")
             with open(path, "rb") as file:
                 for number in itertools.count(1):
                     line = file.readline(_LONGEST_LINE + 1)
@@ -298,7 +301,7 @@ def _owner(path: Path) -> str:
 
 def _slug(cell_id: str) -> str:
     # The hash keeps names apart that differ only in replaced characters, in case, or past the cut.
-    digest = hashlib.sha256(cell_id.encode()).hexdigest()[:8]
+    digest = hashlib.sha256(cell_id.encode(errors="surrogatepass")).hexdigest()[:8]
     return re.sub(r"[^A-Za-z0-9.=@,-]+", "_", cell_id)[:100].strip("._") + f"-{digest}"
 
 

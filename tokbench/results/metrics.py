@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from tokbench.errors import UserError, nearest
@@ -68,10 +69,16 @@ class Metric:
     note: str = ""
     derive: Callable[[Fields], Figure | None] | None = None
 
-    @property
+    @cached_property
     def columns(self) -> tuple[str, ...]:
         """What files have of it, in order."""
         return (self.column or self.field, *self.also, *self.interval)
+
+    @cached_property
+    def _ends(self) -> tuple[str, str]:
+        """Fields of the ends of the interval."""
+        stem, ms = (self.field.removesuffix("_ms"), "_ms") if self.field.endswith("_ms") else (self.field, "")
+        return f"{stem}_low{ms}", f"{stem}_high{ms}"
 
     def read(self, fields: Fields) -> Figure | None:
         """The figure, None where it was not measured."""
@@ -79,8 +86,7 @@ class Metric:
             return self.derive(fields)
         if self.field not in fields:
             return None
-        stem, ms, _ = self.field.rpartition("_ms")
-        low, high = (fields.get(f"{stem or self.field}_{end}{ms}") for end in ("low", "high"))
+        low, high = map(fields.get, self._ends)
         if not self.interval or low is None or high is None:
             return Figure(fields[self.field] * self.scale)
         return Figure(fields[self.field] * self.scale, low * self.scale, high * self.scale)

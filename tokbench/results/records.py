@@ -6,7 +6,6 @@ A field that an older tokbench did not write is None, and a field that is not na
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -23,6 +22,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Mean = Annotated[float, Field(ge=0, lt=2**63)]
 Timings = list[Positive] | list[list[Positive]]
+_LOW_HIGH = ("_low", "_high")
 _ENDS = TypeAdapter(dict[str, Number], config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
@@ -60,9 +60,10 @@ class Record(_Stored):
     @model_validator(mode="after")
     def _ends_are_numbers(self) -> Record:
         """Ends of 95 % intervals stand beside their figure, as `drop_low` and `latency_high_ms`."""
-        for name, value in (self.model_extra or {}).items():
-            if re.search("_(low|high)(_ms)?$", name) and value is not None:
-                _ENDS.validate_python({name: value})
+        given = (self.model_extra or {}).items()
+        ends = {name: end for name, end in given if end is not None and name.removesuffix("_ms").endswith(_LOW_HIGH)}
+        if ends:
+            _ENDS.validate_python(ends)
         return self
 
 

@@ -95,23 +95,28 @@ def load_cells(runs: Iterable[str | Path]) -> list[Cell]:
     A run is called by its folder, and by the folder above it too where names repeat; one named twice is read once.
     Raises UserError for a folder that is no run.
     """
-    folders = [RunFolder.open(path) for path in dict.fromkeys(Path(run).resolve() for run in runs)]
+    return [cell for cells in _cells_by_run(runs).values() for cell in cells]
+
+
+def _cells_by_run(runs: Iterable[str | Path]) -> dict[str, list[Cell]]:
+    """By the run as it was given."""
+    given = {Path(run).resolve(): str(run) for run in runs}
+    folders = [RunFolder.open(path) for path in given]
     names = [folder.path.name for folder in folders]
-    return [
-        cell
-        for folder, name in zip(folders, names, strict=True)
-        for cell in cells_of(
+    return {
+        run: cells_of(
             folder.records(),
             str(Path(folder.path.parent.name, name)) if names.count(name) > 1 else name,
             folder.manifest.machine,
         )
-    ]
+        for run, folder, name in zip(given.values(), folders, names, strict=True)
+    }
 
 
 def load_shown(runs: Sequence[str | Path], tell: Callable[[str], None]) -> list[Cell]:
     """`load_cells` for runs that are to be shown. Tells which hold nothing; raises UserError where all do."""
-    cells = load_cells(runs)
-    empty = [str(run) for run in dict.fromkeys(runs) if not RunFolder.open(run).records()]
+    found = _cells_by_run(runs)
+    cells, empty = [cell for own in found.values() for cell in own], [run for run, own in found.items() if not own]
     holds = f"{', '.join(empty)} {'holds' if len(empty) == 1 else 'hold'} no records"
     if not cells:
         raise UserError(f"nothing to show: {holds}.")
@@ -129,11 +134,12 @@ def cells_of(records: Iterable[Record], run: str = "", machine: Machine | None =
 def _cell(key: CellKey, at_batch: int | None, kinds: Mapping[str, Record], run: str, machine: Machine | None) -> Cell:
     fields: dict[str, Any] = {}
     for record in kinds.values():
-        fields.update({name: value for name, value in record if value is not None})
+        given = vars(record) | (record.model_extra or {})
+        fields.update({name: value for name, value in given.items() if value is not None})
     if "accuracy" in kinds:  # a run that grew measured the other kinds on fewer images
         fields["data_fingerprint"] = kinds["accuracy"].data_fingerprint
-    if "speed" in kinds:  # accuracy may have been measured in others
-        fields["batch_size"] = getattr(kinds["speed"], "batch_size", None)
+    if size := getattr(kinds.get("speed"), "batch_size", None):  # accuracy may have been measured in others
+        fields["batch_size"] = size
     first, failure = next(iter(kinds.values())), kinds.get("failure")
     named = {name: fields.get(name) for name in _CONDITIONS if name in Cell.__dataclass_fields__}
     also = {
@@ -164,7 +170,7 @@ def _cell(key: CellKey, at_batch: int | None, kinds: Mapping[str, Record], run: 
         kinds=frozenset(kinds),
         at_batch=at_batch,
         processes=fields.get("processes", 1),
-        caveats={kind: tuple(record.caveats) for kind, record in kinds.items() if record.caveats},
+        caveats={kind: tuple(map(printable, record.caveats)) for kind, record in kinds.items() if record.caveats},
         **told,
     )
 
@@ -172,21 +178,24 @@ def _cell(key: CellKey, at_batch: int | None, kinds: Mapping[str, Record], run: 
 def _share_conditions(cells: list[Cell]) -> list[Cell]:
     """A cell that failed early lacks the conditions that its model's other cells share: take them from those."""
     shared: dict[str, dict[str, Any]] = {}
-    for model in dict.fromkeys(cell.model for cell in cells):
-        mine = [cell for cell in cells if cell.model == model]
+    seen: dict[str, set[str | None]] = {}
+    for mine in group_by(cells, operator.attrgetter("model")):
         known = {
             name: {getattr(cell, name) for cell in mine} - {None} for name in (*COMPARABLE[1:], "images", "batch_size")
         }
-        shared[model] = {name: values.pop() for name, values in known.items() if len(values) == 1}
-        shared[model].setdefault("compiled", "no")  # of what was never timed it says nothing
-        if len(seen := {cell.data_fingerprint for cell in mine if "accuracy" in cell.kinds}) == 1:
+        # Of what was never timed "compiled" says nothing.
+        shared[mine[0].model] = {"compiled": "no"} | {
+            name: values.pop() for name, values in known.items() if len(values) == 1
+        }
+        seen[mine[0].model] = {cell.data_fingerprint for cell in mine if "accuracy" in cell.kinds}
+    whole = []
+    for cell in cells:
+        lacks = {name: value for name, value in shared[cell.model].items() if getattr(cell, name) is None}
+        if "accuracy" not in cell.kinds and len(seen[cell.model]) == 1:
             # Where a run grew, what has no accuracy still names the fewer images.
-            unseen = {cell for cell in mine if "accuracy" not in cell.kinds}
-            cells = [replace(cell, data_fingerprint=[*seen][0]) if cell in unseen else cell for cell in cells]
-    return [
-        replace(cell, **{name: value for name, value in shared[cell.model].items() if getattr(cell, name) is None})
-        for cell in cells
-    ]
+            lacks["data_fingerprint"], *_ = seen[cell.model]
+        whole.append(replace(cell, **lacks) if lacks else cell)
+    return whole
 
 
 def run_names(cells: Sequence[Cell]) -> dict[str, str]:
@@ -234,12 +243,11 @@ def filter_cells(cells: Sequence[Cell], conditions: Iterable[str]) -> list[Cell]
             raise UserError(f"filter {condition!r}: no cell here has {name}; measured: {measured_names(cells)}.")
         key = column if sign == "=" else f"{column} {number}"
         wanted.setdefault(key, []).append(_test(column, sign, value, condition))
+    tests = [(key.partition(" ")[0], alternatives) for key, alternatives in wanted.items()]
+    if not tests:
+        return list(cells)
     rows = [(cell, columns_of(cell)) for cell in cells]
-    return [
-        cell
-        for cell, row in rows
-        if all(any(test(row[key.partition(" ")[0]]) for test in tests) for key, tests in wanted.items())
-    ]
+    return [cell for cell, row in rows if all(any(test(row[column]) for test in own) for column, own in tests)]
 
 
 def _split_condition(condition: str) -> tuple[str, str, str]:
@@ -292,8 +300,7 @@ def comparable(cells: Sequence[Cell], *metrics: str) -> list[list[Cell]]:
     return group_by(cells, key)
 
 
-def _conditions(cell: Cell) -> tuple[Any, ...]:
-    return tuple(getattr(cell, name) for name in COMPARABLE)
+_conditions = operator.attrgetter(*COMPARABLE)
 
 
 def _timed_at(cells: Sequence[Cell]) -> dict[tuple[str, str], int]:
@@ -338,17 +345,39 @@ def pareto_front(cells: Sequence[Cell], x: str, y: str) -> set[Cell]:
     speed-up where all cells have it: it is paired within timing rounds, so drift cannot decide, and a run's fronts
     over both agree. Cells that lack either, or with NaN or infinite logits, are on no front.
     """
-    return {cell for group in comparable(cells, x, y) for cell in unbeaten(group, x, y)}
+    return {cell for group in comparable(cells, x, y) for cell in Rivals(group).front(x, y)}
 
 
-def unbeaten(cells: Sequence[Cell], x: str, y: str) -> list[Cell]:
-    """The front of cells that may all be compared in these metrics, see `pareto_front`."""
-    known = [cell for cell in cells if cell[x] and cell[y] and not cell.is_broken]
-    (x_best, x_tied), (y_best, y_tied) = (_costs(known, name) for name in (x, y))
-    # Beaten: the best y among those clearly better in x is no worse, or among those no worse in x clearly better.
-    beaten = _lowest(x_tied, y_best, x_best, "left") <= y_tied
-    beaten |= _lowest(x_best, y_tied, x_tied, "right") < y_best
-    return [cell for cell, is_beaten in zip(known, beaten, strict=True) if not is_beaten]
+class Rivals:
+    """Cells that may all be compared in the metrics that are asked for, see `pareto_front`."""
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        self._cells = [cell for cell in cells if not cell.is_broken]
+        self._values: dict[str, NDArray[np.float64]] = {}
+
+    def front(self, x: str, y: str) -> list[Cell]:
+        """Those that none of the others beats."""
+        known = np.flatnonzero(np.isfinite(self._figures(x)) & np.isfinite(self._figures(y)))
+        (x_best, x_tied), (y_best, y_tied) = (self._costs(name, known) for name in (x, y))
+        # Beaten: the best y among those clearly better in x is no worse, or among those no worse in x clearly better.
+        beaten = _lowest(x_tied, y_best, x_best, "left") <= y_tied
+        beaten |= _lowest(x_best, y_tied, x_tied, "right") < y_best
+        return [self._cells[place] for place in known[~beaten]]
+
+    def _figures(self, name: str) -> NDArray[np.float64]:
+        """The metric's values, NaN where it was not measured."""
+        if name not in self._values:
+            self._values[name] = np.array([cell.value(name) for cell in self._cells], dtype=float)
+        return self._values[name]
+
+    def _costs(self, name: str, known: NDArray[np.intp]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Values of these cells of which lower is better, and the highest of those that each of them ties with."""
+        if name == "throughput" and np.isfinite(self._figures("speedup")[known]).all():
+            name = "speedup"
+        metric, values = METRICS[name], self._figures(name)[known]
+        if metric.better == "lower":
+            return values, values * (1 + metric.tie)
+        return -values * (1 + metric.tie), -values
 
 
 def _lowest(
@@ -358,13 +387,3 @@ def _lowest(
     order = np.argsort(costs)
     lowest = np.concatenate([[np.inf], np.minimum.accumulate(others[order])])
     return lowest[np.searchsorted(costs[order], limits, side)]
-
-
-def _costs(cells: Sequence[Cell], name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Values (n,) of which lower is better, and the highest of those that each of them ties with."""
-    judged = "speedup" if name == "throughput" and all(cell["speedup"] for cell in cells) else name
-    metric = METRICS[judged]
-    values = np.array([cell.value(judged) for cell in cells], dtype=float)
-    if metric.better == "lower":
-        return values, values * (1 + metric.tie)
-    return -values * (1 + metric.tie), -values

@@ -164,7 +164,7 @@ class Bench:
                 if self.lacks(cell, "flops"):
                     images = self.images(COUNTED_IMAGES) if counts_by_image(runnable.model) else None
                     count = count_flops(runnable.model, self.subject.input_size, images=images)
-                    uncounted |= count.unsupported.keys()
+                    uncounted |= {name.removeprefix("aten::") for name in count.unsupported}
                     limit = count_flops(runnable.limit, self.subject.input_size) if runnable.limit else count
                     whole = count.total if cell.is_baseline else self._unreduced_flops
                     self.record(runnable, "flops", **flops_fields(count, limit, whole))
