@@ -307,7 +307,7 @@ def test_progress_counts_cells_images_and_rounds(source, tmp_path):
     assert told[4:8] == [("phase", "tiny: accuracy", IMAGES), ("advance", 10), ("advance", 20), ("advance", 24)]
     # Three cells on a batch and on one image, and the speed limit that two of them share.
     warm = [("phase", "tiny: warming up for speed", 7), *(("advance", done) for done in range(1, 8))]
-    assert told[8:18] == [*warm, ("phase", "tiny: speed", 5), ("advance", 1)]
+    assert told[8:18] == [*warm, ("phase", "tiny: speed", speed.FEWEST_ROUNDS), ("advance", 1)]
 
 
 def test_options_can_be_given_apart_from_the_grid(source, tmp_path):
