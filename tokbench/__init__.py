@@ -16,6 +16,7 @@ _HOME = {
     "token_map": "tokbench.fusion.patch",
     "UnsupportedModelError": "tokbench.fusion.patch",
     "register_method": "tokbench.fusion.core",
+    "export": "tokbench.exporting",
     "count_flops": "tokbench.measure.flops",
     "measure_speed": "tokbench.measure.speed",
     "load_model": "tokbench.models",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from tokbench.config import Grid, MethodSpec, ModelSpec, RunOptions
     from tokbench.data import open_dataset
     from tokbench.errors import UserError
+    from tokbench.exporting import export
     from tokbench.fusion.core import register_method
     from tokbench.fusion.patch import UnsupportedModelError, fork, remove, token_map, tokens_per_block
     from tokbench.measure.flops import count_flops

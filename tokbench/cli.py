@@ -537,6 +537,54 @@ def pick(
     raise typer.Exit(0 if all(found.best is not None for found in picks) else 1)
 
 
+@app.command()
+def export(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="Run folder that --cell is of.", show_default=False)
+    ] = None,
+    cell: Annotated[
+        str | None, typer.Option(metavar="ID", help="A cell of RUN, as column `cell` of `tokbench table` names it.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Instead of a cell: a model as `tokbench run` takes it.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Weights for --model: .safetensors, .pth, .pt or .bin.")
+    ] = None,
+    input_size: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="Side of the model's input (default: its own).")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="METHOD", help="As in tome or tome:prop_attn=false (default: none).")
+    ] = None,
+    schedule: Annotated[str | None, typer.Option(metavar="SCHEDULE", help="As in 13 or keep:0.7@3,6,9.")] = None,
+    plugin: Plugins = None,
+    format: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="onnx or pt2 (default: what FILE's name ends in).")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File to write (default: model.onnx, or what FORMAT is).")
+    ] = None,
+    batch: Annotated[str, typer.Option(metavar="N", help="The only batch size it takes, or 'dynamic'.")] = "dynamic",
+    dtype: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="fp32 or fp16 (default: fp16 for a cell measured in it).")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a FILE that is there.")] = False,
+) -> None:
+    """Write a model with its method for ONNX Runtime, OpenVINO, TensorRT (onnx) or PyTorch (pt2).
+
+    The file is opened again and must answer as the model does, or it goes (exit code 3). FILE.json tells how to use it.
+    """
+    from tokbench.exporting.command import export_asked
+
+    _load_plugins(plugin)
+    asked = {"model": model, "checkpoint": checkpoint, "input_size": input_size, "method": method, "schedule": schedule}
+    with ending_after_unwinding():
+        target = out or Path(f"model.{format or 'onnx'}")
+        written = export_asked(run, cell, asked, target, format=format, batch=batch, dtype=dtype, force=force)
+    print(written.text())
+
+
 @app.command("list")
 def list_(
     what: Annotated[str, typer.Argument(metavar="models|methods|schedules|data", help="What to list.")],

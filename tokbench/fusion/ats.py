@@ -49,16 +49,15 @@ class ATS(Method):
             order = score.masked_fill(~real, torch.inf).argsort(dim=1, stable=True)
             taken = _released(score.gather(1, order), real.gather(1, order), view.grid[0] * view.grid[1])
         count = taken.sum(1)
-        # Of a compiled model, shapes cannot depend on what the images show: it runs at the most that may be left.
         most = view.nominal - r if self.form == "midpoints" else view.patches
-        most = min(most, view.patches) if torch.compiler.is_compiling() else int(count.max())
+        most = min(most, view.patches) if view.fixed else int(count.max())
         return keep_only(order.gather(1, chosen_first(taken)[:, :most]), view.prefix, count)
 
 
 def _midpoints(score: Tensor, real: Tensor, points: int) -> Tensor:
     """Which tokens, of scores (B, T) in this order, are sampled by so many points: (B, T)."""
     place = torch.arange(points, device=score.device, dtype=score.dtype)
-    return _nearest(score.cumsum(1), real, ((2 * place + 1) / (2 * (points + 1))).expand(len(score), -1))
+    return _nearest(score.cumsum(1), real, ((2 * place + 1) / (2 * (points + 1))).expand(score.shape[0], -1))
 
 
 def _released(score: Tensor, real: Tensor, points: int) -> Tensor:

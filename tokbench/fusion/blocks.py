@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +23,10 @@ from tokbench.schedules import Schedule
 
 @dataclass
 class Fusion:
-    """A method at work in one model: what was asked for, and the state of the current (then last) forward pass."""
+    """A method at work in one model: what was asked for, and the states of the current (then last) forward pass.
+
+    An export has one of its own (key True), for its tensors are no real ones, and nothing may find them afterwards.
+    """
 
     method: Method
     schedule: Schedule
@@ -33,11 +37,19 @@ class Fusion:
     positional: bool = False
     trace: bool = False
     checks: bool = False  # each plan before it is carried out: not while anything is timed
-    state: State = field(default_factory=State)
+    counted: bool = False  # traced to count the FLOPs of just these images
+    states: dict[bool, State] = field(default_factory=lambda: {False: State(), True: State()})
+
+    @property
+    def state(self) -> State:
+        return self.states[torch.compiler.is_exporting()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "states": {False: self.states[False], True: State()}}
 
     def begin(self, x: Tensor) -> None:
-        self.state = State(positional=self.positional)
-        with torch.autocast(x.device.type, enabled=False):
+        self.states[torch.compiler.is_exporting()] = State(positional=self.positional)
+        with in_own_precision(x.device.type):
             self.state.begun = self.method.begin(x, self.prefix, self.grid)
         if self.method.counts_by_image:
             self.state.nominal = int(x.shape[1])
@@ -145,11 +157,12 @@ class Fusion:
             begun=self.state.begun,
             nominal=(self.state.nominal or int(x.shape[1])) - self.prefix,
             padded=self.state.count is not None,
+            fixed=torch.compiler.is_compiling() or (torch.jit.is_tracing() and not self.counted),
         )
 
     def reduce(self, view: View, r: int) -> tuple[Tensor, Tensor | None]:
         """Plan and carry it out: tokens (B, M, C), and the reduced attention (B, H, M, M) for methods that reuse it."""
-        with torch.autocast(view.x.device.type, enabled=False):
+        with in_own_precision(view.x.device.type):
             plan = self.plan(view, r)
             reduced = merge(view.x, plan, view.size)
             attention = None
@@ -166,6 +179,11 @@ class Fusion:
             state.nominal -= r
         if len(state.tokens) == self.depth:
             state.begun = None  # nothing is held on to until the next forward pass
+
+
+def in_own_precision(device: str) -> AbstractContextManager[None]:
+    """Where autocast does not meddle. Without autocast nothing, for an exported graph keeps what is entered."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()  # type: ignore[return-value]
 
 
 class Tap:
@@ -329,7 +347,7 @@ class ReducedBlockBase:
         if not self.fusion.method.reshapes_attention:
             return self.view_behind(x, self.add_attention(x, self.attn(normed, **self.bias(x, rope))), rope)
         view = self.view_ahead(x, rope)
-        with torch.autocast(x.device.type, enabled=False):
+        with in_own_precision(x.device.type):
             view.attend_with(self.fusion.method.reshape_attention(view.attention()))
         view.x = self.add_attention(x, self.attn(normed, matrix=view.attention()))
         return view

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tokbench.fusion.core import Assignment, Method, View, keep_only, register_method
+from tokbench.fusion.core import Assignment, Method, View, constant, keep_only, register_method
 
 
 @register_method
@@ -75,13 +74,8 @@ class Free(Method):
         return Assignment(stay.expand(view.x.shape[0], -1), sliced=True)
 
 
-@torch.compiler.assume_constant_result
+@constant(4096)
 def draw_kept(seed: int, block: int, patches: int, r: int, device: torch.device) -> Tensor:
     """The positions that stay when r of `patches` are dropped at random: (patches − r,) ascending."""
-    return _drawn(seed, block, patches, r, device)
-
-
-@lru_cache(maxsize=4096)
-def _drawn(seed: int, block: int, patches: int, r: int, device: torch.device) -> Tensor:
     kept = np.random.RandomState([seed % 2**32, block]).permutation(patches)[r:]
     return torch.from_numpy(np.sort(kept)).to(device)

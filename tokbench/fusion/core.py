@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache, wraps
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -194,8 +195,26 @@ def pick(x: Tensor, index: Tensor) -> Tensor:
         return x.gather(1, wide(index, x))
     # On the CPU, gathering looks the index up for every channel; whole rows of one long list come ten times as fast.
     batch, tokens, channels = x.shape
-    first = torch.arange(0, batch * tokens, tokens)
+    first = torch.arange(batch) * tokens
     return x.reshape(-1, channels).index_select(0, (index + first.unsqueeze(1)).flatten()).unflatten(0, index.shape)
+
+
+def constant(most: int) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Decorator of what makes a tensor that no image has a part in: the last `most` are kept for later passes."""
+
+    def decorate(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        kept = lru_cache(maxsize=most)(make)
+
+        @torch.compiler.assume_constant_result
+        @wraps(make)
+        def get(*key: Any) -> Tensor:
+            # What a trace makes is part of its graph, and while a model is exported no real tensor: later passes must
+            # not find it.
+            return (make if torch.compiler.is_exporting() or torch.jit.is_tracing() else kept)(*key)
+
+        return get
+
+    return decorate
 
 
 def score_dtype(x: Tensor) -> torch.dtype:
@@ -215,7 +234,9 @@ class View:
     block's attention uses it. block counts from 0. token_map: (B, N₀), where each of the model's first tokens is now,
     −1 dropped; only for methods that set `needs_map`. grid: (rows, columns) of patches at the start. begun: what the
     method's `begin` gave. Methods that set `counts_by_image` find images filled up (`padded`) with tokens of size 0,
-    and in `nominal` the patch tokens there would be if each block had removed what was asked for.
+    and in `nominal` the patch tokens there would be if each block had removed what was asked for. fixed: shapes
+    cannot depend on what images show, for the model is compiled, exported or traced; all images then get the most that
+    may be left.
     """
 
     x: Tensor
@@ -236,6 +257,7 @@ class View:
     begun: Any = None
     nominal: int = 0
     padded: bool = False
+    fixed: bool = False
     _heads: tuple[Tensor, Tensor] | None = None
     _attention: Tensor | None = None
 
@@ -586,7 +608,7 @@ def inverse(order: Tensor) -> Tensor:
 
 def after_prefix(prefix: int, *tokens: Tensor) -> Tensor:
     """(B, prefix + Σ n) what a plan keeps: the prefix tokens, which always stay, and then `tokens`, each (B, n)."""
-    first = torch.arange(prefix, device=tokens[0].device).expand(len(tokens[0]), -1)
+    first = torch.arange(prefix, device=tokens[0].device).expand(tokens[0].shape[0], -1)
     return torch.cat([first, *tokens], dim=1)
 
 

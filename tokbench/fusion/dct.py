@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokbench.fusion.core import Assignment, Method, View, after_prefix, register_method, score_dtype
+from tokbench.fusion.core import Assignment, Method, View, after_prefix, constant, register_method, score_dtype
 
 
 @register_method
@@ -38,14 +37,9 @@ class DCT(Method):
         return Assignment(after_prefix(prefix, kept + prefix), source + prefix, slot + prefix, weight, mix=mix)
 
 
-@torch.compiler.assume_constant_result
+@constant(256)
 def resampling(before: int, after: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """What makes `after` tokens of `before` by their low frequencies: (after, before)."""
-    return _resampling(before, after, device, dtype)
-
-
-@lru_cache(maxsize=256)
-def _resampling(before: int, after: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # kept for passes with gradients, too
         return torch.from_numpy(_cosines(after).T @ _cosines(before)[:after]).to(device, dtype)
 

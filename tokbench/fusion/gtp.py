@@ -75,7 +75,7 @@ class GTP(Method):
     def begin(self, x: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
         """The normalised graph of the patches, Ŵ: (B, T₀, T₀)."""
         patches = x[:, prefix:]
-        near = torch.zeros(len(x), patches.shape[1], patches.shape[1], dtype=torch.bool, device=x.device)
+        near = torch.zeros(x.shape[0], patches.shape[1], patches.shape[1], dtype=torch.bool, device=x.device)
         if self.graph != "semantic":
             near = near | _adjacent(grid, x.device)
         if self.graph != "spatial":

@@ -58,6 +58,6 @@ class KMedoids(Method):
 
 def nearest(apart: Tensor, centres: Tensor) -> Tensor:
     """The number of each token's nearest centre, by distances (B, T, T) and centres (B, K), its own for a centre."""
-    everyone = torch.arange(apart.shape[1], device=apart.device).expand(len(apart), -1)
+    everyone = torch.arange(apart.shape[1], device=apart.device).expand(apart.shape[0], -1)
     found = between(apart, everyone, centres).argmin(-1)
     return found.scatter(1, centres, torch.arange(centres.shape[1], device=apart.device).expand_as(centres))

@@ -85,7 +85,9 @@ def count_flops(
     is traced. A compiled model counts as its eager original.
     """
     # On a copy: a module may store traced sizes, and fvcore leaves its hooks in place if the forward pass raises.
-    twin = fork(_eager(model)).eval()
+    twin: Any = fork(_eager(model)).eval()
+    if hasattr(twin, "fusion"):
+        twin.fusion.counted = True
     device, dtype = placement(twin)
     if images is None:
         # Random, because identical tokens could make a method divide by zero.

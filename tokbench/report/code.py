@@ -9,7 +9,7 @@ from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
-from tokbench.errors import UserError
+from tokbench.errors import UserError, printable
 from tokbench.report.styles import STYLES
 from tokbench.results.cell import Cell
 from tokbench.results.folder import RunFolder
@@ -33,10 +33,7 @@ def python_of(cell: Cell, folder: RunFolder) -> tuple[str, list[str]]:
             lines += ["from tokbench.plugins import load_plugins", f"load_plugins([{', '.join(map(_literal, paths))}])"]
     lines.append(f"model = {_load_model(cell, folder.manifest)}")
     if not cell.is_baseline:
-        # What was measured on calibration images, so that nobody needs them again.
-        calibrated = {name: value for name, value in (cell.calibrated or {}).items() if name in cell.params}
-        params = {**dict(sorted(cell.params.items())), **calibrated}
-        schedule = cell.resolved or cell.schedule
+        schedule, params = applied(cell)
         lines.append(f"tokbench.apply(model, {_arguments(cell.method, schedule, **params)})")
     conditions = folder.manifest.conditions
     if conditions and conditions.compile and cell["speedup"]:
@@ -45,13 +42,37 @@ def python_of(cell: Cell, folder: RunFolder) -> tuple[str, list[str]]:
     return "\n".join(lines), notes
 
 
-def _load_model(cell: Cell, manifest: Manifest) -> str:
+def applied(cell: Cell) -> tuple[str, dict[str, Any]]:
+    """The schedule and the parameters that a cell was measured with."""
+    # What was measured on calibration images, so that nobody needs them again.
+    calibrated = {name: value for name, value in (cell.calibrated or {}).items() if name in cell.params}
+    return cell.resolved or cell.schedule, {**dict(sorted(cell.params.items())), **calibrated}
+
+
+def loaded(cell: Cell, manifest: Manifest) -> tuple[list[Any], dict[str, Any]]:
+    """What `tokbench.load_model` is called with for a cell's model, by place and by name."""
     specs = [spec for session in manifest.sessions for spec in session.grid.models if spec.get("label") == cell.model]
     spec = next((spec for spec in reversed(specs) if spec.get("name")), {"name": cell.model})
     words = [spec[key] for key in ("name", "checkpoint") if spec.get(key)]
-    named = {key: spec[key] for key in ("input_size", "random_weights") if spec.get(key)}
+    return words, {key: spec[key] for key in ("input_size", "random_weights") if spec.get(key)}
+
+
+def _load_model(cell: Cell, manifest: Manifest) -> str:
+    words, named = loaded(cell, manifest)
     device = f".to({_literal(cell.device)})" if cell.device not in (None, "cpu") else ""
     return f"tokbench.load_model({_arguments(*words, **named)}){device}{_CAST[cell.dtype]}"
+
+
+def export_of(cell: Cell, folder: RunFolder) -> list[str]:
+    """The command that writes a cell of this run to a file, and lines that run that file with ONNX Runtime."""
+    paths = [] if cell.method in STYLES else _plugins(folder.manifest, cell.method)[0]
+    plugins = [word for path in paths for word in ("--plugin", path)]
+    command = ["tokbench", "export", str(folder.path), "--cell", cell.id, *plugins, "--out", "model.onnx"]
+    return [
+        shlex.join(map(printable, command)),
+        "import onnxruntime",
+        'output = onnxruntime.InferenceSession("model.onnx").run(None, {"images": images})[0]',
+    ]
 
 
 def _arguments(*values: Any, **named: Any) -> str:

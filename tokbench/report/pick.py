@@ -17,7 +17,7 @@ from typing import Any
 
 from tokbench.catalogue import CONTROLS
 from tokbench.errors import UserError
-from tokbench.report.code import python_of
+from tokbench.report.code import export_of, python_of
 from tokbench.report.text import cell_name, figure_text, group_title, number, told_caveats
 from tokbench.results.cell import Cell, Figure
 from tokbench.results.folder import RunFolder
@@ -95,6 +95,7 @@ class Pick:
         alike: those that meet the limits and whose speed cannot be told from the best's.
         notes: what else to know.
         code: lines of Python that apply the best; "" where there is none.
+        export: the command that exports the best, and lines that run what it wrote.
     """
 
     model: str
@@ -110,6 +111,7 @@ class Pick:
     alike: list[Cell] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     code: str = ""
+    export: list[str] = field(default_factory=list)
 
     def text(self) -> str:
         """For people."""
@@ -122,7 +124,7 @@ class Pick:
             role = "Runner-up" if self.other_meets else "Nearest"
             lines.append(f"{role}: {_told(self.other, self.limits)}; {self.why}.")
         lines += [f"Note: {note}." for note in self.notes]
-        return "\n".join([*lines, *(["", self.code] if self.code else [])])
+        return "\n".join([*lines, *(["", *self.export, "", self.code] if self.code else [])])
 
     def to_dict(self) -> dict[str, Any]:
         """For programs: plain JSON values. `nearest` is a cell that does not meet the limits."""
@@ -130,7 +132,7 @@ class Pick:
             "model": self.model, "title": self.title, "limits": self.limits, "met": self.best is not None,
             "rule": self.rule, "pick": _plain(self.best), "runner_up": _plain(self.other) if self.other_meets else None,
             "nearest": None if self.other_meets else _plain(self.other), "why": self.why, "misses": self.misses,
-            "alike": [cell.id for cell in self.alike], "notes": self.notes, "code": self.code,
+            "alike": [cell.id for cell in self.alike], "notes": self.notes, "code": self.code, "export": self.export,
         }  # fmt: skip
 
 
@@ -230,6 +232,7 @@ def _decide(found: Pick, group: Sequence[Cell], folder: RunFolder) -> None:
     found.notes = _notes(group, known, needed, asked, rank)
     if met:
         found.code, notes = python_of(met[0], folder)
+        found.export = export_of(met[0], folder)
         found.best, found.rule = met[0], "the only one that meets the limits with the unfavorable end of its interval"
         control = [f"{met[0].method} is a control, there to be beaten"] if met[0].method in CONTROLS else []
         found.notes += control + notes
