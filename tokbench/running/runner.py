@@ -85,7 +85,7 @@ def run(
             progress.warn(warning)
     with RunFolder.held(path):
         folder = RunFolder.open(path) if is_run(path) else None
-        subjects = [_load(spec, grid, options) for spec in grid.models]
+        subjects = [load_subject(spec, grid, options) for spec in grid.models]
         batch_size = _batch_size(options, device, folder)
         manifest = _manifest(grid, options, device, subjects, batch_size)
         grown = _grown(folder.manifest, grid, options, subjects) if folder else {}
@@ -93,12 +93,13 @@ def run(
         records = folder.records()
         index = RecordIndex(records)
         count = sum(len(subject.cells) for subject in subjects)
-        progress.started(folder, count, count * len(options.only))
+        speeds = max(1, len(options.sizes)) if "speed" in options.only else 0
+        progress.started(folder, count, count * (len({*options.only} - {"speed"}) + speeds))
         for text in grown.values():
             progress.note(text)
         for subject in subjects:
             subject.cells = [cell.named_as(index) for cell in subject.cells]
-        benches = [Bench(subject, folder, options, device, progress, index, batch_size) for subject in subjects]
+        benches = [Bench(subject, folder, options, device, progress, index, batch_size, grid) for subject in subjects]
         if records:
             asked = {cell.key: (bench, cell) for bench in benches for cell in bench.subject.cells}
             found = ((record, *asked.get(key_of(record), (None, None))) for record in records)
@@ -168,7 +169,8 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _load(spec: ModelSpec, grid: Grid, options: RunOptions) -> Subject:
+def load_subject(spec: ModelSpec, grid: Grid, options: RunOptions) -> Subject:
+    """A model of the grid with the images it needs. Raises UserError where a cell of it cannot be."""
     load = partial(load_model, random_weights=True) if spec.random_weights else load_model
     model = cast(VisionTransformer, load(spec.name, spec.checkpoint, input_size=spec.input_size))
     require_supported(model)
@@ -184,11 +186,14 @@ def _load(spec: ModelSpec, grid: Grid, options: RunOptions) -> Subject:
 
 
 def _batch_size(options: RunOptions, device: torch.device, folder: RunFolder | None) -> int:
-    """What was asked for, or what the run that is continued had."""
+    """What was asked for, the largest of several, or what the run that is continued had."""
+    if options.sizes:
+        return max(options.sizes)
     if isinstance(options.batch_size, int):
         return options.batch_size
     before = folder.manifest.conditions if folder else None
-    return (before.batch_size if before else None) or (128 if device.type == "cuda" else 16)
+    known = before.batch_size if before else None
+    return (max(known) if isinstance(known, list) else known) or (128 if device.type == "cuda" else 16)
 
 
 def _manifest(
@@ -201,7 +206,7 @@ def _manifest(
         "conditions": {
             "dtype": options.dtype,
             "device": device.type,
-            "batch_size": batch_size,
+            "batch_size": list(options.sizes) or batch_size,
             "compile": options.compile,
             "models": {subject.spec.label: subject.conditions() for subject in subjects},
         },
