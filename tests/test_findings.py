@@ -71,8 +71,10 @@ def test_the_answer_is_the_fastest_cell_without_a_significant_loss(cells: list[C
     one = "One image at a time it is"
     slow = ("latency_speedup", Figure(0.84, 0.8, 0.9))
     assert answer(slow).endswith(f" {one} slower than the unreduced model: 0.84×.")
-    alike = ("latency_speedup", Figure(1.12, 1.09, 1.15))
-    assert answer(alike).endswith(f" {one} within 10 % of the unreduced model, by which runs differ: 1.12×.")
+    alike = ("latency_speedup", Figure(1.05, 1.01, 1.09))
+    assert answer(alike).endswith(f" {one} within 10 % of the unreduced model, by which runs differ: 1.05×.")
+    vague = ("latency_speedup", Figure(1.12, 0.23, 1.15))
+    assert answer(vague).endswith(" One image at a time it cannot be told from the unreduced model in speed: 1.12×.")
     assert "One image" not in answer(slow, batch_size=1)
     assert "One image" not in answer(("latency_speedup", Figure(1.2, 1.11, 1.3)))
     assert "One image" not in answer(("latency_speedup", Figure(1.0)))
@@ -247,3 +249,42 @@ def test_what_was_not_measured_of_the_unreduced_model_is_told(cells: list[Cell])
     assert told(cells[1:]).startswith("The unreduced model was not measured, so no drop and no speed-up is known.")
     failed = changed(cells[:1], {name: None for name in cells[0].figures}, error="out of memory")
     assert told([*failed, *cells[1:]]).startswith("Of the unreduced model no figures are known.")
+
+
+def doubted(cells: list[Cell], method: str, doubt: str = "vague") -> list[Cell]:
+    """Copies of the cells with a warning about the timing of that method's."""
+    return [changed([cell], caveats={"speed": (doubt,)} if cell.method == method else {})[0] for cell in cells]
+
+
+def test_the_headline_prefers_speeds_that_are_known_and_the_list_agrees(cells: list[Cell]) -> None:
+    kept = changed(cells, {"drop": Figure(0.1, -0.5, 0.7)})
+    (finding,) = findings(kept)
+    assert finding.answer.startswith("Top-k at keep 0.7@3,6,9 makes bundled 1.80 times as fast")
+    (finding,) = findings(doubted(kept, "topk"))
+    assert finding.answer.startswith("ToMe at r=13 makes bundled 1.70 times as fast")
+    passed = "Passed over, as their speed is known less well: top-k at keep 0.7@3,6,9 (1.80×)."
+    assert finding.answer.endswith(passed)
+    text = "\n".join(finding.sentences)
+    assert "The fastest of the 4 with no significant loss is ToMe at r=13: on this CPU" in text
+    assert "The fastest cell on this CPU is ToMe at r=13: 1.70×" in text and passed in text
+
+
+def test_a_value_that_is_high_by_chance_is_neither_in_the_headline_nor_first_in_the_list(cells: list[Cell]) -> None:
+    kept = changed(cells, {"drop": Figure(0.1, -0.5, 0.7)})
+    wide = [changed([cell], {"speedup": Figure(2.5, 0.3, 7.6)})[0] if cell.method == "topk" else cell for cell in kept]
+    (finding,) = findings(wide)
+    text = "\n".join(finding.sentences)
+    assert finding.answer.startswith("ToMe at r=13 makes") and "no significant loss is ToMe at r=13: on this" in text
+    assert "fastest cell on this CPU is ToMe at r=13" in text and "Not to be told from the unreduced model" in text
+
+
+def test_within_and_cannot_be_told_are_different_sentences(cells: list[Cell]) -> None:
+    def alone(low: float, high: float, processes: int = 1) -> str:
+        timed = changed(cells[:3], {"latency_speedup": Figure((low * high) ** 0.5, low, high)}, processes=processes)
+        return told(timed)
+
+    assert "2 are within 10 % of it, by which runs differ: " in alone(0.95, 1.05)
+    assert "2 cannot be told from it in speed: " in alone(0.5, 2.0) and "within" not in alone(0.5, 2.0)
+    assert "slower than it" in alone(0.5, 0.85) and "slower than it" not in alone(0.93, 0.97)
+    # An interval over processes needs no allowance for how runs differ.
+    assert "slower than it" in alone(0.93, 0.97, processes=5)

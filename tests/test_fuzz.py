@@ -221,6 +221,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     "check": (
         RUN_FOLDERS,
         {"--baseline": RUN_FOLDERS, "--max-drop": LIMITS, "--max-flips": LIMITS, "--max-slowdown": LIMITS,
+         "--despite-warnings": (),
          "--limit": LIMITS, "--junit": ("junit.xml", "whole", "whole/records.jsonl/x", "x" * 300),
          "--plugin": ("no.py",)},
     ),
@@ -232,7 +233,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     ),
     "plot": (
         RUN_FOLDERS,
-        {"--x": ("gflops", "top1", "gflop"), "--y": ("drop", "top1", "kl"), "--format": ("svg", "bmp", "png"),
+        {"--x": ("gflops", "top1", "gflop", "batch"), "--y": ("drop", "top1", "kl"), "--format": ("svg", "bmp", "png"),
          "--out": ("a.png", "a.svg", "a", "whole", "whole/records.jsonl/a.png", "x" * 300 + ".png"),
          "--size": ("page", "paper", "wide", "huge"), "--theme": THEMES, "--published": (), "--linear": ()},
     ),

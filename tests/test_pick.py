@@ -379,3 +379,29 @@ def test_speed_of_compiled_models_takes_compiled_models(made):
     (made / "manifest.json").write_text(json.dumps(manifest | {"conditions": {"compile": True}}))
     found = only(made, max_drop=3.0)
     assert found.code.endswith("\nmodel.compile(dynamic=False, fullgraph=True)") and "compiled" in found.notes[-1]
+
+
+def test_what_is_known_of_a_speed_goes_first_and_what_was_passed_over_is_said(made: Path) -> None:
+    changed(made, "speed", "topk", caveats=["vague"])
+    (found,) = pick_cells(made, max_drop=20)
+    assert found.best and (found.best.method, found.best.schedule) == ("tome", "constant:13")
+    assert "passed over, as their speed is known less well: top-k at keep 0.7@3,6,9 (1.80× [1.78, 1.82])" in found.notes
+    changed(made, "speed", caveats=["busy"])  # where there was a warning of all, none is passed over
+    (found,) = pick_cells(made, max_drop=20)
+    assert found.best and found.best.method == "topk" and not any("passed over" in note for note in found.notes)
+
+
+def test_a_doubtful_cell_that_is_surely_faster_is_better_than_none(made: Path) -> None:
+    changed(made, "speed", "topk", caveats=["vague"])
+    for cell in ("tome", "random"):
+        changed(made, "speed", cell, speedup=1.0, speedup_low=0.9, speedup_high=1.1)
+    (found,) = pick_cells(made, max_drop=20)
+    assert found.best and found.best.method == "topk"
+
+
+def test_what_cannot_be_told_from_the_pick_is_named(made: Path) -> None:
+    changed(made, "speed", "topk", speedup_low=1.6, speedup_high=2.0)
+    changed(made, "speed", "tome/constant:13", speedup_low=1.65, speedup_high=1.75)
+    (found,) = pick_cells(made, max_drop=4.5)
+    assert found.to_dict()["alike"] == ["bundled/topk/keep:0.7@3,6,9"]
+    assert "its speed cannot be told from that of top-k at keep 0.7@3,6,9" in found.notes

@@ -465,3 +465,22 @@ def test_official_weights_that_came_as_a_file_are_asked_to_be_named(cells: list[
     mine = [replace(cell, key=replace(cell.key, model="deit_small_patch16_224@best")) for cell in cells]
     with pytest.raises(UserError, match="run it with --label deit_small_patch16_224.fb_in1k"):
         plot_pareto(mine, tmp_path / "a.png", published=True)
+
+
+def test_speed_by_batch_size_is_a_line_for_each_cell(cells: list[Cell]) -> None:
+    swept = [
+        replace(changed([cell], {"speedup": Figure(gain * cell.figures["speedup"].value, 0.5, 3)})[0], at_batch=size)
+        for size, gain in ((1, 0.6), (8, 0.9), (32, 1.0))
+        for cell in cells
+    ]
+    picture = drawn(swept, x="batch")
+    (panel,) = picture.axes
+    handles, labels = panel.get_legend_handles_labels()
+    assert labels == ["ToMe at r=8", "ToMe at r=13", "top-k at keep 0.7@3,6,9", "random:seed=1 at r=13"]
+    assert handles[0][0].get_xdata().tolist() == pytest.approx([1, 8, 32], rel=0.05)
+    assert handles[0][0].get_ydata().tolist() == pytest.approx([0.78, 1.17, 1.3])
+    assert panel.get_xlabel() == "Images in a batch" and len(drawn(swept).axes) == 6
+    with pytest.raises(UserError, match="no run here was timed at several batch sizes"):
+        drawn(cells, x=["batch"])
+    with pytest.raises(UserError, match="no cell has efficiency; measured here"):
+        drawn(swept, x="batch", y="efficiency")

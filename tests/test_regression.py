@@ -403,6 +403,43 @@ def test_unreadable_runs_are_refused(make_run, tmp_path):
         check(speed, new)
 
 
+def test_speed_that_was_warned_of_is_judged_only_when_told_to(make_run):
+    def busy(record):
+        return record | ({"caveats": ["other work took 52 % of the CPU"]} if record["kind"] == "speed" else {})
+
+    quiet, noisy = make_run("quiet"), make_run("noisy", change=busy)
+    for before, after in ((quiet, noisy), (noisy, quiet)):
+        assert check(before, after).passed
+        with pytest.raises(
+            UserError, match="noisy is not to be judged by, as while 3 of 3 cells were timed other work"
+        ):
+            check(before, after, limits=Limits(max_slowdown=5))
+        assert check(before, after, limits=Limits(max_slowdown=5, despite_warnings=True)).passed
+
+
+def test_runs_at_several_batch_sizes_are_compared_size_by_size(make_run):
+    def swept(slower):
+        path = make_run(f"swept-{slower}")
+        folder = RunFolder.open(path)
+        for record in [own.plain() for own in folder.records() if own.kind == "speed"]:
+            for size in (1, 8):
+                speedup = 1.5 - slower * (size == 8)
+                folder.append(record | {"batch_size": size, "speedup": speedup})
+        lines = [line for line in (path / "records.jsonl").read_text().splitlines(keepends=True)
+                 if '"speed"' not in line or '"batch_size"' in line]  # fmt: skip
+        (path / "records.jsonl").write_text("".join(lines))
+        return path
+
+    before, after, single = swept(0), swept(0.5), make_run("single")
+    found = check(before, after, limits=Limits(max_slowdown=5))
+    assert {(one.gate, one.cell) for one in found.verdicts if not one.passed} == {
+        ("speed", f"m/{cell} at batch 8") for cell in ("none", "tome/constant:8", "topk/keep:0.5@3")
+    }
+    assert len(found.of_gate("top-1")) == len(found.of_gate("flops")) == 3
+    assert check(before, single).passed and check(single, before).passed
+    assert len(compare([before, after])) == 6 and len(compare([before, single])) == 3
+
+
 @pytest.mark.parametrize("limits", [{"max_drop": -1}, {"max_flips": float("nan")}, {"max_slowdown": float("inf")}])
 def test_limits_that_cannot_be_are_refused(limits):
     with pytest.raises(UserError, match=f"--{next(iter(limits)).replace('_', '-')} must be 0 or more"):

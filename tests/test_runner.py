@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import pickle
 import shutil
+import signal
+import sys
+import threading
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from made_run import changed
@@ -35,7 +41,7 @@ from tokbench.report.tables import render_table
 from tokbench.results.folder import RunFolder
 from tokbench.results.predictions import Predictions
 from tokbench.results.table import load_cells
-from tokbench.running import answers, bench, records, runner, timing
+from tokbench.running import answers, bench, fresh, records, runner, timing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -301,7 +307,7 @@ def test_progress_counts_cells_images_and_rounds(source, tmp_path):
     assert told[4:8] == [("phase", "tiny: accuracy", IMAGES), ("advance", 10), ("advance", 20), ("advance", 24)]
     # Three cells on a batch and on one image, and the speed limit that two of them share.
     warm = [("phase", "tiny: warming up for speed", 7), *(("advance", done) for done in range(1, 8))]
-    assert told[8:18] == [*warm, ("phase", "tiny: speed", 5), ("advance", 1)]
+    assert told[8:18] == [*warm, ("phase", "tiny: speed", speed.FEWEST_ROUNDS), ("advance", 1)]
 
 
 def test_options_can_be_given_apart_from_the_grid(source, tmp_path):
@@ -442,10 +448,11 @@ def test_what_makes_a_timing_worthless_is_warned_of_and_stays_in_its_records(sou
     busy = "other work took 52% of the machine's CPU time"
     disturbed = Disturbance(0.52, None, (f"{busy}: time again",))
     monkeypatch.setattr(timing, "Watch", lambda device: SimpleNamespace(look=lambda: None, stop=lambda: disturbed))
-    monkeypatch.setattr(timing, "vague_speedups", lambda results: ["tiny/tome/8"])
+    monkeypatch.setattr(timing, "vague_speedups", lambda fields: ["tiny/tome/8"])
     listener = Listener()
     runner.run(small_grid(only=("flops", "speed")), tmp_path / "run", progress=listener)
-    assert listener.warnings == [f"{busy}: time again", records.vague_sentence(["tiny/tome/8"], 2)]
+    assert listener.warnings[0] == f"{busy}: time again" and len(listener.warnings) == 2
+    assert listener.warnings[1].startswith("1 of 2 speed-ups are known to no better than ±5 % (tiny/tome/8): ")
     caveats = {r["cell"]: r["caveats"] for r in plain_records(tmp_path / "run") if r["kind"] == "speed"}
     assert caveats == {"tiny/none": [busy], "tiny/tome/8": [busy, records.VAGUE], "tiny/random/8": [busy]}
     cells = load_cells([tmp_path / "run"])
@@ -458,7 +465,7 @@ def test_threads_that_outnumber_the_cores_are_told_once_and_first(source, tmp_pa
     for module in (runner, timing, environment):
         monkeypatch.setattr(module, "thread_warnings", lambda device: ["99 threads share 2 cores: set something"])
     monkeypatch.setattr(timing, "Watch", environment.Watch)
-    monkeypatch.setattr(runner, "_load", lambda *args, real=runner._load: loaded.append(1) or real(*args))
+    monkeypatch.setattr(runner, "load_subject", lambda *args, real=runner.load_subject: loaded.append(1) or real(*args))
     loaded, listener = [], Listener()
     monkeypatch.setattr(listener, "warn", lambda text: listener.warnings.append((text, len(loaded))))
     runner.run(small_grid(only=("flops", "speed")), tmp_path / "run", progress=listener)
@@ -467,10 +474,26 @@ def test_threads_that_outnumber_the_cores_are_told_once_and_first(source, tmp_pa
     assert "99 threads share 2 cores" in speed["caveats"]
 
 
-def test_speedups_are_vague_where_their_interval_is_wide():
-    result = SpeedResult("tiny/tome/8", 8, [1.0], 1, 8.0, 1.5, 1.4, 1.6, [])
-    sharp = dataclasses.replace(result, name="tiny/tofu/8", speedup_low=1.49, speedup_high=1.51)
-    assert records.vague_speedups([result, sharp]) == ["tiny/tome/8"]
+def test_speedups_are_vague_where_their_interval_is_wide_or_none_is_known():
+    fields = {
+        "wide": {"speedup": 1.5, "speedup_low": 1.4, "speedup_high": 1.6}, "none": {"speedup": 1.5},
+        "sharp": {"speedup": 1.5, "speedup_low": 1.49, "speedup_high": 1.51},
+    }  # fmt: skip
+    assert records.vague_speedups(fields) == ["wide", "none"]
+
+
+def test_a_vague_speedup_says_how_long_it_takes_to_know_it():
+    told = records.vague_sentence({"a": 60, "b": 30, "c": 30, "d": 30}, 9, 20, 10.0, "rounds")
+    assert told == (
+        "4 of 9 speed-ups are known to no better than ±5 % (a, b, c and 1 more): "
+        "about 20 seconds more would do, in a new run with --rounds 60"
+    )
+    assert records.vague_sentence({"a": 5000}, 9, 20, 10.0, "rounds").endswith(": measure again on a quieter machine")
+    noisy = [1.0, 1.3, 0.8, 1.1, 0.9, 1.2, 1.0, 0.7]
+    reference, result = (SpeedResult("", 8, rounds, 1, 8.0, 1.0, 1.0, 1.0, []) for rounds in (noisy, [1.0] * 8))
+    assert records.needed_for_speedup({}, [result], [reference]) > 8
+    over = {"speedup": 1.0, "speedup_low": 0.9, "speedup_high": 1.1}
+    assert records.needed_for_speedup(over, [result] * 3, [reference] * 3) in (12, 13)
 
 
 def test_what_was_warned_of_labels_stays_with_the_run(tmp_path, monkeypatch):
@@ -549,7 +572,7 @@ def small_memory(monkeypatch):
     """Cells of that method have memory for so many images at a time."""
 
     def limit(method: str, most: int) -> None:
-        make = bench.Bench._make
+        make = bench.Bench.make
 
         def limited(self, cell, base, identity):
             runnable = make(self, cell, base, identity)
@@ -561,7 +584,7 @@ def small_memory(monkeypatch):
             if images > most:
                 raise torch.OutOfMemoryError("out of memory")
 
-        monkeypatch.setattr(bench.Bench, "_make", limited)
+        monkeypatch.setattr(bench.Bench, "make", limited)
 
     return limit
 
@@ -818,6 +841,124 @@ def test_the_unreduced_model_that_is_timed_is_timms_own(source, tmp_path, monkey
 
 def test_the_unreduced_model_is_no_speedup_to_doubt(source, tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(timing, "vague_speedups", lambda results: told.extend(one.name for one in results) or [])
+    monkeypatch.setattr(timing, "vague_speedups", lambda fields: told.extend(fields) or [])
     runner.run(small_grid(only=("speed",)), tmp_path / "run")
     assert told == ["tiny/tome/8", "tiny/random/8"]
+
+
+def test_every_cell_is_timed_at_each_batch_size_and_the_run_goes_on_with_what_it_lacks(source, tmp_path):
+    grid = small_grid(MethodSpec("tome", ("8",)), only=("flops", "accuracy", "speed"))
+    swept = dataclasses.replace(grid, options=dataclasses.replace(grid.options, batch_size=(4, 1)))
+    table = runner.run(swept, tmp_path / "run")
+    assert list(table["cell"]) == [f"tiny/{cell} at batch {size}" for size in (1, 4) for cell in ("none", "tome/8")]
+    assert list(table["batch_size"]) == [1, 1, 4, 4] and table["top1"].notna().all()
+    speeds = [r for r in plain_records(tmp_path / "run") if r["kind"] == "speed"]
+    assert [(r["cell"], r["batch_size"]) for r in speeds] == [
+        (f"tiny/{cell}", size) for size in (1, 4) for cell in ("none", "tome/8")
+    ]
+    cells = load_cells([tmp_path / "run"])
+    assert [len(found.sentences) > 2 for found in findings(cells)] == [True, True]
+    assert [cell.split("|")[3].strip() for cell in render_table(cells, "md").splitlines()[4:8]] == ["1", "1", "4", "4"]
+    path = tmp_path / "run" / "records.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    runner.run(swept, tmp_path / "run")
+    again = [r for r in plain_records(tmp_path / "run") if r["kind"] == "speed"]
+    assert [r["batch_size"] for r in again] == [1, 1, 4, 4] and again[:3] == speeds[:3]
+    with pytest.raises(UserError, match="batch size was \\[1, 4\\] and is 10"):
+        runner.run(grid, tmp_path / "run")
+
+
+@pytest.fixture
+def processes_here(monkeypatch):
+    """Fresh processes are played by this one."""
+    monkeypatch.setattr(fresh, "Watch", lambda device: timing.Watch(device))
+    told = []
+
+    def in_process(job, tell):
+        told.append(job)
+        return pickle.loads(pickle.dumps(fresh.work(pickle.loads(pickle.dumps(job)), tell)))
+
+    monkeypatch.setattr(fresh, "in_process", in_process)
+    return told
+
+
+def test_cells_are_timed_in_several_processes_in_turn(source, tmp_path, processes_here):
+    runner.run(small_grid(MethodSpec("tome", ("flops:0.8",)), processes=3, rounds=7), tmp_path / "run")
+    assert [job.number for job in processes_here] == [0, 1, 2]
+    speeds = [r for r in plain_records(tmp_path / "run") if r["kind"] == "speed"]
+    assert [r["cell"] for r in speeds] == ["tiny/none", "tiny/tome/flops:0.8"]
+    for record in speeds:
+        assert record["processes"] == 3 and [len(own) for own in record["seconds"]] == [3, 3, 3]
+        assert record["throughput_low"] <= record["throughput"] <= record["throughput_high"]
+        assert record["latency_low_ms"] >= 1000 * min(map(min, record["latency_seconds"]))
+    assert len(speeds[1]["free_seconds"]) == 3
+    assert {cell.processes for cell in load_cells([tmp_path / "run"])} == {3}
+
+
+def test_a_process_that_dies_costs_its_own_timings_only(source, tmp_path, processes_here, monkeypatch):
+    real, dead = fresh.in_process, {1}
+
+    def dying(job, tell):
+        if job.number in dead:
+            raise fresh.ProcessDied("was ended by signal 9")
+        return real(job, tell)
+
+    monkeypatch.setattr(fresh, "in_process", dying)
+    listener = Listener()
+    grid = small_grid(MethodSpec("tome", ("8",)), processes=3, rounds=7)
+    runner.run(grid, tmp_path / "run", progress=listener)
+    assert listener.warnings == ["timing process 2 of 3 was ended by signal 9"]
+    speed = next(r for r in plain_records(tmp_path / "run") if r["kind"] == "speed")
+    assert speed["processes"] == 2 and speed["caveats"] == ["only 2 of 3 processes came to the end of timing"]
+    dead |= {0, 2}
+    with pytest.raises(RunStopped, match="no process came to the end of timing; what was measured before is kept"):
+        runner.run(grid, tmp_path / "other")
+    assert {r["kind"] for r in plain_records(tmp_path / "other")} == {"flops", "accuracy"}
+
+
+def test_what_fails_in_a_process_is_recorded_as_it_would_be_here(source, tmp_path, processes_here, monkeypatch):
+    real = timing.measure_speed
+
+    def fail(models, *, on_failure, **how):
+        if "tiny/tome/8" in models:
+            on_failure("tiny/tome/8", RuntimeError("no"))
+        return real({name: own for name, own in models.items() if name != "tiny/tome/8"}, on_failure=on_failure, **how)
+
+    monkeypatch.setattr(timing, "measure_speed", fail)
+    runner.run(small_grid(MethodSpec("tome", ("8",)), only=("speed",), processes=2), tmp_path / "run")
+    kept = {r["cell"]: r for r in plain_records(tmp_path / "run")}
+    assert kept["tiny/tome/8"]["message"] == "RuntimeError: no" and kept["tiny/none"]["kind"] == "speed"
+
+
+def test_a_real_process_tells_what_it_comes_to():
+    job = fresh.Job(ModelSpec(), Grid(), RunOptions(device="cpu", rounds=6, seconds=0.01, processes=2), "cpu",
+                    [(PlannedCell("bundled", MethodSpec("none")), "")], 1, 0, 1, [])  # fmt: skip
+    told = []
+    timed = fresh.in_process(job, lambda *what: told.append(what))
+    assert len(timed.speed["bundled/none"].rounds) == 3 and timed.memory == {"bundled/none": None}
+    assert ("phase", "bundled: speed", 3) in told
+
+
+@pytest.mark.parametrize(
+    ("does", "told"),
+    [("echo one >&2; echo two >&2; exit 3", "ended with exit code 3: two"), ("kill -9 $$", "was ended by signal 9")],
+)
+def test_how_a_process_died_is_told(does, told, tmp_path, monkeypatch):
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\n{does}\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    with pytest.raises(fresh.ProcessDied, match=f"^{told}$"):
+        fresh.in_process(None, print)
+
+
+def test_ctrl_c_ends_the_process_that_times(tmp_path, monkeypatch):
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\nexec sleep 60\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    before = psutil.Process().children()
+    threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        fresh.in_process(None, print)
+    assert psutil.Process().children() == before

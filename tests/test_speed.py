@@ -76,14 +76,14 @@ def ticking(clock: Clock, **costs: float) -> tuple[dict[str, nn.Module], list[st
 
 def test_figures_from_known_times(clock: Clock) -> None:
     models, _ = ticking(clock, none=0.2, tome=0.1, mctf=0.4)
-    results = measure_speed(models, batch_size=8, input_size=SIZE, rounds=6, seconds=36)
+    results = measure_speed(models, batch_size=8, input_size=SIZE, rounds=8, seconds=48)
     assert [result.name for result in results] == ["none", "tome", "mctf"]
     assert [result.batch_size for result in results] == [8, 8, 8]
     assert [result.throughput for result in results] == pytest.approx([40, 80, 20])
     assert [result.speedup for result in results] == pytest.approx([1, 2, 0.5])
     assert [result.speedup_low for result in results] == pytest.approx([1, 2, 0.5])
     assert [result.speedup_high for result in results] == pytest.approx([1, 2, 0.5])
-    assert results[1].rounds == pytest.approx([0.1] * 6)
+    assert results[1].rounds == pytest.approx([0.1] * 8)
     assert [result.iterations for result in results] == pytest.approx([10, 20, 5], abs=1)
 
 
@@ -97,7 +97,7 @@ def test_a_disturbance_common_to_a_round_cancels(clock: Clock) -> None:
     result = measure_speed(models, batch_size=1, input_size=SIZE, rounds=40, seconds=20)[1]
     assert max(result.rounds) > 1.1 * min(result.rounds)
     assert result.speedup == pytest.approx(2, rel=0.01)
-    assert result.speedup_high - result.speedup_low < 0.05
+    assert result.speedup_low <= result.speedup <= result.speedup_high < result.speedup_low + 0.05
 
 
 def test_the_median_shrugs_off_an_outlier(clock: Clock) -> None:
@@ -143,26 +143,29 @@ def test_warm_up_is_not_counted(clock: Clock) -> None:
     ("estimates", "rounds", "seconds", "expected"),
     [
         ({"a": 0.1, "b": 0.2}, 10, 12.0, (10, {"a": 6, "b": 3})),
-        ({"a": 1.0, "b": 2.0}, 20, 30.0, (10, {"a": 1, "b": 1})),
-        ({"a": 60.0}, 20, 30.0, (5, {"a": 1})),
-        ({"a": 60.0}, 3, 30.0, (3, {"a": 1})),
+        ({"a": 1.0, "b": 2.0}, 20, 30.0, (20, {"a": 1, "b": 1})),
+        ({"a": 1.0, "b": 2.0}, None, 30.0, (10, {"a": 1, "b": 1})),
+        ({"a": 60.0}, None, 30.0, (speed.FEWEST_ROUNDS, {"a": 1})),
+        ({"a": 1e-3}, None, 30.0, (speed.MOST_ROUNDS, {"a": 300})),
     ],
 )
-def test_plan(estimates: dict[str, float], rounds: int, seconds: float, expected: tuple[int, dict[str, int]]) -> None:
+def test_plan(
+    estimates: dict[str, float], rounds: int | None, seconds: float, expected: tuple[int, dict[str, int]]
+) -> None:
     planned, iterations = plan(estimates, rounds, seconds)
     assert planned == expected[0]
     assert iterations == pytest.approx(expected[1], abs=1)
 
 
-@pytest.mark.parametrize(("cost", "planned"), [(0.01, 7), (100.0, 5)])
-def test_progress_tells_rounds_done_and_planned(clock: Clock, cost: float, planned: int) -> None:
-    models, _ = ticking(clock, a=cost)
+@pytest.mark.parametrize(("rounds", "planned"), [(9, 9), (None, speed.FEWEST_ROUNDS)])
+def test_progress_tells_rounds_done_and_planned(clock: Clock, rounds: int | None, planned: int) -> None:
+    models, _ = ticking(clock, a=100.0)
     seen: list[tuple[int, int]] = []
     measure_speed(
         models,
         batch_size=1,
         input_size=SIZE,
-        rounds=7,
+        rounds=rounds,
         seconds=1,
         on_round=lambda done, total: seen.append((done, total)),
     )
@@ -206,9 +209,9 @@ def test_bad_arguments() -> None:
 
 def test_real_models_on_the_real_clock() -> None:
     models = {"one": nn.Linear(4, 4).train(), "two": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))}
-    results = measure_speed(models, batch_size=2, input_size=SIZE, rounds=5, seconds=0.05)
+    results = measure_speed(models, batch_size=2, input_size=SIZE, rounds=8, seconds=0.05)
     for result in results:
-        assert len(result.rounds) == 5
+        assert len(result.rounds) == 8
         assert min(result.rounds) > 0
         assert result.iterations >= 1
         assert result.throughput == 2 / median(result.rounds)
@@ -286,8 +289,8 @@ def test_cuda_events_time_the_kernels_of_the_passes_and_nothing_before(monkeypat
             return images
 
     stream.launch(5.0)  # what is in the queue still, of another cell
-    assert speed._cuda_seconds(Kernel(), torch.zeros(1), 10) == pytest.approx(0.02, rel=1e-3)
-    assert stream.log == ["on", "synchronize", "record", *["launch"] * 10, "record", "synchronize", "off"]
+    assert speed._cuda_seconds(Kernel(), torch.zeros(1), 10) == pytest.approx([0.02] * 10, rel=1e-3)
+    assert stream.log == ["on", "synchronize", "record", *["launch", "record"] * 10, "synchronize", "off"]
 
 
 def test_peak_memory_is_of_one_pass_and_not_of_what_was_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,7 +413,7 @@ def test_the_rounds_that_a_pilot_asks_for() -> None:
     ratios = [1.0, 1.1, 0.9, 1.05, 0.95]
     pilot = [{"none": ratio, "tome": 1.0} for ratio in ratios]
     logs = torch.tensor(ratios).log()
-    expected = (2.7764 * 1.2533 * float(logs.std()) / 0.01) ** 2
+    expected = (1.96 * 1.2533 * float(logs.std()) / 0.01) ** 2
     assert speed.rounds_for(pilot, "none") == pytest.approx(expected, abs=1)
 
 
@@ -642,8 +645,8 @@ def test_a_machine_that_gets_busy_does_not_keep_one_waiting(clock: Clock) -> Non
     models: dict[str, nn.Module] = {
         name: Ticking(clock, lambda: 0.1 if clock.now < 2 else 1.0, [], name) for name in ("none", "tome")
     }
-    results = measure_speed(models, batch_size=1, input_size=SIZE, rounds=40, seconds=8)
-    assert speed.FEWEST_ROUNDS <= len(results[0].rounds) == len(results[1].rounds) < 20
+    results = measure_speed(models, batch_size=1, input_size=SIZE, seconds=2.6)  # which 13 rounds would fill
+    assert speed.FEWEST_ROUNDS == len(results[0].rounds) == len(results[1].rounds)
 
 
 @pytest.mark.parametrize("fails_at", [1, 8, 13])  # in the warm-up, the pilot, a round that counts

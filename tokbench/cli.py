@@ -162,7 +162,18 @@ def run(
         str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1 or mps (default: auto).")
     ] = None,
     dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="fp32, bf16 or fp16 (default: fp32).")] = None,
-    batch_size: Annotated[str | None, typer.Option(metavar="N", help="Images, or 'auto' (default: auto).")] = None,
+    batch_size: Annotated[
+        str | None, typer.Option(metavar="N", help="Images, 'auto' (the default), or several to time at each: 1,8,32.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(metavar="S", help="Time each model for so long in all (default: 2.5).")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(metavar="N", help="Rounds of timing, however long (default: as many as fit).")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(metavar="N", help="Time in N fresh processes in turn; intervals are over them.")
+    ] = None,
     compile: Annotated[
         bool | None, typer.Option("--compile", help="Time models compiled by torch.compile.", show_default=False)
     ] = None,
@@ -208,6 +219,9 @@ def run(
         device=device,
         dtype=dtype,
         batch_size=batch_size,
+        seconds=seconds,
+        rounds=rounds,
+        processes=processes,
         compile=compile,
         limit=limit,
         only=only,
@@ -373,7 +387,11 @@ def plot(
     runs: Runs,
     x: Annotated[
         list[str] | None,
-        typer.Option("--x", metavar="METRIC", help="A panel's x axis. Repeatable (default: gflops, throughput)."),
+        typer.Option(
+            "--x",
+            metavar="METRIC",
+            help="A panel's x axis. Repeatable (default: gflops, throughput). 'batch': speed-up by batch size.",
+        ),
     ] = None,
     y: Annotated[
         str | None,
@@ -520,6 +538,9 @@ def check(
     max_slowdown: Annotated[
         float | None, typer.Option(metavar="PCT", help="Most that may be lost of a speed-up (default: not checked).")
     ] = None,
+    despite_warnings: Annotated[
+        bool, typer.Option("--despite-warnings", help="Check --max-slowdown even where timing was warned of.")
+    ] = False,
     limit: Annotated[
         int | None, typer.Option(metavar="N", help="Compare on N of the baseline's images (default: all).")
     ] = None,
@@ -547,7 +568,7 @@ def check(
         from tokbench.check.compare import Limits
         from tokbench.check.compare import check as check_run
 
-        limits = Limits(max_drop, max_flips, max_slowdown)
+        limits = Limits(max_drop, max_flips, max_slowdown, despite_warnings)
         found = check_run(baseline, run, limits=limits, limit=limit, out=out, device=device, progress=progress)
     say("\n".join(found.lines()))
     if junit:

@@ -65,6 +65,15 @@ def _named(specs: Any) -> Any:
     return [{"name": spec} if isinstance(spec, str) else spec for spec in specs]
 
 
+def _as_batch_size(value: Any) -> Any:
+    """Several sizes as a tuple, smallest first; one alone as itself."""
+    if not isinstance(value, list | tuple):
+        return value
+    if not value or any(type(size) is not int or size < 1 for size in value):
+        raise ValueError(f"several must be whole numbers of at least 1, not {list(value)}")
+    return tuple(sorted(set(value))) if len(set(value)) > 1 else value[0]
+
+
 def _known_device(device: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):
         close = nearest(device, ("auto", "cpu", "cuda", "mps"))
@@ -187,7 +196,10 @@ class RunOptions:
     Attributes:
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         dtype: "fp32", "bf16", "fp16".
-        batch_size: images, or "auto".
+        batch_size: images, or "auto"; several sizes to time every cell at each.
+        seconds: timing for each model that is timed, None for the usual; more gives narrower intervals.
+        rounds: in which every model has a turn, None for as many as fit.
+        processes: fresh ones to share the rounds between, in turn; intervals are then over processes.
         limit: images measured for accuracy, None for all.
         only: which of MEASURES.
         workers: processes that read images, None to choose; no more than there are cores.
@@ -198,7 +210,10 @@ class RunOptions:
 
     device: Annotated[StrictStr, AfterValidator(_known_device)] = "auto"
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    batch_size: AtLeast1 | Literal["auto"] = "auto"
+    batch_size: Annotated[AtLeast1 | tuple[AtLeast1, ...] | Literal["auto"], BeforeValidator(_as_batch_size)] = "auto"
+    seconds: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    rounds: AtLeast1 | None = None
+    processes: AtLeast1 = 1
     limit: AtLeast1 | None = None
     only: Annotated[tuple[Literal["flops", "accuracy", "speed"], ...], Field(min_length=1)] = MEASURES
     workers: Annotated[StrictInt, Field(ge=0)] | None = None
@@ -208,6 +223,11 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "only", tuple(measure for measure in MEASURES if measure in self.only))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The batch sizes to time every cell at; none where it is timed at one only."""
+        return self.batch_size if isinstance(self.batch_size, tuple) else ()
 
 
 @told
@@ -373,7 +393,8 @@ class Grid:
         options = self.options
         images = f"{options.limit:,} images of {self.data}" if options.limit else f"all images of {self.data}"
         how = f"{len(cells)} cells: {', '.join(options.only)} on {images}, device {options.device}, {options.dtype}"
-        return "\n".join([f"{how}, batch size {options.batch_size}", *(f"  {cell}" for cell in cells)])
+        sizes = ", ".join(map(str, options.sizes)) or options.batch_size
+        return "\n".join([f"{how}, batch size {sizes}", *(f"  {cell}" for cell in cells)])
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, for the manifest of a run."""
@@ -395,8 +416,11 @@ def _read_options(flags: dict[str, Any]) -> dict[str, Any]:
     read = dict(flags)
     if "only" in flags:
         read["only"] = tuple(word.strip() for word in flags["only"].split(","))
-    if re.fullmatch(r"\d{1,18}", str(flags.get("batch_size", ""))):
-        read["batch_size"] = int(flags["batch_size"])
+    text = str(flags.get("batch_size", ""))
+    if re.fullmatch(r" *\d{1,18} *(, *\d{1,18} *)*", text):
+        read["batch_size"] = tuple(map(int, text.split(",")))
+    elif "," in text:
+        raise UserError(f"--batch-size {text!r}: write whole numbers, as in 1,8,32")
     return read
 
 

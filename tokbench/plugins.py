@@ -19,6 +19,11 @@ LOADED: dict[str, str] = {}
 _PATHS: dict[str, str] = {}
 
 
+def loaded_paths() -> list[str]:
+    """The files that were loaded, for another process to load them too."""
+    return [_PATHS.get(name, name) for name in LOADED]
+
+
 def load_plugins(paths: Iterable[str | Path]) -> list[str]:
     """Run each file and return the names of the methods they registered.
 

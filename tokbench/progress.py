@@ -170,7 +170,11 @@ class LiveProgress(Progress):
         return "interrupted before anything was measured"
 
     def _count(self) -> str:
-        measured = {(record.cell, record.kind) for record in self._records if record.kind != "failure"}
+        measured = {
+            (record.cell, record.kind, record.kind == "speed" and getattr(record, "batch_size", None))
+            for record in self._records
+            if record.kind != "failure"
+        }
         return f"{len(measured)} of {self._measurements} measurements"
 
     def _draw_in_time(self) -> None:

@@ -40,12 +40,13 @@ Answers = list[tuple[Cell, Predictions, Predictions]]
 class Limits:
     """What may change. max_drop: points of top-1 lost. max_flips: percent of the predictions, or of the images whose
     features move. max_slowdown: percent of the speed-up lost; None to leave speed alone, as other work on the machine
-    disturbs it.
+    disturbs it. despite_warnings: hold speed-ups against it even if there was a warning while they were measured.
     """
 
     max_drop: float = 1.0
     max_flips: float = 2.0
     max_slowdown: float | None = None
+    despite_warnings: bool = False
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -95,6 +96,7 @@ def check(
     before = Run(baseline)
     if with_speed and not before.has("speed"):
         raise UserError(f"--max-slowdown: the baseline {before.path} has not measured speed")
+    _require_no_warning(before, limits)
     if run is not None:
         for option, value in (("--out", out), ("--device", device)):
             if value is not None:
@@ -124,6 +126,17 @@ def require_comparable_speed(differ: Differences, baseline: Run) -> None:
         )
 
 
+def _require_no_warning(run: Run, limits: Limits) -> None:
+    """Raise UserError where speed is to be judged by timings of which there was a warning."""
+    doubted = [own.cell for own in run.cells if own.cell.doubts]
+    if limits.max_slowdown is None or limits.despite_warnings or not doubted:
+        return
+    raise UserError(
+        f"--max-slowdown: {run.path} is not to be judged by, as while {len(doubted)} of {len(run.cells)} cells were "
+        f"timed {doubted[0].doubts[0]}; measure again on a quiet machine, or judge all the same with --despite-warnings"
+    )
+
+
 def speed_only(baseline: Run) -> UserError:
     """What to raise where nothing is left to compare without speed."""
     return UserError(f"the baseline {baseline.path} has measured speed only; give --max-slowdown to compare it")
@@ -141,6 +154,7 @@ def _compare(before: Run, after: Run, limits: Limits) -> Check:
         kinds.remove("speed")
     else:
         require_comparable_speed(differ, before)
+        _require_no_warning(after, limits)
     presence = [_presence(old, new, old.kinds & kinds) for old, new in found if old.kinds & kinds]
     if not presence:
         raise speed_only(before)
@@ -152,7 +166,8 @@ def _compare(before: Run, after: Run, limits: Limits) -> Check:
     check = Check(after.path, before.path, _scope(before, pairs), differ, limits.describe(without_classes), presence)
     _judge_answers(check, _answers(check, before, after, pairs), limits)
     for old, new in pairs:
-        check.verdicts += _judge_cost(old.cell, new.cell)
+        if old.kinds - {"speed"}:
+            check.verdicts += _judge_cost(old.cell, new.cell)
         if limits.max_slowdown is not None:
             check.verdicts += _judge_speed(old.cell, new.cell, limits.max_slowdown)
     check.notes += [

@@ -50,7 +50,9 @@ def how_to_measure(baseline: Run, *, with_speed: bool, limit: int | None, device
                 "--device cpu compares all but speed"
             ) from error
         if known.batch_size and found.type != known.device:
-            options = replace(options, batch_size=known.batch_size)  # "auto" is another on every kind of device
+            # "auto" is another on every kind of device
+            size = tuple(known.batch_size) if isinstance(known.batch_size, list) else known.batch_size
+            options = replace(options, batch_size=size)
         if "speed" in kinds:
             here = {
                 "conditions": known.model_copy(update={"device": found.type}),

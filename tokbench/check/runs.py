@@ -68,10 +68,13 @@ class Run:
                         f"{self.path}: the {record.kind} record of {printable(record.cell)} has no {name!r}"
                     )
         index = RecordIndex(records)
-        self.cells = [
-            Measured(cell, frozenset(MEASURES) & index.cells[key].keys(), index.find(key, "accuracy"))
-            for cell, key in zip(cells_of(records, machine=self.folder.manifest.machine), index.cells, strict=True)
-        ]
+        self.cells = []
+        told: set[CellKey] = set()  # a cell that was timed at several batch sizes has one accuracy
+        cells = cells_of(records, machine=self.folder.manifest.machine)
+        for cell, (key, _, found) in zip(cells, index.rows(), strict=True):
+            kinds = frozenset(MEASURES if key not in told else ["speed"]) & found.keys()
+            self.cells.append(Measured(cell, kinds, index.find(key, "accuracy") if "accuracy" in kinds else None))
+            told.add(key)
         self.subsets: dict[str, Subset] = {}
         if not any(own.kinds for own in self.cells):
             raise UserError(f"the run {self.path} holds no measurements")
@@ -131,12 +134,18 @@ def matched(before: Run, after: Run) -> list[tuple[Measured, Measured | None]]:
     UserError where no cell has a partner.
     """
     alone = len(before.models) == len(after.models) == 1
+    swept = all(any(own.cell.at_batch for own in run.cells) for run in (before, after))
 
-    def meaning(key: CellKey) -> CellKey:
-        return replace(key, model="") if alone else key
+    def by_meaning(run: Run) -> dict[tuple[CellKey, int | None], Measured]:
+        """Its cells, the first where only the batch size is another and the other run has but one."""
+        found: dict[tuple[CellKey, int | None], Measured] = {}
+        for own in run.cells:
+            key = replace(own.cell.key, model="") if alone else own.cell.key
+            found.setdefault((key, own.cell.at_batch if swept else None), own)
+        return found
 
-    known = {meaning(own.cell.key): own for own in after.cells}
-    pairs = [(own, known.get(meaning(own.cell.key))) for own in before.cells]
+    known = by_meaning(after)
+    pairs = [(own, known.get(key)) for key, own in by_meaning(before).items()]
     if not any(new for _, new in pairs):
         raise UserError(
             f"the runs have no cell in common: {after.path} has {', '.join(after.models)}, "

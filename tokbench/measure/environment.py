@@ -6,11 +6,12 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import psutil
@@ -181,6 +182,17 @@ class Watch:
         self._library.close()
         gpu = _together(self._looks)
         return Disturbance(round(other, 3), gpu, tuple(_host_warnings(self._device, other) + _gpu_warnings(gpu)))
+
+
+def together(seen: Sequence[Disturbance], device: torch.device) -> Disturbance:
+    """What several processes saw, each while it measured, as one."""
+    if len(seen) == 1:
+        return seen[0]
+    other, gpus = fmean(one.other_cpu for one in seen), [one.gpu for one in seen if one.gpu]
+    gpu = _together(gpus)
+    if gpu:
+        gpu |= {name: sum(own[name] for own in gpus) for name in ("looks", "throttled")}
+    return Disturbance(round(other, 3), gpu, tuple(_host_warnings(device, other) + _gpu_warnings(gpu)))
 
 
 def _cpu_seconds() -> tuple[float, float, float]:

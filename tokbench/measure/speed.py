@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
+from itertools import pairwise
+from statistics import NormalDist, median
 
 import numpy as np
 import torch
@@ -25,10 +26,10 @@ from tokbench.measure._model import (
     release_memory,
     resolve_input_size,
 )
-from tokbench.measure.stats import batch_quantile, median_ratio_interval
+from tokbench.measure.stats import FEWEST_VALUES, median_ratio_interval
 
-# With fewer rounds, a median and its interval mean little; beyond the maximum, longer turns are worth more.
-FEWEST_ROUNDS, MOST_ROUNDS = 5, 40
+# With fewer rounds there is no interval; beyond the maximum, longer turns are worth more.
+FEWEST_ROUNDS, MOST_ROUNDS = FEWEST_VALUES, 100
 # Target half-width of a speed-up's interval, relative to it, and the rounds used to estimate what that takes.
 TARGET_WIDTH, PILOT_ROUNDS = 0.01, 5
 # Passes on a single image: enough that the 95th percentile is not the slowest one.
@@ -44,10 +45,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 class SpeedResult:
     """One model's timings.
 
-    `rounds` holds one value a round: the seconds of a forward pass on `batch_size` images, the mean of `iterations`
+    `rounds` holds one value a round: the seconds of a forward pass on `batch_size` images, the median of `iterations`
     passes. `throughput` is in images/s, from the median round. `speedup` is the median over rounds of the first model's
-    seconds / this one's (so 1 for the first model), with its 95 % interval from `speedup_low` to `speedup_high`.
-    `latency` holds the seconds of forward passes on a single image.
+    seconds / this one's (so 1 for the first model), with its 95 % interval from `speedup_low` to `speedup_high`, NaN
+    where there were too few rounds. `latency` holds the seconds of forward passes on a single image.
     """
 
     name: str
@@ -80,16 +81,16 @@ def measure_speed(
 
     All models run on the same images, random unless some are given. Their parameters must be on one device and of one
     dtype. In each round every model has one turn. If the models are too slow for `seconds`, there are fewer rounds, at
-    least 5 (or `rounds`); if a busy machine slows them down later, the measurement stops after twice the time.
+    least 8; if a busy machine slows them down later, the measurement stops after twice the time.
 
     Args:
         models: the models by name; the first is the reference of the speed-ups.
         batch_size: images in a pass.
         input_size: the side, (C, H, W), or None for the size the first model was built for.
         images: (B, C, H, W), for models whose work depends on them, taken again from the first if a batch has more.
-        rounds: the number of rounds, if they fit in `seconds`. None: an uncounted pilot estimates how many give every
-            speed-up an interval of ±1 %, and as many as fit in `seconds` run. The number is fixed before the first
-            counted round: stopping once the interval looks narrow would bias it.
+        rounds: the number of rounds, however long they take. None: an uncounted pilot estimates how many give every
+            speed-up an interval of ±1 %, and as many as fit in `seconds` run, at most 100. The number is fixed before
+            the first counted round: stopping once the interval looks narrow would bias it.
         seconds: time for all rounds of all models; a turn has as many passes as fit its share, at least one.
         latency_of: models to time on single images too, some passes in each round: about 50 in all, or fewer so that
             they take at most half of `seconds` more. They use the host's clock, because latency includes kernel
@@ -148,7 +149,7 @@ def measure_speed(
         estimates = each(models, lambda name: warmed(name, images))
         single = each((name for name in models if name in latency_of), lambda name: warmed(name, image))
         estimates = {name: estimates[name] for name in running}
-        planned, iterations = plan(estimates, MOST_ROUNDS if rounds is None else rounds, seconds)
+        planned, iterations = plan(estimates, rounds, seconds)
         if rounds is None and planned > FEWEST_ROUNDS + PILOT_ROUNDS:
             pilot = [each(order, turn) for order in _orders(running, PILOT_ROUNDS, seed + 1)]
             planned = min(rounds_for(pilot, reference), planned - PILOT_ROUNDS)
@@ -159,15 +160,15 @@ def measure_speed(
         patience = 2 * (seconds * 1.5 if single else seconds)
         began = time.perf_counter()
         for done, order in enumerate(_orders(running, planned, seed), start=1):
-            for name, mean in each(order, turn).items():
-                timings[name].append(mean)
+            for name, typical in each(order, turn).items():
+                timings[name].append(typical)
             for number, single_order in enumerate(_orders(single, answers, seed + done), start=done * answers):
                 image = images[number % batch_size].unsqueeze(0)  # the same for every model
                 for name, took in each(single_order, partial(_answer_seconds, models, image)).items():
                     latencies[name].append(took)
             if on_round is not None:
                 on_round(done, planned)
-            if done >= min(rounds or FEWEST_ROUNDS, FEWEST_ROUNDS) and time.perf_counter() - began > patience:
+            if rounds is None and done >= FEWEST_ROUNDS and time.perf_counter() - began > patience:
                 break
     results = []
     for name in running:
@@ -181,10 +182,13 @@ def measure_speed(
     return results
 
 
-def plan(estimates: Mapping[str, float], rounds: int, seconds: float) -> tuple[int, dict[str, int]]:
-    """(rounds, passes in a turn by model) for models with passes of about `estimates` seconds."""
+def plan(estimates: Mapping[str, float], rounds: int | None, seconds: float) -> tuple[int, dict[str, int]]:
+    """(rounds, passes in a turn by model) for models with passes of about `estimates` seconds.
+
+    rounds: so many in any case; None for as many as fit.
+    """
     affordable = int(seconds / sum(estimates.values()))
-    rounds = min(rounds, max(affordable, FEWEST_ROUNDS))
+    rounds = rounds or min(MOST_ROUNDS, max(affordable, FEWEST_ROUNDS))
     turn = seconds / (rounds * len(estimates))
     return rounds, {name: max(1, int(turn / estimate)) for name, estimate in estimates.items()}
 
@@ -192,13 +196,12 @@ def plan(estimates: Mapping[str, float], rounds: int, seconds: float) -> tuple[i
 def rounds_for(pilot: Sequence[Mapping[str, float]], reference: str) -> int:
     """Rounds needed for a 95 % interval of ± `TARGET_WIDTH` of every median speed-up, estimated from a pilot.
 
-    The median of n normal log ratios with standard deviation σ has standard deviation 1.2533 σ / √n; the interval's
-    half-width is a quantile of Student's t times that.
+    The median of n normal log ratios with standard deviation σ has standard deviation 1.2533 σ / √n.
     """
     names = sorted(set.intersection(*(set(seconds) for seconds in pilot)))
     logs = np.log([[seconds[reference] / seconds[name] for name in names] for seconds in pilot])
     deviation = float(logs.std(axis=0, ddof=1).max())
-    return max(FEWEST_ROUNDS, int(np.ceil((batch_quantile() * 1.2533 * deviation / TARGET_WIDTH) ** 2)))
+    return max(FEWEST_ROUNDS, int(np.ceil((NormalDist().inv_cdf(0.975) * 1.2533 * deviation / TARGET_WIDTH) ** 2)))
 
 
 def keep_freed_memory() -> bool:
@@ -312,36 +315,38 @@ def _orders(names: Iterable[str], rounds: int, seed: int) -> list[list[str]]:
 
 
 def _seconds(model: nn.Module, images: Tensor, iterations: int) -> float:
-    """Seconds of a forward pass, the mean of `iterations`."""
-    if images.device.type == "cuda":
-        return _cuda_seconds(model, images, iterations)
-    return _host_seconds(model, images, iterations)
+    """Seconds of a forward pass, the median of `iterations`."""
+    return median((_cuda_seconds if images.device.type == "cuda" else _host_seconds)(model, images, iterations))
 
 
 def _answer_seconds(models: Mapping[str, nn.Module], image: Tensor, name: str) -> float:
-    return _host_seconds(models[name], image, 1)
+    return _host_seconds(models[name], image, 1)[0]
 
 
-def _host_seconds(model: nn.Module, images: Tensor, iterations: int) -> float:
+def _host_seconds(model: nn.Module, images: Tensor, iterations: int) -> list[float]:
+    """Of each pass; beside an accelerator, which would idle between them, the mean."""
+    together = 1 if images.device.type == "cpu" else iterations
     _synchronize(images.device)
-    start = time.perf_counter()
-    for _ in range(iterations):
-        model(images)
-    _synchronize(images.device)
-    return (time.perf_counter() - start) / iterations
-
-
-def _cuda_seconds(model: nn.Module, images: Tensor, iterations: int) -> float:
-    """`_seconds` by CUDA events, which exclude the time until the host wakes up."""
-    with torch.cuda.device(images.device):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
-        start.record()
-        for _ in range(iterations):
+    moments = [time.perf_counter()]
+    for _ in range(iterations // together):
+        for _ in range(together):
             model(images)
-        end.record()
+        _synchronize(images.device)
+        moments.append(time.perf_counter())
+    return [(end - start) / together for start, end in pairwise(moments)]
+
+
+def _cuda_seconds(model: nn.Module, images: Tensor, iterations: int) -> list[float]:
+    """`_host_seconds` by CUDA events, which exclude the time until the host wakes up; passes follow without a gap."""
+    with torch.cuda.device(images.device):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(iterations + 1)]  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
-        return float(start.elapsed_time(end)) / 1000 / iterations
+        events[0].record()
+        for event in events[1:]:
+            model(images)
+            event.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1000 for start, end in pairwise(events)]
 
 
 def _synchronize(device: torch.device) -> None:

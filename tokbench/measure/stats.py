@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import atanh, exp, nan, sqrt, tanh
+from math import atanh, ceil, exp, nan, sqrt, tanh
 from typing import Literal
 
 import numpy as np
@@ -13,7 +13,9 @@ from scipy.stats import binomtest, norm
 from scipy.stats import t as student
 
 CONFIDENCE = 0.95
-BATCHES = 5
+# With fewer, the signs of neighbors are too few to tell a drift: the interval would cover too often, or not enough.
+FEWEST_VALUES = 8
+_TWO_SIDED = float(norm.ppf((1 + CONFIDENCE) / 2))
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -60,7 +62,7 @@ def correlation_interval(first: ArrayLike, second: ArrayLike) -> tuple[float, fl
         return r, -1.0, 1.0
     if abs(r) == 1:
         return r, r, r
-    reach = float(norm.ppf((1 + CONFIDENCE) / 2)) / sqrt(n - 3)
+    reach = _TWO_SIDED / sqrt(n - 3)
     return r, tanh(atanh(r) - reach), tanh(atanh(r) + reach)
 
 
@@ -106,17 +108,20 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """(median, low, high) of positive `values` (n,), n ≥ 1, in the order measured, with a 95 % interval.
 
-    Consecutive values are correlated on a machine that drifts, so the interval uses the medians of five consecutive
-    batches: Student's t on their logarithms (the method of batch means, Conway, Management Science 10, 1963). It does
-    not cover drift slower than the whole measurement. The interval of a single value is NaN.
+    The interval of the typical value *during this measurement*, from the signs of the values around their median: how
+    many lie below it varies with a variance of half the number of times that neighbors in time are on different sides
+    (n / 4 where they know nothing of each other; von Neumann's mean square successive difference, Annals of
+    Mathematical Statistics 12, 1941), and the ends are the quantiles that far from the middle. So neither bursts nor
+    drift make it useless, and it never ends beyond what was seen. Fewer than `FEWEST_VALUES` have no interval: NaN.
     """
-    middle = float(np.median(values))
-    logs: NDArray[np.float64] = np.log(np.asarray(values, dtype=float) / middle)
-    batches = np.array([np.median(batch) for batch in np.array_split(logs, min(BATCHES, logs.size))])
-    if batches.size == 1:
+    seen: NDArray[np.float64] = np.asarray(values, dtype=float)
+    middle, n = float(np.median(seen)), seen.size
+    if n < FEWEST_VALUES:
         return middle, nan, nan
-    reach = float(batch_quantile(batches.size) * batches.std(ddof=1) / sqrt(batches.size))
-    return middle, middle * exp(-reach), middle * exp(reach)
+    changes = np.count_nonzero(np.diff(seen > middle))
+    reach = _TWO_SIDED * sqrt(changes / 2 / n / (n - 1))
+    low, high = np.quantile(seen, np.clip([0.5 - reach, 0.5 + reach], 0, 1), method="hazen")
+    return middle, float(low), float(high)
 
 
 def median_ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float, float]:
@@ -125,14 +130,42 @@ def median_ratio_interval(numerators: Sequence[float], denominators: Sequence[fl
     Disturbances of both values of a pair (a hot CPU, other load) cancel. Raises ValueError if the lengths differ or
     are zero.
     """
+    return median_interval(ratios(numerators, denominators))
+
+
+def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
+    """Of paired measurements. Raises ValueError if the lengths differ or are zero."""
     if len(numerators) != len(denominators) or not len(numerators):
         raise ValueError(f"need as many numerators as denominators: {len(numerators)}, {len(denominators)}")
-    return median_interval([above / below for above, below in zip(numerators, denominators, strict=True)])
+    return [above / below for above, below in zip(numerators, denominators, strict=True)]
 
 
-def batch_quantile(batches: int = BATCHES) -> float:
-    """Half-width of a 95 % interval from this many batches, in standard errors: a quantile of Student's t."""
-    return float(student.ppf((1 + CONFIDENCE) / 2, batches - 1))
+def typical(samples: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    """(typical value, low, high) of the positive values that each of several processes measured, in their order.
+
+    Of one process, see `median_interval`. Of several, the geometric mean of their medians, with Student's interval on
+    the logarithms: processes are independent, and few. It does not end beyond what was seen.
+    """
+    if len(samples) == 1:
+        return median_interval(samples[0])
+    logs: NDArray[np.float64] = np.log([np.median(values) for values in samples])
+    middle, n = float(logs.mean()), logs.size
+    reach = float(student.ppf((1 + CONFIDENCE) / 2, n - 1) * logs.std(ddof=1)) / sqrt(n)
+    least, most = min(map(min, samples)), max(map(max, samples))
+    return exp(middle), max(exp(middle - reach), least), min(exp(middle + reach), most)
+
+
+def rounds_needed(values: Sequence[float], width: float) -> int:
+    """About how many values like these give `median_interval` a half-width of `width`, relative to the median.
+
+    The nearer to the middle two quantiles of what was seen have to be, the more values it takes.
+    """
+    seen: NDArray[np.float64] = np.asarray(values, dtype=float)
+    middle, shares = float(np.median(seen)), np.linspace(0.5, 0, 101)[:-1]
+    low, high = np.quantile(seen, [0.5 - shares, 0.5 + shares], method="hazen")
+    narrow = shares[(high - low) / 2 <= width * middle]
+    reach = float(narrow[0]) if narrow.size else float(shares[-1])
+    return max(FEWEST_VALUES, ceil((_TWO_SIDED / 2 / reach) ** 2))
 
 
 def _discordant(baseline_correct: ArrayLike, cell_correct: ArrayLike) -> tuple[int, int, int]:
@@ -146,7 +179,7 @@ def _discordant(baseline_correct: ArrayLike, cell_correct: ArrayLike) -> tuple[i
 
 def _score_limit(more: int, less: int, n: int) -> float:
     """Lower limit of the score interval for the difference (more − less) / n of paired proportions."""
-    z = float(norm.ppf((1 + CONFIDENCE) / 2))
+    z = _TWO_SIDED
     observed = (more - less) / n
 
     def excess(delta: float) -> float:

@@ -23,7 +23,7 @@ from tokbench.report.text import (
 )
 from tokbench.results.cell import Cell, Figure
 from tokbench.results.metrics import GAINS, METRICS
-from tokbench.results.table import comparable, group_by, known_gain, pareto_front
+from tokbench.results.table import comparable, group_by, known_gain, least_doubted, pareto_front
 
 _VAGUE = 5.0  # points of top-1: a drop that may be more than this is no answer
 _MODEL = "the unreduced model"
@@ -88,7 +88,7 @@ class _Group:
             better = [cell for cell, ratio in _known(kept, "flops_ratio") if ratio.value < 1]
         if not better:
             return f"Nothing that was tried {gain} with {unseen}." if timed or _known(kept, metric) else ""
-        best = _best(better, metric)
+        best = self._fastest(better) if timed else _best(better, metric)
         name, ((_, most),) = self.name(best), _drop_ends([best])
         points = number(most, _digits(best))
         if most > _VAGUE:
@@ -98,7 +98,7 @@ class _Group:
             )
         loss = f"with {unseen}: {_drop(best)}" + (f", so up to {points} may be lost" if most > 0 else "")
         if timed:
-            return f"{capital(name)} {self._faster(best, better, loss)}"
+            return f"{capital(name)} {self._faster(best, better, loss)}{self._passed_over(best, kept)}"
         return f"{capital(name)} takes {_share(best)} of {model}, {loss}. Whether it is faster was not measured."
 
     def _faster(self, best: Cell, faster: list[Cell], loss: str) -> str:
@@ -113,8 +113,21 @@ class _Group:
         published = [cell for cell in faster if cell.method not in CONTROLS]
         if not published:
             return f"{told}; no paper's method is surely faster without such a loss."
-        other = _best(published, "speedup")
+        other = self._fastest(published)
         return f"{told}; of the papers' methods it is {self.name(other)}, {_times_as_fast(other)}."
+
+    def _fastest(self, cells: list[Cell]) -> Cell:
+        """The fastest whose speed is known best, of those that are surely faster than the unreduced model or of all."""
+        return _best(least_doubted([cell for cell in cells if _side(cell["speedup"], 1) == 1] or cells), "speedup")
+
+    def _passed_over(self, best: Cell, cells: list[Cell]) -> str:
+        """Cells that may be faster than the best, and why they are not it; "" where there are none."""
+        worse = [
+            cell
+            for cell, speedup in _known(cells, "speedup")
+            if speedup.value > (best.value("speedup") or 0) and (cell.doubts or _side(speedup, 1) != 1)
+        ]
+        return f" Passed over, as their speed is known less well: {self._named(worse, 'speedup')}." if worse else ""
 
     def sentences(self) -> list[str]:
         """All that is known."""
@@ -198,8 +211,10 @@ class _Group:
             gain = [phrase(best) for metric, _, phrase in gains if best[metric]][:1]
             return [f"The smallest loss is that of {self.name(best)}: {', with '.join([*gain, _cost(best)])}."]
         for metric, which, phrase in gains:
-            if _known(kept, metric):
-                best = _best(kept, metric)
+            if timed := [cell for cell, _ in _known(kept, metric)]:
+                best = self._fastest(timed) if metric == "speedup" else _best(kept, metric)
+                if metric == "speedup" and _side(best["speedup"], 1) != 1 and len(kept) > 1:
+                    which = "nearest to being faster"
                 subject = f"The {which} of the {len(kept)} with no significant loss" if len(kept) > 1 else "That one"
                 on = _on(best) if metric == "speedup" else ""
                 return [f"{subject} is {self.name(best)}:{on} {phrase(best)}, {_drop(best)}."]
@@ -230,9 +245,10 @@ class _Group:
         return [*told, *(f"{self.name(cell)} runs at {_speed(cell)}: {same_shapes}." for cell in limits)]
 
     def _speed_of_methods(self, timed: list[Cell]) -> list[str]:
-        best = _best(timed, "speedup")
+        best = self._fastest(timed)
         cost = _cost(best) and f", with {_cost(best)}"
-        told = [f"The fastest cell{_on(best)} is {self.name(best)}: {_speed(best)}{cost}."]
+        passed = self._passed_over(best, timed)
+        told = [f"The fastest cell{_on(best)} is {self.name(best)}: {_speed(best)}{cost}.{passed}"]
         for side, beginning in ((-1, f"Slower than {_MODEL}"), (0, f"Not to be told from {_MODEL} in speed")):
             if some := [cell for cell in timed if _side(cell["speedup"], 1) == side]:
                 told.append(f"{beginning}: {self._named(some, 'speedup')}.")
@@ -257,7 +273,7 @@ class _Group:
             verb, _, rest = _alone(alike[0]).replace(_MODEL, "it").partition(" ")
             if verb:
                 names = self._named(alike, "latency_speedup")
-                told.append(f"{len(alike)} {plural(len(alike), verb, 'are')} {rest}: {names}")
+                told.append(f"{len(alike)} {plural(len(alike), verb, 'are') if verb == 'is' else verb} {rest}: {names}")
         if not told:
             return []
         faster = f"faster than {_MODEL} at batch {max(cell.batch_size or 0 for cell in timed)}"
@@ -361,11 +377,21 @@ def _share(cell: Cell) -> str:
 
 
 def _alone(cell: Cell) -> str:
-    """Whether a cell is slower at batch 1 than the unreduced model, as far as one run can tell; "" if it is faster."""
-    side = _side(cell["latency_speedup"], 1 / _RUNS_DIFFER, _RUNS_DIFFER)
+    """Whether a cell is slower at batch 1 than the unreduced model, as far as one run can tell; "" if it is faster.
+
+    An interval over several processes says itself how much runs differ.
+    """
+    alone = cell["latency_speedup"]
+    differ = _RUNS_DIFFER if cell.processes == 1 else 1.0
+    side = _side(alone, 1 / differ, differ)
     if side == -1:
         return f"is slower than {_MODEL}"
-    return f"is within {100 * (_RUNS_DIFFER - 1):.0f} % of {_MODEL}, by which runs differ" if side == 0 else ""
+    if side != 0 or alone is None or alone.interval is None:
+        return ""
+    low, high = alone.interval
+    if low >= 1 / _RUNS_DIFFER and high <= _RUNS_DIFFER:
+        return f"is within {100 * (_RUNS_DIFFER - 1):.0f} % of {_MODEL}, by which runs differ"
+    return f"cannot be told from {_MODEL} in speed"
 
 
 def _on(cell: Cell) -> str:

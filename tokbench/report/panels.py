@@ -232,7 +232,10 @@ def _draw_bars(panel: Axes, shown: Scene, art: Art) -> None:
     width: float = 0.136 * art.size.marker
     look: dict[str, Any] = {"alpha": 0.6, "zorder": 2}
     if points:
-        across, up = _bars([point.x for point in points], shown.reach[0]), _bars([p.y for p in points], shown.reach[1])
+        across, up = (
+            bars_within([point.x for point in points], shown.reach[0]),
+            bars_within([p.y for p in points], shown.reach[1]),
+        )
         bars: dict[str, Any] = {"ecolor": list(colors.values()), "elinewidth": width, **look}
         panel.errorbar(*_at(points), xerr=across, yerr=up, fmt="none", **bars)
     for axis, heads in enumerate(("<>", "^v" if METRICS[shown.y].better == "lower" else "v^")):
@@ -244,7 +247,7 @@ def _draw_bars(panel: Axes, shown: Scene, art: Art) -> None:
             panel.scatter(ends[0], ends[1], sizes, paint, marker=head, linewidths=0, **look)
 
 
-def _bars(figures: Sequence[Figure], reach: tuple[float, float]) -> np.ndarray:
+def bars_within(figures: Sequence[Figure], reach: tuple[float, float]) -> np.ndarray:
     """Distances to the interval's ends (2, n), no farther than `reach`; zero where there is no interval."""
     ends = [figure.interval or (figure.value, figure.value) for figure in figures]
     low, high = np.clip(np.array(ends).T, *reach)

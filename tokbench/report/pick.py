@@ -92,6 +92,7 @@ class Pick:
         other_meets: whether `other` meets the limits.
         why: why `other` lost, or what it misses; without `other`, why nothing could be judged.
         misses: by how much `other` misses which limits, in the limits' units.
+        alike: those that meet the limits and whose speed cannot be told from the best's.
         notes: what else to know.
         code: lines of Python that apply the best; "" where there is none.
         export: the command that exports the best, and lines that run what it wrote.
@@ -107,6 +108,7 @@ class Pick:
     other_meets: bool = False
     why: str = ""
     misses: dict[str, float] = field(default_factory=dict)
+    alike: list[Cell] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     code: str = ""
     export: list[str] = field(default_factory=list)
@@ -130,7 +132,7 @@ class Pick:
             "model": self.model, "title": self.title, "limits": self.limits, "met": self.best is not None,
             "rule": self.rule, "pick": _plain(self.best), "runner_up": _plain(self.other) if self.other_meets else None,
             "nearest": None if self.other_meets else _plain(self.other), "why": self.why, "misses": self.misses,
-            "notes": self.notes, "code": self.code, "export": self.export,
+            "alike": [cell.id for cell in self.alike], "notes": self.notes, "code": self.code, "export": self.export,
         }  # fmt: skip
 
 
@@ -221,7 +223,9 @@ def _decide(found: Pick, group: Sequence[Cell], folder: RunFolder) -> None:
     misses = {cell: _misses(cell, asked) for cell in known}
     met = [cell for cell in known if not misses[cell]]
     costs = _costs(met, by)
-    met.sort(key=costs.__getitem__)
+    by_speed = "speedup" in needed or "latency" in needed
+    floor = next((costs[cell] for cell in met if cell.is_baseline), [math.inf])
+    met.sort(key=lambda cell: (costs[cell] >= floor, by_speed and len(cell.doubts), costs[cell]))
     # A cell that is not faster than the unreduced model is no answer to how much accuracy may be paid for speed.
     if met and met[0].is_baseline and set(asked) <= set(_ACCURACY):
         met = []
@@ -232,6 +236,9 @@ def _decide(found: Pick, group: Sequence[Cell], folder: RunFolder) -> None:
         found.best, found.rule = met[0], "the only one that meets the limits with the unfavorable end of its interval"
         control = [f"{met[0].method} is a control, there to be beaten"] if met[0].method in CONTROLS else []
         found.notes += control + notes
+        if by_speed:
+            found.alike = [cell for cell in met[1:] if rank == "speedup" and _overlap(met[0], cell, rank)]
+            found.notes += _unsure(found, misses, rank)
     if len(met) > 1:
         found.rule = (
             f"{_WORDS[rank].best} of {len(met)} that meet the limits with the unfavorable end of their intervals"
@@ -332,10 +339,39 @@ def _why(best: Cell, other: Cell, by: Sequence[str], costs: Mapping[Cell, list[f
     text = f"{_WORDS[metric].worse}: {_judged(other, metric)}, against {_judged(best, metric)}"
     if metric != by[0]:
         text = f"equal in {_WORDS[by[0]].measured}, but {text}"
-    intervals = [figure.interval for cell in (best, other) if (figure := cell[metric]) and figure.interval]
-    if len(intervals) == 2 and max(low for low, _ in intervals) <= min(high for _, high in intervals):
+    if len(other.doubts) > len(best.doubts):
+        text = f"its speed is known less well: {other.doubts[-1]}"
+    elif _overlap(best, other, metric):
         text += "; the intervals overlap, so that is not sure"
     return text
+
+
+def _overlap(one: Cell, other: Cell, metric: str) -> bool:
+    """Whether both have intervals, and these overlap."""
+    intervals = [figure.interval for cell in (one, other) if (figure := cell[metric]) and figure.interval]
+    return len(intervals) == 2 and max(low for low, _ in intervals) <= min(high for _, high in intervals)
+
+
+def _unsure(found: Pick, misses: Mapping[Cell, Mapping[str, float]], rank: str) -> list[str]:
+    """What cannot be told from the pick in speed, and what was passed over because less is known of its speed."""
+    best, notes = found.best, []
+    assert best is not None
+    if found.alike:
+        notes.append(f"its speed cannot be told from that of {', '.join(map(_name, found.alike))}")
+    enough = found.limits.get("min_speedup", 0) if rank != "speedup" else best.value("speedup") or 0
+    passed = [
+        cell
+        for cell, missed in misses.items()
+        if len(cell.doubts) > len(best.doubts)
+        and all(LIMITS[name][0] in ("speedup", "latency") for name in missed)
+        and (speedup := cell["speedup"])
+        and max(speedup.value, speedup.high or 0) > enough
+        and cell not in found.alike
+    ]
+    if passed:
+        told = ", ".join(f"{_name(cell)} ({figure_text(cell, 'speedup', bounds=True, unit='×')})" for cell in passed)
+        notes.append(f"passed over, as their speed is known less well: {told}")
+    return notes
 
 
 def _judged(cell: Cell, metric: str) -> str:

@@ -59,6 +59,7 @@ _SORT_ALSO: dict[str, Callable[[Cell], Any]] = {
     "model": lambda cell: cell.model,
     "method": lambda cell: cell.method,
     "schedule": lambda cell: cell.schedule,
+    "batch_size": lambda cell: cell.batch_size or 0,
     "tokens_final": lambda cell: cell.tokens[-1:],
 }
 
@@ -181,7 +182,7 @@ def render_table(
     column unrounded.
 
     Args:
-        sort: a metric (best first), or model, method, schedule, tokens_final; "" keeps the order of the runs.
+        sort: a metric (best first), or model, method, schedule, batch_size, tokens_final; "" keeps the runs' order.
         pareto: only members of a front, and the unreduced models.
         filters: conditions as of `filter_cells`; who is on a front does not depend on them.
         columns: names of metrics, of columns of `load_table`, or "front": these only, in this order. LaTeX then has
@@ -351,6 +352,7 @@ def _columns(cells: Sequence[Cell], fronts: Fronts) -> list[_Column]:
     """All columns for reading, in their order."""
     columns = [_READ[name] for name in ("run", "model") if len({getattr(cell, name) for cell in cells}) > 1]
     columns += [_READ["method"], _READ["schedule"]]
+    columns += [_READ["batch_size"]] if any(cell.at_batch for cell in cells) else []
     placed = {metric.place: _figures(name) for name, metric in METRICS.items() if metric.place is not None}
     placed[_TOKENS] = [replace(_READ["tokens_final"], rank=4)]
     columns += [column for place in sorted(placed) for column in placed[place]]
@@ -387,6 +389,7 @@ _READ = {
     "model": _Column("Model", lambda cell: cell.model, left=True),
     "method": _Column("Method", lambda cell: cell.variant, left=True),
     "schedule": _Column("Schedule", lambda cell: "" if cell.is_baseline else cell.schedule, left=True),
+    "batch_size": _Column("Batch", lambda cell: f"{cell.batch_size or ''}", value=lambda cell: cell.batch_size),
     "tokens_final": _Column("Tokens", _tokens, value=lambda cell: cell.tokens_final),
 }
 

@@ -46,7 +46,7 @@ def _by_value(value: Any) -> Any:
 
 
 class RecordIndex:
-    """The records of a run by cell and kind, in the order in which cells first came.
+    """The records of a run by cell and kind, in the order in which cells first came; speed by batch size, too.
 
     A later record replaces an earlier one of its cell and kind, and a failure to measure it.
     """
@@ -62,11 +62,33 @@ class RecordIndex:
         failure = kinds.get("failure")
         if failure is not None and getattr(failure, "phase", None) in (record.kind, "setup"):
             del kinds["failure"]
-        kinds[record.kind] = record
+        kinds[_slot(record.kind, getattr(record, "batch_size", None))] = record
 
-    def find(self, key: CellKey, kind: str) -> Any:
-        """The last record of that kind for the cell; None where there is none."""
-        return self.cells.get(key, {}).get(kind)
+    def find(self, key: CellKey, kind: str, batch_size: int | None = None) -> Any:
+        """The last record of that kind for the cell, of speed also at that batch size; None where there is none."""
+        kinds = self.cells.get(key, {})
+        if kind != "speed" or batch_size is not None:
+            return kinds.get(_slot(kind, batch_size))
+        return next((record for record in reversed(kinds.values()) if record.kind == kind), None)
+
+    def rows(self) -> list[tuple[CellKey, int | None, dict[str, Record]]]:
+        """Each cell with its records by kind; once for each batch size where cells were timed at several, and that
+        size."""
+        rows: list[tuple[CellKey, int | None, dict[str, Record]]] = []
+        speeds = {
+            key: {getattr(one, "batch_size", None): one for one in kinds.values() if one.kind == "speed"}
+            for key, kinds in self.cells.items()
+        }
+        swept = any(len(own) > 1 for own in speeds.values())
+        for key, kinds in self.cells.items():
+            rest = {record.kind: record for record in kinds.values()}
+            sizes = sorted(speeds[key], key=lambda size: size or 0) if swept else []
+            rows += [(key, size, {**rest, "speed": speeds[key][size]}) for size in sizes] or [(key, None, rest)]
+        return sorted(rows, key=lambda row: row[1] or 0)
+
+
+def _slot(kind: str, batch_size: int | None) -> str:
+    return f"{kind} {batch_size}" if kind == "speed" else kind
 
 
 @dataclass(frozen=True)
@@ -100,6 +122,8 @@ class Cell:
         kinds: of records that it has, such as "accuracy".
         caveats: by kind, what was warned of while it was measured.
         calibrated: the parameters that were measured on images.
+        at_batch: the batch size it was timed at, where the run timed it at several: there is a cell for each.
+        processes: that timed it.
     """
 
     key: CellKey
@@ -129,6 +153,8 @@ class Cell:
     error: str | None = None
     kinds: frozenset[str] = frozenset()
     caveats: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    at_batch: int | None = None
+    processes: int = 1
 
     def __getitem__(self, metric: str) -> Figure | None:
         """The figure of that metric, None where it was not measured."""
@@ -166,6 +192,11 @@ class Cell:
     def is_searched(self) -> bool:
         """Whether its schedule came out of a search."""
         return bool(self.key.schedule and self.key.schedule.budget)
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What was warned of while its speed was measured."""
+        return self.caveats.get("speed", ())
 
     @property
     def is_broken(self) -> bool:

@@ -21,6 +21,7 @@ Positive = Annotated[float, Field(gt=0, lt=1e300)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Mean = Annotated[float, Field(ge=0, lt=2**63)]
+Timings = list[Positive] | list[list[Positive]]
 _LOW_HIGH = ("_low", "_high")
 _ENDS = TypeAdapter(dict[str, Number], config=ConfigDict(strict=True, allow_inf_nan=False))
 
@@ -103,14 +104,15 @@ class AccuracyRecord(Record):
 
 
 class SpeedRecord(Record):
-    """Seconds of every round and pass, and what follows from them."""
+    """Seconds of every round and pass, in a list for each process where there were several, and what follows."""
 
     batch_size: Count | None = None
-    seconds: list[Positive] | None = None
-    free_seconds: list[Positive] | None = None
-    reference_seconds: list[Positive] | None = None
-    latency_seconds: list[Positive] | None = None
-    reference_latency_seconds: list[Positive] | None = None
+    processes: Count | None = None
+    seconds: Timings | None = None
+    free_seconds: Timings | None = None
+    reference_seconds: Timings | None = None
+    latency_seconds: Timings | None = None
+    reference_latency_seconds: Timings | None = None
     iterations: Count | None = None
     compiled: bool | None = None
     throughput: Positive | None = None
@@ -155,7 +157,7 @@ class Conditions(_Stored):
 
     dtype: str | None = None
     device: str | None = None
-    batch_size: Count | None = None
+    batch_size: Count | list[Count] | None = None
     compile: bool = False
     models: dict[str, ModelConditions] = {}
 

@@ -128,16 +128,18 @@ def load_shown(runs: Sequence[str | Path], tell: Callable[[str], None]) -> list[
 def cells_of(records: Iterable[Record], run: str = "", machine: Machine | None = None) -> list[Cell]:
     """The cells of one run from its records, as they also are while the run is going on."""
     index = RecordIndex(records)
-    return _share_conditions([_cell(key, kinds, run, machine) for key, kinds in index.cells.items()])
+    return _share_conditions([_cell(key, at_batch, kinds, run, machine) for key, at_batch, kinds in index.rows()])
 
 
-def _cell(key: CellKey, kinds: Mapping[str, Record], run: str, machine: Machine | None) -> Cell:
+def _cell(key: CellKey, at_batch: int | None, kinds: Mapping[str, Record], run: str, machine: Machine | None) -> Cell:
     fields: dict[str, Any] = {}
     for record in kinds.values():
         given = vars(record) | (record.model_extra or {})
         fields.update({name: value for name, value in given.items() if value is not None})
     if "accuracy" in kinds:  # a run that grew measured the other kinds on fewer images
         fields["data_fingerprint"] = kinds["accuracy"].data_fingerprint
+    if size := getattr(kinds.get("speed"), "batch_size", None):  # accuracy may have been measured in others
+        fields["batch_size"] = size
     first, failure = next(iter(kinds.values())), kinds.get("failure")
     named = {name: fields.get(name) for name in _CONDITIONS if name in Cell.__dataclass_fields__}
     also = {
@@ -148,7 +150,7 @@ def _cell(key: CellKey, kinds: Mapping[str, Record], run: str, machine: Machine 
     }
     figures = {name: metric.read(fields) for name, metric in METRICS.items()}
     values = named | {
-        "id": first.cell,
+        "id": first.cell + (f" at batch {at_batch}" if at_batch else ""),
         "run": run,
         "schedule": first.schedule,
         "resolved": fields.get("resolved"),
@@ -166,6 +168,8 @@ def _cell(key: CellKey, kinds: Mapping[str, Record], run: str, machine: Machine 
         calibrated=fields.get("calibrated"),
         tokens=tuple(fields.get("tokens") or ()),
         kinds=frozenset(kinds),
+        at_batch=at_batch,
+        processes=fields.get("processes", 1),
         caveats={kind: tuple(map(printable, record.caveats)) for kind, record in kinds.items() if record.caveats},
         **told,
     )
@@ -285,9 +289,15 @@ def comparable(cells: Sequence[Cell], *metrics: str) -> list[list[Cell]]:
     """
     paced = any(find_metric(name).paced for name in metrics)
     timed_at = _timed_at(cells)
-    return group_by(
-        cells, lambda cell: (_conditions(cell), timed_at.get((cell.run, cell.model)), cell.run if paced else None)
-    )
+    for cell in cells:  # what was timed at several sizes has cells for each; what was not timed goes with the first
+        if cell.at_batch:
+            timed_at.setdefault((cell.run, cell.model), cell.at_batch)
+
+    def key(cell: Cell) -> tuple[Any, ...]:
+        size = cell.at_batch or timed_at.get((cell.run, cell.model))
+        return _conditions(cell), size, cell.run if paced else None
+
+    return group_by(cells, key)
 
 
 _conditions = operator.attrgetter(*COMPARABLE)
@@ -305,6 +315,12 @@ def _timed_at(cells: Sequence[Cell]) -> dict[tuple[str, str], int]:
         if len({sizes[place] for place in places}) > 1:
             several |= {place: sizes[place] for place in places}
     return several
+
+
+def least_doubted(cells: Sequence[Cell]) -> list[Cell]:
+    """Those of whose speed the least was warned."""
+    least = min((len(cell.doubts) for cell in cells), default=0)
+    return [cell for cell in cells if len(cell.doubts) == least]
 
 
 def known_gain(cells: Sequence[Cell]) -> str:

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from tokbench.calibrate import CALIBRATION_IMAGES, COUNTED_IMAGES, wants_images
-from tokbench.config import ModelSpec, PlannedCell, RunOptions, Searched
+from tokbench.config import Grid, ModelSpec, PlannedCell, RunOptions, Searched
 from tokbench.data import ImageSource, ImageStream, load_batches
 from tokbench.errors import BaselineFailed, RunStopped, one_line
 from tokbench.fusion.anatomy import grid_for
@@ -111,6 +111,7 @@ class Bench:
     progress: Progress
     index: RecordIndex
     batch_size: int
+    grid: Grid
     running: list[Runnable] = field(default_factory=list)
 
     @property
@@ -127,10 +128,13 @@ class Bench:
         """What a cell's `searched:` schedule stands for; None for other schedules."""
         return self.subject.searched.get(cell.key)
 
-    def lacks(self, cell: PlannedCell, kind: str) -> bool:
+    def lacks(self, cell: PlannedCell, kind: str, batch_size: int | None = None) -> bool:
+        """Whether a cell has to be measured. batch_size: at this one, where it is timed at several; None: at any."""
         if kind == "accuracy" and not cell.is_baseline and METHODS[cell.method.name].speed_only:
             return False
-        record = self.index.find(cell.key, kind)
+        if kind == "speed" and batch_size is None and self.options.sizes:
+            return any(self.lacks(cell, kind, size) for size in self.options.sizes)
+        record = self.index.find(cell.key, kind, batch_size)
         return kind in self.options.only and (record is None or not self.holds(cell, record))
 
     def holds(self, cell: PlannedCell, record: Record) -> bool:
@@ -158,9 +162,9 @@ class Bench:
         self.phase("counting FLOPs" if counting else "applying methods", len(cells))
         uncounted: set[str] = set()
         for done, cell in enumerate(cells, start=1):
-            identity = self._identity(cell)
+            identity = self.identity(cell)
             try:
-                runnable = self._make(cell, base, identity)
+                runnable = self.make(cell, base, identity)
                 self._require_unchanged(runnable)
                 if self.lacks(cell, "flops"):
                     images = self.images(COUNTED_IMAGES) if counts_by_image(runnable.model) else None
@@ -191,7 +195,7 @@ class Bench:
                         f"{runnable.identity.get(name)}. Has the code of the method changed? --fresh begins a new run."
                     )
 
-    def _make(self, cell: PlannedCell, base: VisionTransformer, identity: dict[str, Any]) -> Runnable:
+    def make(self, cell: PlannedCell, base: VisionTransformer, identity: dict[str, Any]) -> Runnable:
         model = fork(base)
         if cell.is_baseline:
             watch(model)
@@ -240,7 +244,7 @@ class Bench:
             raise RunStopped(f"none of the {len(source):,} images of {source.name} can be decoded: nothing to measure.")
         return torch.stack(images).to(self.device, self.dtype)
 
-    def _identity(self, cell: PlannedCell) -> dict[str, Any]:
+    def identity(self, cell: PlannedCell) -> dict[str, Any]:
         subject = self.subject.conditions()
         return {
             "cell": cell.id,
@@ -266,7 +270,7 @@ class Bench:
     def fail(self, phase: str, error: Exception) -> None:
         """Record what failed for no cell in particular as the unreduced model's failure. Raises BaselineFailed."""
         baseline = self.subject.cells[0]
-        self._record_failure(baseline, self._identity(baseline), phase, error)
+        self._record_failure(baseline, self.identity(baseline), phase, error)
 
     def drop(self, cell_id: str, phase: str, error: Exception) -> None:
         """Take a cell that failed out of the running ones."""

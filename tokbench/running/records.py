@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from math import inf
+from collections.abc import Mapping, Sequence
+from math import ceil, inf, isnan
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from tokbench.measure.stats import (
     correlation_interval,
     mcnemar_p,
     mean_interval,
-    median_interval,
-    median_ratio_interval,
     paired_drop,
+    ratios,
+    rounds_needed,
+    typical,
     wilson,
 )
 from tokbench.results.predictions import Predictions
@@ -60,8 +62,9 @@ def accuracy_fields(predictions: Predictions, baseline: Predictions) -> dict[str
 
 
 def _with_ends(name: str, value: float, low: float, high: float, *, unit: str = "") -> dict[str, float]:
-    """A figure and the ends of its interval under the names that records have."""
-    return {f"{name}{unit}": value, f"{name}_low{unit}": low, f"{name}_high{unit}": high}
+    """A figure and the ends of its interval, where it has one, under the names that records have."""
+    ends = {} if isnan(low) else {f"{name}_low{unit}": low, f"{name}_high{unit}": high}
+    return {f"{name}{unit}": value} | ends
 
 
 def output_shift(outputs: Predictions, unreduced: Predictions) -> dict[str, tuple[float, float, float]]:
@@ -111,54 +114,82 @@ def flops_fields(count: FlopCount, limit: FlopCount, unreduced: int) -> dict[str
 
 
 def speed_fields(
-    result: SpeedResult,
-    memory: tuple[int, int] | None,
+    results: Sequence[SpeedResult],
     *,
-    reference: SpeedResult,
-    limit: SpeedResult | None,
+    references: Sequence[SpeedResult],
+    limits: Sequence[SpeedResult],
+    memory: tuple[int, int] | None,
     compiled: bool,
 ) -> dict[str, Any]:
     """The speed part of a record: every timing, and what follows from them.
 
-    memory: peak bytes, allocated and reserved. reference: the unreduced model in the same
-    rounds. limit: the cell's own `free` in the same rounds.
+    results: of each process. references: the unreduced model in the same rounds. limits: the cell's own `free` in the
+    same rounds, if it has one. memory: peak bytes, allocated and reserved.
     """
-    _, quick, slow = median_interval(result.rounds)
+    rounds, latencies = [own.rounds for own in results], [own.latency for own in results]
+    pace, quick, slow = typical(rounds)
+    size, below = results[0].batch_size, [own.rounds for own in references]
     fields = {
-        "batch_size": result.batch_size,
-        "seconds": result.rounds,
-        "iterations": result.iterations,
+        "batch_size": size,
+        "processes": len(results),
+        "seconds": by_process(rounds),
+        "iterations": results[0].iterations,
         "compiled": compiled,
-        **_with_ends("throughput", result.throughput, result.batch_size / slow, result.batch_size / quick),
-        **_with_ends("speedup", result.speedup, result.speedup_low, result.speedup_high),
-        "latency_seconds": result.latency,
-        **_with_ends("latency", *median_interval([1000 * value for value in result.latency]), unit="_ms"),
-        "latency_p95_ms": 1000 * float(np.quantile(result.latency, 0.95)),
+        **_with_ends("throughput", size / pace, size / slow, size / quick),
+        **_with_ends("speedup", *typical([*map(ratios, below, rounds)])),
+        "latency_seconds": by_process(latencies),
+        **_with_ends("latency", *typical([[1000 * value for value in own] for own in latencies]), unit="_ms"),
+        "latency_p95_ms": 1000 * float(np.quantile(np.concatenate(latencies), 0.95)),
     }
     # Pass by pass; none of them are missing, as a model that raises once is out.
-    fields |= _with_ends("latency_speedup", *median_ratio_interval(reference.latency, result.latency))
+    fields |= _with_ends("latency_speedup", *typical([*map(ratios, (own.latency for own in references), latencies)]))
     if memory:
         fields |= {"peak_memory_bytes": memory[0], "reserved_memory_bytes": memory[1]}
-    if limit is not None:
+    if limits:
+        free = [own.rounds for own in limits]
         fields |= {
-            "free_seconds": limit.rounds,
-            "free_speedup": median_ratio_interval(reference.rounds, limit.rounds)[0],
-            **_with_ends("efficiency", *median_ratio_interval(limit.rounds, result.rounds)),
+            "free_seconds": by_process(free),
+            "free_speedup": typical([*map(ratios, below, free)])[0],
+            **_with_ends("efficiency", *typical([*map(ratios, free, rounds)])),
         }
     return fields
 
 
-VAGUE = "the speed-up is known to no better than ±5 %"
+def by_process(samples: list[list[float]]) -> list[float] | list[list[float]]:
+    """As a record has them: the list itself where there was one process."""
+    return samples[0] if len(samples) == 1 else samples
 
 
-def vague_speedups(results: list[SpeedResult]) -> list[str]:
-    """The names of those whose speed-up is known too badly to choose by."""
-    return [result.name for result in results if result.speedup_high - result.speedup_low > 0.1 * result.speedup]
+VAGUE_WIDTH = 0.05
+VAGUE = f"the speed-up is known to no better than ±{VAGUE_WIDTH:.0%}".replace("%", " %")
 
 
-def vague_sentence(vague: list[str], count: int) -> str:
-    """A warning about those of so many speed-ups."""
-    return (
-        f"{len(vague)} of {count} speed-ups are known to no better than ±5 % (as for {vague[0]}): "
-        "too few rounds for so noisy a machine"
-    )
+def vague_speedups(fields: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The names of those whose speed-up is known too badly to choose by, or has no interval."""
+    ends = {name: (own.get("speedup_low", 0.0), own.get("speedup_high", inf)) for name, own in fields.items()}
+    return [name for name, (low, high) in ends.items() if high - low > 2 * VAGUE_WIDTH * fields[name]["speedup"]]
+
+
+def vague_sentence(vague: Mapping[str, int], count: int, done: int, seconds: float, unit: str) -> str:
+    """A warning about those of so many speed-ups, and how long it would take to know them better.
+
+    vague: by name, how many rounds (or processes) would do. done, seconds: how many there were, and how long they took.
+    unit: "rounds" or "processes".
+    """
+    names, needed = list(vague), max(vague.values())
+    told = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+    text = f"{len(vague)} of {count} speed-ups are known to no better than ±5 % ({told}): "
+    if needed > 20 * done:
+        return f"{text}measure again on a quieter machine"
+    more = max(1, round(seconds * (needed / done - 1)))
+    return f"{text}about {more:,} seconds more would do, in a new run with --{unit} {needed}"
+
+
+def needed_for_speedup(
+    fields: Mapping[str, Any], results: Sequence[SpeedResult], references: Sequence[SpeedResult]
+) -> int:
+    """About how many rounds like these, or where there were several how many processes, would give it no caveat."""
+    if len(results) == 1:
+        return rounds_needed(ratios(references[0].rounds, results[0].rounds), VAGUE_WIDTH)
+    half = (fields["speedup_high"] - fields["speedup_low"]) / 2 / fields["speedup"]
+    return ceil(len(results) * (half / VAGUE_WIDTH) ** 2)

@@ -96,12 +96,13 @@ def run(
         records = folder.records()
         index = RecordIndex(records)
         count = sum(len(subject.cells) for subject in subjects)
-        progress.started(folder, count, count * len(options.only))
+        speeds = max(1, len(options.sizes)) if "speed" in options.only else 0
+        progress.started(folder, count, count * (len({*options.only} - {"speed"}) + speeds))
         for text in grown.values():
             progress.note(text)
         for subject in subjects:
             subject.cells = [cell.named_as(index) for cell in subject.cells]
-        benches = [Bench(subject, folder, options, device, progress, index, batch_size) for subject in subjects]
+        benches = [Bench(subject, folder, options, device, progress, index, batch_size, grid) for subject in subjects]
         if records:
             asked = {cell.key: (bench, cell) for bench in benches for cell in bench.subject.cells}
             found = ((record, *asked.get(key_of(record), (None, None))) for record in records)
@@ -172,7 +173,7 @@ def find_device(name: str) -> torch.device:
 
 
 def load_subject(spec: ModelSpec, grid: Grid, options: RunOptions) -> Subject:
-    """A model of the grid with its cells and, where something looks at them, its images."""
+    """A model of the grid with the images it needs. Raises UserError where a cell of it cannot be."""
     load = partial(load_model, random_weights=True) if spec.random_weights else load_model
     model = cast(VisionTransformer, load(spec.name, spec.checkpoint, input_size=spec.input_size))
     require_supported(model)
@@ -188,11 +189,14 @@ def load_subject(spec: ModelSpec, grid: Grid, options: RunOptions) -> Subject:
 
 
 def _batch_size(options: RunOptions, device: torch.device, folder: RunFolder | None) -> int:
-    """What was asked for, or what the run that is continued had."""
+    """What was asked for, the largest of several, or what the run that is continued had."""
+    if options.sizes:
+        return max(options.sizes)
     if isinstance(options.batch_size, int):
         return options.batch_size
     before = folder.manifest.conditions if folder else None
-    return (before.batch_size if before else None) or (128 if device.type == "cuda" else 16)
+    known = before.batch_size if before else None
+    return (max(known) if isinstance(known, list) else known) or (128 if device.type == "cuda" else 16)
 
 
 def _manifest(
@@ -205,7 +209,7 @@ def _manifest(
         "conditions": {
             "dtype": options.dtype,
             "device": device.type,
-            "batch_size": batch_size,
+            "batch_size": list(options.sizes) or batch_size,
             "compile": options.compile,
             "models": {subject.spec.label: subject.conditions() for subject in subjects},
         },

@@ -2,85 +2,128 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from math import ceil
+from typing import Any
 
 from tokbench.errors import BaselineFailed, RunStopped, one_line
 from tokbench.measure._model import is_out_of_memory, release_memory
 from tokbench.measure.compiled import compile_model
-from tokbench.measure.environment import Watch, thread_warnings
+from tokbench.measure.environment import Watch, thread_warnings, together
 from tokbench.measure.speed import SpeedResult, largest_batch, measure_memory, measure_speed
 from tokbench.running.bench import Bench, Runnable, counts_by_image
-from tokbench.running.records import VAGUE, speed_fields, vague_sentence, vague_speedups
+from tokbench.running.fresh import Timed, time_in_fresh_processes
+from tokbench.running.records import (
+    VAGUE,
+    by_process,
+    needed_for_speedup,
+    speed_fields,
+    vague_sentence,
+    vague_speedups,
+)
 
-# A budget for all rounds together; slow cells exceed it, because each makes five rounds at least.
-SPEED_SECONDS_PER_CELL = 1.0
+# A budget for all rounds together; slow cells exceed it, because each makes eight rounds at least.
+SPEED_SECONDS_PER_CELL = 2.5
 LARGEST_BATCH = 1024
 
 
-@dataclass
-class _Timed:
-    """What was timed, by cell id; among the speeds are those of speed limits, by their names."""
-
-    speed: dict[str, SpeedResult]
-    memory: dict[str, tuple[int, int] | None]
-
-
 def time_cells(bench: Bench) -> None:
-    """Time the cells that lack it in turns with the unreduced model, on as many images as all have memory for."""
-    lacking = [runnable for runnable in bench.running if bench.lacks(runnable.cell, "speed")]
-    if not lacking:
-        return
-    if not bench.is_fused:
+    """Time the cells that lack it in turns with the unreduced model, at each batch size that was asked for."""
+    if not bench.is_fused and bench.waiting():
         bench.progress.warn("fused attention is off (TIMM_FUSED_ATTN?): speed-ups are over a slower model than timm's")
-    reference, size = bench.running[0], _batch_size(bench)
-    asked = size
-    timed: _Timed | None = None
-    watch = Watch(bench.device)
-    while timed is None:
+    for size in bench.options.sizes or (None,):
+        lacking = [runnable for runnable in bench.running if bench.lacks(runnable.cell, "speed", size)]
+        if lacking and not _time_lacking(bench, lacking, size):
+            bench.progress.warn(f"memory does not allow batches of {size}: no cell is timed at that size or above")
+            return
+
+
+def _time_lacking(bench: Bench, lacking: list[Runnable], wanted: int | None) -> bool:
+    """Time them on `wanted` images, or on as many as all have memory for; False where it is too small for `wanted`."""
+    reference, size = bench.running[0], wanted or _batch_size(bench)
+    asked, began = size, time.monotonic()
+    timed: list[Timed] = []
+    while not timed:
         members = [reference, *(member for member in bench.running[1:] if member in lacking)]
         try:
-            timed = _time(bench, members, size, watch)
+            timed = _time_in_each_process(bench, members, size)
         except (RunStopped, BaselineFailed):
             raise
         except Exception as error:  # the unreduced model's, or nobody's in particular: no speed-up can be told
             if not is_out_of_memory(error) or size == 1:
                 bench.drop(reference.cell.id, "speed", error)
+            if wanted:
+                return False
             size = (size + 1) // 2
         release_memory(bench.device)
-    disturbance = watch.stop()
-    speedups = [timed.speed[name] for name in timed.memory if name != reference.cell.id]
-    vague = vague_speedups(speedups)
-    for sentence in (*disturbance.warnings, *([vague_sentence(vague, len(speedups))] if vague else [])):
+    _record(bench, [one for one in lacking if one in bench.running], timed, asked, time.monotonic() - began)
+    return True
+
+
+def _time_in_each_process(bench: Bench, members: list[Runnable], size: int) -> list[Timed]:
+    if bench.options.processes > 1:
+        return time_in_fresh_processes(bench, members, size)
+    watch = Watch(bench.device)
+    speed, memory = time_members(bench, members, size, watch)
+    return [Timed(speed, memory, watch.stop())]
+
+
+def _figures(bench: Bench, timed: list[Timed]) -> dict[str, dict[str, Any]]:
+    """The speed part of the record of each cell that every process timed, by cell id."""
+    base = [one.speed[bench.running[0].cell.id] for one in timed]
+    return {
+        name: speed_fields(
+            [one.speed[name] for one in timed],
+            references=base,
+            limits=[one.speed[limit] for one in timed] if all(limit in one.speed for one in timed) else [],
+            memory=max(filter(None, (one.memory[name] for one in timed)), default=None),
+            compiled=bench.options.compile,
+        )
+        for name, limit in (
+            (member.cell.id, "" if member.limit is None else member.limit_name) for member in bench.running
+        )
+        if all(name in one.memory for one in timed)
+    }
+
+
+def _record(bench: Bench, lacking: list[Runnable], timed: list[Timed], asked: int, seconds: float) -> None:
+    """Warn of what may spoil these timings, and write them down. seconds: how long they took."""
+    reference, processes, fields = bench.running[0], len(timed), _figures(bench, timed)
+    base = [one.speed[reference.cell.id] for one in timed]
+    disturbance = together([one.disturbance for one in timed], bench.device)
+    vague = vague_speedups({name: figures for name, figures in fields.items() if name != reference.cell.id})
+    warnings = list(disturbance.warnings)
+    if vague:
+        needed = {name: needed_for_speedup(fields[name], [one.speed[name] for one in timed], base) for name in vague}
+        done, unit = (processes, "processes") if processes > 1 else (len(base[0].rounds), "rounds")
+        warnings.append(vague_sentence(needed, len(fields) - 1, done, seconds, unit))
+    for sentence in warnings:
         if sentence not in thread_warnings(bench.device):  # said at the start
             bench.progress.warn(sentence)
     caveats = [sentence.partition(": ")[0] for sentence in disturbance.warnings]  # without what to do about it
+    size, earlier = base[0].batch_size, _timed_before(bench)
     if size < asked:
         caveats.append(f"memory allowed batches of {size} only, where {asked} were asked for")
+    if processes < bench.options.processes:
+        caveats.append(f"only {processes} of {bench.options.processes} processes came to the end of timing")
     # Added to a run, the cells ran beside an unreduced model whose own record is an earlier session's.
-    base = timed.speed[reference.cell.id]
-    measured = {"reference_seconds": base.rounds, "reference_latency_seconds": base.latency}
-    again = {} if reference in lacking else measured
-    earlier = _timed_before(bench)
-    if earlier not in (None, size):
+    again = {} if reference in lacking else {
+        "reference_seconds": by_process([one.rounds for one in base]),
+        "reference_latency_seconds": by_process([one.latency for one in base]),
+    }  # fmt: skip
+    if not bench.options.sizes and earlier not in (None, size):
         bench.progress.warn(
             f"memory allows batches of {size} only, and the cells timed before had {earlier}: "
             "their speeds are no match; --fresh times all on the same"
         )
     for runnable in lacking:
-        if runnable.cell.id in timed.memory:
-            fields = speed_fields(
-                timed.speed[runnable.cell.id],
-                timed.memory[runnable.cell.id],
-                reference=base,
-                limit=timed.speed.get(runnable.limit_name) if runnable.limit is not None else None,
-                compiled=bench.options.compile,
-            )
+        if runnable.cell.id in fields:
             bench.record(
                 runnable,
                 "speed",
-                **fields,
+                **fields[runnable.cell.id],
                 **again,
                 attention_kernels=runnable.attention_kernels,
                 other_cpu=disturbance.other_cpu,
@@ -109,7 +152,10 @@ def _batch_size(bench: Bench) -> int:
     return size
 
 
-def _time(bench: Bench, members: list[Runnable], size: int, watch: Watch) -> _Timed:
+def time_members(
+    bench: Bench, members: list[Runnable], size: int, watch: Watch, seed: int = 0
+) -> tuple[dict[str, SpeedResult], dict[str, tuple[int, int] | None]]:
+    """(speeds by cell id and by name of a speed limit, memory by cell id) of a process's share of the rounds."""
     if bench.options.compile:
         # For each size anew: torch compiles the same code for eight shapes only.
         for member in members:
@@ -136,13 +182,16 @@ def _time(bench: Bench, members: list[Runnable], size: int, watch: Watch) -> _Ti
         bench.progress.advance(done)
 
     images = bench.images(size) if any(counts_by_image(member.model) for member in members) else None
+    options, models = bench.options, len(members) + len(limits)
     results = measure_speed(
         {**{member.cell.id: member.model for member in members}, **limits},
         batch_size=size,
         input_size=bench.subject.input_size,
         images=images,
-        seconds=SPEED_SECONDS_PER_CELL * (len(members) + len(limits)),
+        rounds=options.rounds and ceil(options.rounds / options.processes),
+        seconds=(options.seconds or SPEED_SECONDS_PER_CELL) * models / options.processes,
         latency_of=[member.cell.id for member in members],
+        seed=seed,
         on_warm=bench.progress.advance,
         on_round=advance,
         on_failure=fail,
@@ -158,7 +207,7 @@ def _time(bench: Bench, members: list[Runnable], size: int, watch: Watch) -> _Ti
             )
         except Exception as error:
             fail(member.cell.id, error)
-    return _Timed(speed, memory)
+    return speed, memory
 
 
 @contextmanager

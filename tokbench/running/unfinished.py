@@ -40,10 +40,11 @@ def _progress(folder: RunFolder, grid: Grid) -> Unfinished:
     """How far a run is. What failed was measured."""
     index = RecordIndex(folder.records())
     done = [
-        not {kind, "failure"}.isdisjoint(index.cells.get(cell.key, ()))
+        bool(index.find(cell.key, "failure") or index.find(cell.key, kind, size))
         for model in grid.models
         for cell in grid.cells(model)
         for kind in grid.options.only
+        for size in ((kind == "speed" and grid.options.sizes) or (None,))
         if kind != "accuracy" or cell.is_baseline or not METHODS[cell.method.name].speed_only
     ]
     return Unfinished(folder.path, sum(done), len(done))

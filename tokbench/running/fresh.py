@@ -1,0 +1,214 @@
+"""Timing in fresh processes, as pyperf does: the same pass takes another time in every process.
+
+Memory lies elsewhere, and caches are shared otherwise. So one process says little about another one, and several in
+turn, each with its share of the rounds, about all. `python -m tokbench.running.fresh` is such a process: it takes a job
+on standard input, and tells on standard output how far it is and what it timed, each as a pickle.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from tokbench.config import Grid, ModelSpec, PlannedCell, RunOptions
+from tokbench.errors import RunStopped, UserError, one_line
+from tokbench.measure._model import is_out_of_memory
+from tokbench.measure.environment import Disturbance, Watch
+from tokbench.measure.speed import SpeedResult
+from tokbench.plugins import load_plugins, loaded_paths
+from tokbench.progress import Progress
+from tokbench.results.cell import RecordIndex
+from tokbench.running.bench import Bench, Runnable
+
+if TYPE_CHECKING:
+    from tokbench.results.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What one process timed, by cell id; among the speeds are those of speed limits, by their names."""
+
+    speed: dict[str, SpeedResult]
+    memory: dict[str, tuple[int, int] | None]
+    disturbance: Disturbance
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process is to time: cells of a model, the unreduced one first, with their schedules as resolved."""
+
+    spec: ModelSpec
+    grid: Grid
+    options: RunOptions
+    device: str
+    cells: list[tuple[PlannedCell, str]]
+    size: int
+    number: int
+    threads: int
+    plugins: list[str]
+
+
+class ProcessDied(Exception):
+    """A process ended without an answer; how, as the end of a sentence."""
+
+
+def time_in_fresh_processes(bench: Bench, members: list[Runnable], size: int) -> list[Timed]:
+    """What each of the processes that were asked for timed, one after the other; one that dies is left out.
+
+    Raises RunStopped if all die.
+    """
+    timed: list[Timed] = []
+    of = bench.options.processes
+    for number in range(of):
+        running = [member for member in members if member in bench.running]
+        job = Job(
+            bench.subject.spec, bench.grid, bench.options, str(bench.device),
+            [(member.cell, member.identity.get("resolved") or "") for member in running],
+            size, number, torch.get_num_threads(), loaded_paths(),
+        )  # fmt: skip
+        try:
+            one = in_process(job, _Told(bench, f"process {number + 1} of {of}"))
+        except ProcessDied as death:
+            bench.progress.warn(f"timing process {number + 1} of {of} {death}")
+            continue
+        for cell_id, message in one.failed.items():
+            bench.drop(cell_id, "speed", UserError(message))
+        timed.append(one)
+    if not timed:
+        raise RunStopped("no process came to the end of timing; what was measured before is kept.")
+    return timed
+
+
+@dataclass
+class _Told:
+    """Shows what a process tells."""
+
+    bench: Bench
+    which: str
+
+    def __call__(self, kind: str, *what: Any) -> None:
+        if kind == "phase":
+            self.bench.progress.phase(f"{what[0]}, {self.which}", what[1])
+        else:
+            getattr(self.bench.progress, kind)(*what)
+
+
+def in_process(job: Job, tell: Callable[..., None]) -> Timed:
+    """The job's timings from a new process. Raises ProcessDied, or what `work` raised there."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", "tokbench.running.fresh"]
+    with tempfile.TemporaryFile() as complaints:
+        # In a session of its own: Ctrl-C is for this process, which then ends that one.
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        assert child.stdin is not None and child.stdout is not None
+        try:
+            child.stdin.write(pickle.dumps(job))
+            child.stdin.flush()
+            while True:
+                kind, *what = pickle.load(child.stdout)
+                if kind == "timed":
+                    return cast(Timed, what[0])
+                if kind == "raised":
+                    raise _raised(*what)
+                tell(kind, *what)
+        except (EOFError, BrokenPipeError):
+            code = child.wait()
+            complaints.seek(0)
+            last = (complaints.read().decode(errors="replace").strip().splitlines() or [""])[-1]
+            how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            raise ProcessDied(f"{how}: {last}".removesuffix(": ")) from None
+        finally:
+            child.kill()
+            with suppress(BrokenPipeError), child:  # closes its pipes, and waits
+                pass
+
+
+def _raised(kind: str, text: str) -> Exception:
+    kinds: dict[str, type[Exception]] = {"memory": torch.OutOfMemoryError, "stopped": RunStopped}
+    return kinds.get(kind, UserError)(text)
+
+
+@dataclass
+class _Bench(Bench):
+    """In the process: it has no folder, and keeps what failed for the one that has."""
+
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def drop(self, cell_id: str, phase: str, error: Exception) -> None:
+        if cell_id == self.running[0].cell.id:
+            raise error
+        self.running[:] = [own for own in self.running if own.cell.id != cell_id]
+        self.failed[cell_id] = one_line(error)
+
+
+class _Relay(Progress):
+    def __init__(self, tell: Callable[..., None]) -> None:
+        self.tell = tell
+
+    def phase(self, name: str, total: int | None) -> None:
+        self.tell("phase", name, total)
+
+    def advance(self, done: int) -> None:
+        self.tell("advance", done)
+
+    def warn(self, text: str) -> None:
+        self.tell("warn", text)
+
+
+def work(job: Job, tell: Callable[..., None]) -> Timed:
+    """Make the job's cells anew and time them."""
+    from tokbench.running.runner import load_subject  # which imports this module
+    from tokbench.running.timing import time_members
+
+    options, device = replace(job.options, only=("speed",)), torch.device(job.device)
+    subject = load_subject(job.spec, job.grid, options)
+    folder = cast("RunFolder", None)
+    bench = _Bench(subject, folder, options, device, _Relay(tell), RecordIndex(), job.size, job.grid)
+    base = subject.model.to(bench.device, bench.dtype)
+    for cell, resolved in job.cells:
+        made = bench.make(replace(cell, schedule=resolved), base, bench.identity(cell))
+        bench.running.append(replace(made, cell=cell))
+    watch = Watch(device)
+    speed, memory = time_members(bench, list(bench.running), job.size, watch, seed=job.number)
+    return Timed(speed, memory, watch.stop(), bench.failed)
+
+
+def main() -> None:
+    """Work for the process that started this one, and end when it does."""
+    channel = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever is printed by plugins and libraries
+    job = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+
+    def tell(*message: Any) -> None:
+        pickle.dump(message, channel)
+        channel.flush()
+
+    torch.set_num_threads(job.threads)
+    try:
+        load_plugins(job.plugins)
+        tell("timed", work(job, tell))
+    except Exception as error:
+        kind = "memory" if is_out_of_memory(error) else "stopped" if isinstance(error, RunStopped) else "failed"
+        tell("raised", kind, one_line(error))
+
+
+if __name__ == "__main__":
+    # Not as `__main__`, by which name nobody else could unpickle what it tells.
+    from tokbench.running import fresh
+
+    fresh.main()
