@@ -21,6 +21,7 @@ _HOME = {
     "measure_speed": "tokbench.measure.speed",
     "load_model": "tokbench.models",
     "open_dataset": "tokbench.data",
+    "search": "tokbench.searching.searcher",
     "run": "tokbench.running.runner",
     "load_table": "tokbench.results.table",
     "Grid": "tokbench.config",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from tokbench.results.table import load_table
     from tokbench.running.runner import run
     from tokbench.schedules import ScheduleError
+    from tokbench.searching.searcher import search
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -248,6 +249,107 @@ def run(
 
         run_grid(chosen, out, progress=progress, fresh=fresh)
     raise typer.Exit(3 if progress.failures else 0)
+
+
+@app.command()
+def search(
+    grid: Annotated[
+        Path | None,
+        typer.Argument(metavar="GRID.toml", help="Models and methods; flags replace what it says.", show_default=False),
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="BUDGET", help="flops:0.35 or speedup:1.5. Repeatable (default: flops:0.5 and flops:0.35)."
+        ),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A timm model, 'bundled', hf:…, openclip:… or tv:…. Repeatable."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Weights for the one --model: .safetensors, .pth, .pt or .bin.")
+    ] = None,
+    input_size: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="Side of the models' input (default: their own).")
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What the one --model is called in tables and plots.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(metavar="METHOD", help="As in tome or tome:prop_attn=false. Repeatable.")
+    ] = None,
+    plugin: Plugins = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC", help="Images to search on, best none that will be measured on (default: bundled:train)."
+        ),
+    ] = None,
+    images: Annotated[int, typer.Option(metavar="N", min=1, help="How many of them.")] = 256,
+    params: Annotated[
+        bool, typer.Option("--params", help="Search the methods' parameters that are numbers, too.")
+    ] = False,
+    time: Annotated[str, typer.Option(metavar="TIME", help="Most time for one search, as in 10m or 90s.")] = "10m",
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the search.")] = 0,
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1 or mps (default: auto).")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="fp32, bf16 or fp16 (default: fp32).")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE.toml", help="Grid file to write, for tokbench run.")] = Path(
+        "searched.toml"
+    ),
+) -> None:
+    """Search how many tokens each block should lose, within a budget of FLOPs or time. No labels, no training.
+
+    Keeps the model's answers nearest to the unreduced model's. The same command continues a search that was
+    interrupted, and finds at once what was found before.
+    """
+    from rich.console import Console
+
+    from tokbench.config import Grid
+
+    _load_plugins(plugin)
+    if out.suffix != ".toml":
+        raise UserError(f"--out {out}: a grid file ends in .toml")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: the folder {str(out.parent)!r} does not exist")
+    chosen = Grid.from_flags(
+        Grid.from_toml(grid) if grid else None,
+        models=model or (),
+        checkpoint=checkpoint,
+        input_size=input_size,
+        label=label,
+        methods=method or (),
+        data=None if data == "bundled:train" else data,
+        device=device,
+        dtype=dtype,
+    )
+    from tokbench.progress import LiveProgress
+
+    progress = LiveProgress(Console())
+
+    def kept() -> str:
+        progress.abandon()
+        return f"interrupted; {out} has the best so far" if out.is_file() else "interrupted before anything was found"
+
+    with ending_after_unwinding(kept), progress:
+        from tokbench.searching.command import as_table, search_grid
+
+        found = search_grid(
+            chosen, budget or ["flops:0.5", "flops:0.35"], out, data=data, images=images, seconds=_seconds(time),
+            seed=seed, tune=params, progress=progress,
+        )  # fmt: skip
+    Console().print(as_table(found))
+    print(f"Measure these: tokbench run {shlex.quote(str(out))}")
+
+
+def _seconds(text: str) -> float:
+    """A time such as 90, 90s, 10m or 2h."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    if not found or not (seconds := float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]):
+        raise UserError(f"--time {text!r}: expected a time above 0, as in 90s, 10m or 2h")
+    return seconds
 
 
 def _command(out: Path | None) -> str:

@@ -34,6 +34,7 @@ DEFAULT_SCHEDULES = ("flops:0.75", "flops:0.6", "flops:0.45")
 # The kinds of data that tokbench.data opens; here because torch is needed to open them, not to list them.
 SPECS = """\
 bundled                 10,000 composites of Fashion-MNIST items in clutter, for the bundled model
+bundled:train           512 other ones, of training items and without labels, to search schedules on
 FOLDER                  a folder of class folders; wnid names (n01440764) are put into ImageNet order; one of images
                         without class folders has no labels, which leaves agreement and KL divergence
 hfds/OWNER/NAME         a Hugging Face data set (package datasets); hfids/OWNER/NAME streams it
@@ -43,6 +44,7 @@ torch/NAME:root=FOLDER  a torchvision data set
 Options follow a colon: split (validation), root, input_key, target_key, download; hfds/cifar10:split=test,input_key=img
 A stream is read in order, in one process, and --limit takes its first images; elsewhere a fixed random subset."""
 
+BUNDLED_DATA = ("bundled", "bundled:train")
 # The package that opens each kind of data, and the options it takes.
 DATA_PACKAGES = {
     "hfds": ("datasets", ("split", "root", "input_key", "target_key")),
@@ -230,16 +232,59 @@ class RunOptions:
 
 @told
 @dataclass(frozen=True, config=FORBID)
+class Searched:
+    """What a `searched:` schedule stands for, and where it comes from: one search, which `tokbench search` writes down.
+
+    model: its label. schedule: the removals, as `list:…`. usual: those without a search at the same cost.
+    distance, usual_distance: of the answers from the unreduced model's, on `images` images of `data`. predicted, cost:
+    the share of the unreduced model's FLOPs or time, cost as counted or timed in the end (None: interrupted before).
+    marks: what the images are known by; see `searching.images`.
+    """
+
+    model: StrictStr
+    weights_sha256: StrictStr
+    method: StrictStr
+    params: dict[str, Any]
+    budget: StrictStr
+    schedule: StrictStr
+    usual: StrictStr
+    distance: float
+    usual_distance: float
+    predicted: float
+    data: StrictStr
+    images: AtLeast1
+    marks: StrictStr
+    seed: StrictInt
+    passes: float
+    device: StrictStr
+    dtype: StrictStr
+    cost: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("schedule", "usual"):
+            if parse_schedule(getattr(self, name)).kind != "list":
+                raise ValueError(f"{name} must be a list of removals such as list:8,8,0,4")
+
+    @property
+    def key(self) -> CellKey:
+        """The cell it is for."""
+        return CellKey.of(self.model, self.method, self.params, f"searched:{self.budget}")
+
+
+@told
+@dataclass(frozen=True, config=FORBID)
 class Grid:
     """Models × methods × schedules on one data set. The unreduced model is always there, and first.
 
-    Models and methods may be given by their names.
+    Models and methods may be given by their names. searched: what its `searched:` schedules stand for; a run searches
+    for those that are missing.
     """
 
     models: Annotated[tuple[ModelSpec, ...], BeforeValidator(_named)] = Field(default_factory=lambda: (ModelSpec(),))
     methods: Annotated[tuple[MethodSpec, ...], BeforeValidator(_named)] = ()
     data: StrictStr = "bundled"
     options: RunOptions = Field(default_factory=RunOptions)
+    searched: tuple[Searched, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -382,7 +427,7 @@ def _read_options(flags: dict[str, Any]) -> dict[str, Any]:
 def require_data(spec: str) -> None:
     """Raise UserError for data that are a folder which is not there: what can be told without opening any."""
     kind, slash, _ = spec.partition("/")
-    if spec and spec != "bundled" and not (slash and kind.lower() in DATA_PACKAGES):
+    if spec and spec not in BUNDLED_DATA and not (slash and kind.lower() in DATA_PACKAGES):
         folder = Path(os.path.expanduser(spec))
         try:
             require_folder(folder)
@@ -397,7 +442,7 @@ def require_folder(folder: Path) -> None:
     if folder.exists():
         raise UserError(f"data {str(folder)!r} is a file; give a folder of class folders (unpack an archive first).")
     siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
-    close = nearest(folder.name, ["bundled", *siblings])
+    close = nearest(folder.name, [*BUNDLED_DATA, *siblings])
     kinds = ", ".join(f"{kind}/…" for kind in DATA_PACKAGES)
     raise UserError(f"data folder {str(folder)!r} does not exist.{close or f' Other data: bundled, {kinds}.'}")
 

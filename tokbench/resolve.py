@@ -104,6 +104,11 @@ def resolve_schedule(
     """
     depth = len(model.blocks)
     check_schedule(schedule, depth)
+    if schedule.budget:
+        raise UserError(
+            f"schedule '{schedule}' has to be searched first: schedule = tokbench.search(model, '{method.name}', "
+            f"'{schedule.budget}', images)"
+        )
     if schedule.kind != "flops":
         return schedule
     counted_on = None
@@ -115,7 +120,7 @@ def resolve_schedule(
     patches = math.prod(grid_for(model, input_size))
     probe = remove(fork(model))
     unreduced, wanted = unreduced_flops or count_flops(probe, input_size).total, schedule.values[0]
-    scaled, last = _keep_rates(depth, patches) if method.flops_shape == "keep" else _even(method, depth, patches)
+    scaled, last = own_shape(method, depth, patches)
 
     @cache
     def excess(step: int) -> float:
@@ -145,6 +150,11 @@ def resolve_schedule(
             stacklevel=2,
         )
     return scaled(step)
+
+
+def own_shape(method: Method, depth: int, patches: int) -> tuple[Callable[[int], Schedule], int]:
+    """The schedules that `flops:` chooses from, by the number of tokens that go: a function, and the last number."""
+    return _keep_rates(depth, patches) if method.flops_shape == "keep" else _even(method, depth, patches)
 
 
 def _even(method: Method, depth: int, patches: int) -> tuple[Callable[[int], Schedule], int]:

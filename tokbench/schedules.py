@@ -15,6 +15,12 @@ GRAMMAR = {
     "ratio": ("ratio:0.9", "keep 90 % of the patch tokens at every block"),
     "diffrate": ("diffrate:2.9", "DiffRate's own list at 2.9 GFLOPs, for the DeiT or MAE that it was searched for"),
     "flops": ("flops:0.5", "scale the method's own schedule until its FLOPs are nearest half the unreduced model's"),
+    "searched": ("searched:flops:0.35", "what `tokbench search` finds for that budget; or searched:speedup:1.5"),
+}
+# Budgets of a search: an example, and what it means.
+BUDGETS = {
+    "flops": ("flops:0.35", "a share of the unreduced model's FLOPs, above 0 and below 1"),
+    "speedup": ("speedup:1.5", "a speed-up above 1 over the unreduced model on this device"),
 }
 
 # What a schedule that was looked up says of itself.
@@ -65,6 +71,11 @@ class Schedule:
             case "diffrate" if self.found:
                 return self.found[block]
         raise ScheduleError(f"schedule '{self}' must be resolved for a model first; use tokbench.apply")
+
+    @property
+    def budget(self) -> str:
+        """What a searched schedule may spend, as in `flops:0.35`; "" for any other."""
+        return str(self).removeprefix("searched:") if self.kind.startswith("searched:") else ""
 
 
 def parse_schedule(text: str | int | Schedule) -> Schedule:
@@ -165,6 +176,16 @@ def _parse_flops(text: str, rest: str) -> Schedule:
     return Schedule("flops", (_fraction(text, rest, "a share of the unreduced model's FLOPs"),))
 
 
+def _parse_searched(text: str, rest: str) -> Schedule:
+    kind, _, value = rest.partition(":")
+    if kind not in BUDGETS:
+        raise _wrong(text, rest, f"expected a budget, {' or '.join(example for example, _ in BUDGETS.values())}")
+    number = float(value) if _is_number(value) else 0.0
+    if not (0 < number < 1 if kind == "flops" else number > 1):
+        raise _wrong(text, value, f"expected {BUDGETS[kind][1]}")
+    return Schedule(f"searched:{kind}", (number,))
+
+
 _PARSERS = {
     "constant": _parse_constant,
     "linear": _parse_linear,
@@ -173,4 +194,5 @@ _PARSERS = {
     "ratio": _parse_ratio,
     "diffrate": _parse_diffrate,
     "flops": _parse_flops,
+    "searched": _parse_searched,
 }

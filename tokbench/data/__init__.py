@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tokbench.config import DATA_PACKAGES
+from tokbench.config import BUNDLED_DATA, DATA_PACKAGES
 from tokbench.data.batches import Batch, load_batches
 from tokbench.data.bundled import open_bundled
 from tokbench.data.bundled import read_composites as _read_composites
@@ -74,12 +74,12 @@ def _open(spec: str, model: nn.Module, limit: int | None, labels: str | Path | N
     if not spec:
         raise UserError("data is empty; give bundled, a folder of class folders, or what 'tokbench list data' shows.")
     kind, slash, rest = spec.partition("/")
-    is_folder = spec != "bundled" and not (slash and kind.lower() in DATA_PACKAGES)
+    is_folder = spec not in BUNDLED_DATA and not (slash and kind.lower() in DATA_PACKAGES)
     if is_folder:
         return open_folder(Path(spec).expanduser(), model, limit, None if labels is None else Path(labels).expanduser())
     if labels is not None:
         raise UserError(f"labels go with a folder of images; data {spec!r} has its own.")
-    return open_bundled(model, limit) if spec == "bundled" else open_timm(kind.lower(), rest, model, limit)
+    return open_bundled(spec, model, limit) if spec in BUNDLED_DATA else open_timm(kind.lower(), rest, model, limit)
 
 
 def _single_image(name: str) -> Image.Image:

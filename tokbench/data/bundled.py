@@ -1,4 +1,4 @@
-"""The 10,000 bundled composites."""
+"""The bundled composites: 10,000 to measure on, 512 to search on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from tokbench.bundled.clutter import CLASSES, Layout, compose, draw_layout, read_idx
-from tokbench.data.labels import label_classes
+from tokbench.data.labels import label_classes, without_labels
 from tokbench.data.preparing import preparation
 from tokbench.data.sources import ImageSource, choose, fingerprint
 
@@ -19,32 +19,42 @@ _BUNDLED = Path(__file__).parents[1] / "bundled"
 
 @dataclass(frozen=True)
 class Composites:
-    items: np.ndarray  # (10000, 28, 28) uint8
-    labels: np.ndarray  # (10000,) uint8
+    items: np.ndarray  # (n, 28, 28) uint8
+    labels: np.ndarray | None  # (n,) uint8
     layout: Layout
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.items)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(compose(self.items, self.layout[index : index + 1])[0]), int(self.labels[index])
+    def __getitem__(self, index: int) -> tuple[Image.Image, int | None]:
+        label = None if self.labels is None else int(self.labels[index])
+        return Image.fromarray(compose(self.items, self.layout[index : index + 1])[0]), label
 
 
 def read_composites() -> Composites:
-    items = read_idx(_BUNDLED / "t10k-images-idx3-ubyte.gz")
+    """The 10,000 of the test items."""
     labels = read_idx(_BUNDLED / "t10k-labels-idx1-ubyte.gz")
-    return Composites(items, labels, draw_layout(np.arange(len(items)), len(items), np.random.RandomState(0)))
+    return _composites("t10k-images-idx3-ubyte.gz", labels, seed=0)
 
 
-def open_bundled(model: nn.Module, limit: int | None) -> ImageSource:
-    composites = read_composites()
-    items, labels, layout = composites.items, composites.labels, composites.layout
-    chosen = choose(len(items), limit)
-    parts = [getattr(layout, field) for field in layout.__dataclass_fields__]
+def _composites(items_file: str, labels: np.ndarray | None, seed: int) -> Composites:
+    items = read_idx(_BUNDLED / items_file)
+    return Composites(items, labels, draw_layout(np.arange(len(items)), len(items), np.random.RandomState(seed)))
+
+
+def open_bundled(spec: str, model: nn.Module, limit: int | None) -> ImageSource:
+    """`bundled`, or the 512 composites of training items, `bundled:train`, which have no labels."""
+    if spec == "bundled":
+        composites, labelling = read_composites(), label_classes(list(CLASSES), model, "'bundled'")
+    else:
+        composites, labelling = _composites("train512-images-idx3-ubyte.gz", None, seed=1), without_labels(model)
+    chosen = choose(len(composites), limit)
+    arrays = [composites.items, *([] if composites.labels is None else [composites.labels])]
+    arrays += [getattr(composites.layout, field) for field in composites.layout.__dataclass_fields__]
     return ImageSource(
-        "bundled",
+        spec,
         composites,
         chosen,
-        preparation(model, label_classes(list(CLASSES), model, "'bundled'")),
-        fingerprint("bundled", items.tobytes(), labels.tobytes(), *(part.tobytes() for part in parts), chosen),
+        preparation(model, labelling),
+        fingerprint(spec, *(array.tobytes() for array in arrays), chosen),
     )

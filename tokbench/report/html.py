@@ -77,6 +77,7 @@ def plot_data(cells: Sequence[Cell]) -> dict[str, Any]:
     group_of = {cell: number for number, group in enumerate(groups) for cell in group}
     number_of = {cell: number for number, cell in enumerate(cells)}
     runs = [list(dict.fromkeys(cell.run for cell in group)) for group in groups]
+    searched = any(cell.is_searched for cell in cells)
     each = {
         paced: [Rivals(own) for own in comparable(cells, *(name for name in names if METRICS[name].paced == paced))]
         for paced in (False, True)
@@ -88,7 +89,7 @@ def plot_data(cells: Sequence[Cell]) -> dict[str, Any]:
             {"title": group_title(group), "reach": {name: [*bar_reach(group, name)] for name in names}}
             for group in groups
         ],
-        "cells": [_drawn(cell, runs[group_of[cell]]) | {"group": group_of[cell]} for cell in cells],
+        "cells": [_drawn(cell, runs[group_of[cell]], searched) | {"group": group_of[cell]} for cell in cells],
         "fronts": {
             f"{x}|{y}": [
                 [number_of[cell] for cell in front]
@@ -100,14 +101,19 @@ def plot_data(cells: Sequence[Cell]) -> dict[str, Any]:
     }
 
 
-def _drawn(cell: Cell, runs: Sequence[str]) -> dict[str, Any]:
-    """How the plot draws and names a cell that may be compared with those of these runs."""
+def _drawn(cell: Cell, runs: Sequence[str], searched: bool) -> dict[str, Any]:
+    """How the plot draws and names a cell that may be compared with those of these runs. searched: whether there are
+    searched schedules, beside which others are hollow."""
     style, changed, several = method_style(cell.method), cell.variant != cell.method, len(runs) > 1
     place, figures = runs.index(cell.run), cell.figures.items()
+    changed = changed or (searched and not (cell.is_searched or cell.is_baseline))
     return {
         "name": cell_name(cell, several),
-        "series": variant_name(cell.method, cell.variant) + (f" · {cell.run}" if several else ""),
+        "series": variant_name(cell.method, cell.variant)
+        + (" · searched" if cell.is_searched else "")
+        + (f" · {cell.run}" if several else ""),
         "baseline": cell.is_baseline,
+        "tokens": cell.tokens,
         "dash": _DASHES[(place or changed) % len(_DASHES)],
         "color": style.color,
         "symbol": _SYMBOLS[style.marker] + ("-open" if changed else ""),

@@ -115,11 +115,17 @@ class Art:
         return {"font.size": self.size.font, "grid.linewidth": 0.7, "axes.spines.top": False,
                 "axes.spines.right": False}  # fmt: skip
 
+    @cached_property
+    def searched(self) -> bool:
+        """Whether schedules that were searched are drawn, filled then, and those that were not are hollow."""
+        return any(cell.is_searched for cell in self.cells)
+
     def marks(self, cell: Cell) -> dict[str, Any]:
         """Line and marker of a cell's series."""
-        return self.series(cell.variant, cell.method, self.place(cell.run))
+        hollow = self.searched and not (cell.is_searched or cell.is_baseline)
+        return self.series(cell.variant, cell.method, self.place(cell.run), hollow)
 
-    def series(self, variant: str, method: str, place: int) -> dict[str, Any]:
+    def series(self, variant: str, method: str, place: int, hollow: bool = False) -> dict[str, Any]:
         """Line and marker. Parameters change how a marker is filled; a further run is paler, smaller and dashed."""
         style, theme, rank = method_style(method), self.theme, self.ranks.get(variant, 0)
         color, size = theme.method(style), self.size.marker
@@ -130,14 +136,16 @@ class Art:
             "linewidth": 0.17 * size,
             "linestyle": "none"
             if method == "none"
-            else DASHES[(place if len(self.runs) > 1 else min(rank, 1)) % len(DASHES)],
+            else DASHES[(place if len(self.runs) > 1 else min(rank, 1) + 2 * hollow) % len(DASHES)],
             "marker": style.marker,
             "markersize": size * style.size * (0.85 if place else 1),
             "fillstyle": _FILLS[rank % len(_FILLS)],
-            "markerfacecolor": blend(color, theme.background, paler) if rank % len(_FILLS) != 1 else theme.background,
+            "markerfacecolor": theme.background
+            if hollow or rank % len(_FILLS) == 1
+            else blend(color, theme.background, paler),
             "markerfacecoloralt": theme.background,
-            "markeredgecolor": line if rank else edge,
-            "markeredgewidth": (0.2 if rank else 0.11) * size,
+            "markeredgecolor": line if rank or hollow else edge,
+            "markeredgewidth": (0.2 if rank or hollow else 0.11) * size,
         }
 
     def published(self, method: str) -> dict[str, Any]:
@@ -168,7 +176,7 @@ def draw_panel(panel: Axes, shown: Scene, art: Art, *, first: bool) -> None:
     for axis, figure in shown.references():
         dashes: dict[str, Any] = {"color": art.theme.muted, "linewidth": 0.9, "linestyle": (0, (4, 3)), "zorder": 1.5}
         (panel.axvline if axis else panel.axhline)(figure.value, **dashes)
-    for points in group_by(shown.points, lambda point: (point.cell.variant, point.cell.run)):
+    for points in group_by(shown.points, lambda point: (point.cell.variant, point.cell.run, point.cell.is_searched)):
         _draw_series(panel, points, art)
     _draw_bars(panel, shown, art)
     crossed = [point for point in shown.points if point.cell.is_broken]

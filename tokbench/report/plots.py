@@ -320,6 +320,10 @@ def _other_entries(shown: Sequence[tuple[Scene, list[Published]]], art: Art) -> 
         marks = {"marker": "o", "markeredgecolor": theme.muted, "linestyle": ":", "color": theme.muted}
         text = "published" + (f":\n{where}" if art.size.text else f" ({where})")
         entries.append((Line2D([], [], **{**art.published("tome"), **marks}), text))
+    if art.searched:
+        for hollow, text in ((False, "searched schedule"), (True, "not searched")):
+            marks = art.series("none", "none", 0, hollow) | {"marker": "o", "markersize": size, "linestyle": "none"}
+            entries.append((Line2D([], [], **marks), text))
     ring = Line2D([], [], marker="o", linestyle="none", color=theme.ink, markersize=size)
     ring.set_markerfacecolor(theme.background)
     entries.append(((Line2D([], [], **art.front), ring), "Pareto front"))

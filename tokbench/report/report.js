@@ -60,6 +60,7 @@ function draw() {
   traces.push(...arrows(here, x, y, x, reach[x]), ...arrows(here, x, y, y, reach[y]));
   const held = here.filter(cell => pinned.has(cell.number));
   traces.push(line(held, {mode: "markers", showlegend: false, hoverinfo: "skip", marker: {symbol: "circle-open", size: 20, color: "#e69f00", line: {width: 3}}}));
+  draw_tokens(held.length ? held : front.flat());
   const base = here.find(cell => cell.baseline), dotted = {type: "line", line: {color: css("--muted"), width: 1, dash: "dash"}, layer: "below"};
   const axis = metric => ({title: {text: metric.label + (metric.better === "lower" ? " (lower is better)" : "")}, gridcolor: css("--line"), linecolor: css("--line"), zeroline: false});
   Plotly.react(plot, traces, {
@@ -68,6 +69,19 @@ function draw() {
     margin: plot.clientWidth < 640 ? {t: 20, r: 5, l: 50} : {t: 20, r: 20}, hovermode: "closest", hoverlabel: {align: "left", bgcolor: css("--soft"), font: {color: css("--ink")}}, xaxis: axis(across),
     yaxis: {...axis(up), autorange: up.better === "lower" ? "reversed" : true},
     shapes: base ? [{...dotted, xref: "paper", x0: 0, x1: 1, y0: value(base, y), y1: value(base, y)}, {...dotted, yref: "paper", y0: 0, y1: 1, x0: value(base, x), x1: value(base, x)}] : [],
+  }, {responsive: true, displaylogo: false});
+}
+
+// Of what is pinned, or else of the front: how many tokens each block leaves.
+function draw_tokens(chosen) {
+  const axis = text => ({title: {text}, gridcolor: css("--line"), linecolor: css("--line"), zeroline: false, rangemode: "tozero"});
+  const traces = chosen.filter(cell => cell.tokens.length).map(cell => ({
+    x: cell.tokens.map((_, block) => block), y: cell.tokens, type: "scatter", mode: "lines+markers", name: plain(cell.name),
+    line: {color: cell.baseline ? css("--ink") : cell.color, width: 1.5, dash: cell.dash}, marker: {symbol: cell.symbol, size: cell.size},
+  }));
+  Plotly.react("tokens", traces, {
+    paper_bgcolor: css("--paper"), plot_bgcolor: css("--paper"), font: {color: css("--ink"), family: getComputedStyle(document.body).fontFamily},
+    showlegend: true, margin: {t: 20, r: 20}, xaxis: {...axis("Block"), dtick: 1}, yaxis: axis("Tokens after it, prefix included"),
   }, {responsive: true, displaylogo: false});
 }
 

@@ -153,8 +153,8 @@ def side_by_side(shown: Scene, marker: float) -> Scene:
     )
 
 
-def _series(cell: Cell) -> tuple[str, str, str]:
-    return cell.method, cell.variant, cell.run
+def _series(cell: Cell) -> tuple[str, str, str, bool]:
+    return cell.method, cell.variant, cell.run, cell.is_searched
 
 
 def _moved(figure: Figure, step: float) -> Figure:

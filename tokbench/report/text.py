@@ -52,11 +52,15 @@ def short_schedule(schedule: str) -> str:
     """A schedule in few words, and no two schedules in the same: `constant:13` is "r=13", `keep:0.7@3,6,9`
     "keep 0.7@3,6,9", `flops:0.5` "50 % FLOPs", `list:8,8,8,0` "list 3×8 0".
     """
+    if schedule.startswith("searched:"):
+        return f"{short_schedule(schedule.removeprefix('searched:'))} (searched)"
     kind, _, rest = schedule.rpartition(":")
     if kind in ("", "constant"):
         return f"r={rest}" if rest else ""
     if kind == "flops":
         return f"{100 * float(rest):.10g} % FLOPs"
+    if kind == "speedup":
+        return f"{float(rest):.10g}× speed"
     if kind == "list":
         counts = [(value, len(list(same))) for value, same in groupby(rest.split(","))]
         return "list " + " ".join(f"{n}×{value}" if n > 1 else value for value, n in counts)

@@ -189,6 +189,11 @@ class Cell:
         return self.method == "none"
 
     @property
+    def is_searched(self) -> bool:
+        """Whether its schedule came out of a search."""
+        return bool(self.key.schedule and self.key.schedule.budget)
+
+    @property
     def doubts(self) -> tuple[str, ...]:
         """What was warned of while its speed was measured."""
         return self.caveats.get("speed", ())

@@ -21,6 +21,7 @@ from tokbench.running.bench import Bench, Runnable
 from tokbench.running.half_pass import HalfPass, PassFile
 from tokbench.running.reader import Reader
 from tokbench.running.records import accuracy_fields, at_chance_level
+from tokbench.searching.images import Overlap
 
 
 def measure_accuracy(bench: Bench) -> None:
@@ -71,7 +72,10 @@ def _pass_over_images(
             file.add(HalfPass(reader.end, answers, dict(batch_sizes), reader.skipped_since()))
         bench.progress.advance(reader.end)
 
-    batches = reader.batches()
+    searched = {cell.id: found.marks for member in members if (found := bench.searched(cell := member.cell))}
+    overlap = Overlap(searched)
+    overlap.read_again(source, half.end)
+    batches = overlap.watching(reader.batches())
     first = next(batches, None)
     if first is None and not half.answers:
         raise RunStopped(f"none of the {len(source):,} images of {source.name} can be decoded: nothing to measure.")
@@ -99,7 +103,7 @@ def _pass_over_images(
         results = {name: join([half.answers[name], own] if half.answers else [own]) for name, own in rest.items()}
     thinned = neighbors is not None and neighbors.step > 1
     caveats = [f"k-NN is of one in {neighbors.step} images, as features fill memory"] if neighbors and thinned else []
-    _record_answers(bench, source, members, results, reader, batch_sizes, caveats)
+    _record_answers(bench, source, members, results, reader, batch_sizes, caveats, overlap)
 
 
 def _record_answers(
@@ -110,6 +114,7 @@ def _record_answers(
     reader: Reader,
     batch_sizes: dict[str, int],
     caveats: list[str],
+    overlap: Overlap,
 ) -> None:
     label, reference = bench.subject.spec.label, members[0]
     baseline = results[reference.cell.id]
@@ -140,13 +145,16 @@ def _record_answers(
             bench.drop(member.cell.id, "accuracy", error)
             continue
         bench.folder.replace(bench.folder.prediction_name(member.cell.id), predictions.save)
+        own = []
+        if same := overlap.counts.get(member.cell.id):
+            own = [f"{same:,} of these images are among those that the schedule was searched on"]
         bench.record(
             member,
             "accuracy",
             **accuracy_fields(predictions, baseline),
             skipped=len(reader.skipped),
             batch_size=min(bench.batch_size, batch_sizes.get(member.cell.id, bench.batch_size)),
-            caveats=caveats,
+            caveats=caveats + own,
         )
         if wrong := predictions.nonfinite():
             bench.progress.warn(

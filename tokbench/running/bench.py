@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from tokbench.calibrate import CALIBRATION_IMAGES, COUNTED_IMAGES, wants_images
-from tokbench.config import Grid, ModelSpec, PlannedCell, RunOptions
+from tokbench.config import Grid, ModelSpec, PlannedCell, RunOptions, Searched
 from tokbench.data import ImageSource, ImageStream, load_batches
 from tokbench.errors import BaselineFailed, RunStopped, one_line
 from tokbench.fusion.anatomy import grid_for
@@ -26,13 +26,13 @@ from tokbench.measure.flops import count_flops
 from tokbench.measure.kernels import attention_kernels
 from tokbench.progress import Progress
 from tokbench.resolve import FlopsWarning, apply
-from tokbench.results.cell import RecordIndex
+from tokbench.results.cell import CellKey, RecordIndex
 from tokbench.results.folder import RunFolder
 from tokbench.results.records import FailureRecord, Record
 from tokbench.running.records import flops_fields
 from tokbench.schedules import parse_schedule
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Subject:
     input_size: tuple[int, int, int]
     source: ImageSource | ImageStream | None
     cells: list[PlannedCell]
+    searched: dict[CellKey, Searched] = field(default_factory=dict)
 
     def conditions(self) -> dict[str, Any]:
         """What must be the same in every session of a run, ready for JSON; None where there is no data."""
@@ -116,12 +117,16 @@ class Bench:
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights and the images."""
-        return _DTYPES[self.options.dtype]
+        return DTYPES[self.options.dtype]
 
     @property
     def is_fused(self) -> bool:
         """Whether all of the model's attention is PyTorch's fused one, as it is in timm unless one turns it off."""
         return all(getattr(block.attn, "fused_attn", True) for block in self.subject.model.blocks)
+
+    def searched(self, cell: PlannedCell) -> Searched | None:
+        """What a cell's `searched:` schedule stands for; None for other schedules."""
+        return self.subject.searched.get(cell.key)
 
     def lacks(self, cell: PlannedCell, kind: str, batch_size: int | None = None) -> bool:
         """Whether a cell has to be measured. batch_size: at this one, where it is timed at several; None: at any."""
@@ -199,10 +204,11 @@ class Bench:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", FlopsWarning)
                 whole = self._unreduced_flops if parse_schedule(cell.schedule).kind == "flops" else None
+                found = self.searched(cell)
                 apply(
                     model,
                     cell.method.name,
-                    cell.schedule,
+                    found.schedule if found else cell.schedule,
                     images=images,
                     unreduced_flops=whole,
                     **cell.method.params,
@@ -211,6 +217,8 @@ class Bench:
                 self.progress.warn(f"{cell.id}: {warning.message}")
             fusion = cast(Any, model).fusion
             identity["resolved"] = str(fusion.schedule)
+            if found:
+                identity["searched_on"] = {"data": found.data, "images": found.images, "seed": found.seed}
             if images is not None:
                 identity["calibrated"] = {"images": len(images), **fusion.method.parameters()}
         image = torch.rand(1, *self.subject.input_size, generator=torch.Generator().manual_seed(0))

@@ -37,6 +37,7 @@ from tokbench.results.records import SCHEMA, Manifest, Session
 from tokbench.results.table import frame, load_cells
 from tokbench.running.answers import measure_accuracy
 from tokbench.running.bench import Bench, Subject, looks_at_images
+from tokbench.running.searched import searched_for
 from tokbench.running.timing import time_cells
 from tokbench.schedules import parse_schedule
 
@@ -86,6 +87,8 @@ def run(
     with RunFolder.held(path):
         folder = RunFolder.open(path) if is_run(path) else None
         subjects = [load_subject(spec, grid, options) for spec in grid.models]
+        earlier = folder.manifest.sessions if folder else []
+        grid = searched_for(grid, subjects, earlier, options, device, progress)
         batch_size = _batch_size(options, device, folder)
         manifest = _manifest(grid, options, device, subjects, batch_size)
         grown = _grown(folder.manifest, grid, options, subjects) if folder else {}

@@ -1,0 +1,100 @@
+"""Compare ways to search, at the same number of forward passes: `python benchmarks/search/compare.py --out ways.csv`.
+
+random: random perturbation of the usual schedule or the even one, the better of the two, kept where it helps.
+surrogate: what `tokbench search` does, the same from the path that the blocks' sensitivities suggest, if it is better.
+cma, surrogate-cma: CMA-ES (package cmaes) from these two.
+Each is judged on the 256 images it searched on and on the 256 others of bundled:train. `prefix` is the share of block
+FLOPs that another candidate before it had made already, with the same tokens up to there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+
+import numpy as np
+import torch
+from cmaes import CMA
+
+from tokbench.fusion.core import make_method
+from tokbench.models import load_model
+from tokbench.searching.budget import parse_budget
+from tokbench.searching.images import search_images
+from tokbench.searching.objective import Objective
+from tokbench.searching.search import PASSES, Search
+from tokbench.searching.space import Removals
+
+
+class Random(Search):
+    def guess(self) -> None:
+        pass
+
+
+class SurrogateCma(Search):
+    def polish(self) -> None:
+        cma = CMA(self.logarithms(self.best.removals), 0.5, seed=self.seed)
+        while not self.is_over():
+            points = [cma.ask() for _ in range(cma.population_size)]
+            cma.tell([(point, self.attempt(self.candidate(point, []))) for point in points])
+
+
+class Cma(SurrogateCma):
+    guess = Random.guess
+
+
+WAYS = {"random": Random, "cma": Cma, "surrogate": Search, "surrogate-cma": SurrogateCma}
+
+
+def shared_prefix(search: Search) -> float:
+    """The share of the blocks' cost in candidates that an earlier one had run with the same tokens."""
+    seen: set[Removals] = set()
+    shared = total = 0.0
+    for key in search.objective.shown:
+        removals = tuple(map(int, key.split(" ")[0].split(",")))
+        for block, step in enumerate(search.space.steps(removals)):
+            cost = search.cost.of_block(*step)
+            total += cost
+            shared += cost if removals[: block + 1] in seen else 0
+            seen.add(removals[: block + 1])
+    return shared / total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=["tome", "evit", "mctf"])
+    parser.add_argument("--budgets", nargs="+", default=["flops:0.5", "flops:0.35"])
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--passes", type=float, default=PASSES)
+    parser.add_argument("--out", default="ways.csv")
+    args = parser.parse_args()
+    model = load_model("bundled").eval()
+    images = search_images("bundled:train", model, 512)[torch.from_numpy(np.random.RandomState(0).permutation(512))]
+    with open(args.out, "a", newline="") as file:
+        writer = csv.writer(file)
+        for name in args.methods:
+            method = make_method(name)
+            others = Objective(model, method, images[256:])
+            for budget in args.budgets:
+                for seed in range(args.seeds):
+                    for way in args.ways:
+                        began = time.monotonic()
+                        search = WAYS[way](
+                            model, method, parse_budget(budget), images[:256], passes=args.passes, seed=seed
+                        )
+                        found = search.run()
+                        removals = tuple(int(value) for value in found.schedule.values)
+                        unseen = np.mean(others.of_batches(removals, method, len(others.batches)))
+                        row = [
+                            name, budget, way, seed, f"{found.before:.4f}", f"{found.distance:.4f}", f"{unseen:.4f}",
+                            f"{found.cost:.4f}", f"{found.passes:.1f}", f"{shared_prefix(search):.2f}",
+                            f"{time.monotonic() - began:.0f}", found.schedule,
+                        ]  # fmt: skip
+                        print(*row, flush=True)
+                        writer.writerow(row)
+                        file.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""What `tokbench search` does: a search for each model, method and budget, and a grid file of what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from rich.table import Table
+
+from tokbench.config import Grid, MethodSpec, Searched
+from tokbench.errors import UserError, printable
+from tokbench.progress import Progress
+from tokbench.report.text import number, short_schedule, variant_name
+from tokbench.running.runner import find_device, load_subject
+from tokbench.running.searched import searcher_for
+from tokbench.searching.budget import parse_budget
+from tokbench.searching.images import DEFAULT_IMAGES, search_data
+
+
+def search_grid(
+    grid: Grid,
+    budgets: Sequence[str],
+    out: Path,
+    *,
+    data: str | None = None,
+    images: int = DEFAULT_IMAGES,
+    seconds: float,
+    seed: int = 0,
+    tune: bool = False,
+    progress: Progress,
+) -> list[Searched]:
+    """Search, and write what was found to `out` after each search; when interrupted, also the best so far."""
+    found: list[Searched] = []
+    budgets = [str(parse_budget(budget)) for budget in budgets]
+    if len(grid.methods) == 1:
+        raise UserError("there is no method to search a schedule for: --method tome, say")
+    for spec in grid.models:
+        subject = load_subject(spec, replace(grid, methods=()), replace(grid.options, only=("flops",)))
+        searcher = searcher_for(subject, data or search_data(grid.data), grid.options, find_device(grid.options.device),
+                                progress, images=images)  # fmt: skip
+        searcher.seconds, searcher.seed, searcher.tune = seconds, seed, tune
+        for method in grid.methods:
+            for budget in budgets if method.name != "none" else ():
+                try:
+                    found.append(searcher.search(method, budget))
+                except KeyboardInterrupt:
+                    found += filter(None, [searcher.so_far(method, budget)])
+                    raise
+                finally:
+                    if found:
+                        write_grid(searched_grid(grid, found), out)
+    return found
+
+
+def searched_grid(grid: Grid, found: Sequence[Searched]) -> Grid:
+    """The grid whose cells are what was found."""
+    methods: dict[str, MethodSpec] = {}
+    for one in found:
+        spec = MethodSpec(one.method, (f"searched:{one.budget}",), one.params)
+        known = methods.get(str(spec))
+        schedules = dict.fromkeys([*(known.schedules if known else ()), *spec.schedules])
+        methods[str(spec)] = replace(spec, schedules=tuple(schedules))
+    return replace(grid, methods=tuple(methods.values()), searched=tuple(found))
+
+
+def write_grid(grid: Grid, path: Path) -> None:
+    """A grid as TOML that `Grid.from_toml` reads."""
+    plain = _without_none(grid.to_dict())
+    methods = [
+        {"name": m["name"], "schedules": m["schedules"], **m["params"]} for m in plain["methods"] if m["name"] != "none"
+    ]
+    path.write_text(tomli_w.dumps({**plain, "methods": methods}), encoding="utf-8")
+
+
+def _without_none(value: Any) -> Any:
+    """TOML has no null."""
+    if isinstance(value, dict):
+        return {key: _without_none(own) for key, own in value.items() if own is not None}
+    return [_without_none(own) for own in value] if isinstance(value, list) else value
+
+
+def as_table(found: Sequence[Searched]) -> Table:
+    """What was found, a search a row."""
+    table = Table(
+        "Model", "Method", "Budget", "KL", "searched", "Predicted", "Confirmed", "Tokens removed in each block"
+    )
+    for one in found:
+        kind = one.budget.partition(":")[0]
+        confirmed = "not yet" if one.cost is None else _cost(one.cost, kind)
+        method = variant_name(one.method, str(MethodSpec(one.method, (), one.params)))
+        table.add_row(
+            *map(printable, (one.model, method, short_schedule(one.budget))),
+            number(one.usual_distance, 4), number(one.distance, 4), _cost(one.predicted, kind), confirmed,
+            one.schedule.removeprefix("list:").replace(",", " "),
+        )  # fmt: skip
+    return table
+
+
+def _cost(share: float, kind: str) -> str:
+    return f"{100 * share:.1f} % FLOPs" if kind == "flops" else f"{1 / share:.2f}× speed"

@@ -1,0 +1,226 @@
+"""Find the removals per block that change a model's answers least within a budget. No labels, no training."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from tokbench.calibrate import CALIBRATION_IMAGES, calibrate
+from tokbench.errors import UserError
+from tokbench.fusion.core import Method, make_method
+from tokbench.progress import Progress
+from tokbench.resolve import own_shape
+from tokbench.schedules import Schedule
+from tokbench.searching.budget import Budget
+from tokbench.searching.cost import Cost
+from tokbench.searching.objective import Memory, Objective
+from tokbench.searching.space import Removals, Space
+from tokbench.searching.surrogate import cheapest_path, sensitivities
+
+# Forward passes over all the images.
+PASSES = 100
+_FIRST = 2  # batches, after which a candidate is dropped that is so many times as far away as the best:
+_BEHIND = 1.15
+_CHANGED = (0.2, 0.5, 1.0)  # the share of the blocks that change
+_STEPS = (0.1, 1.5)  # least and most standard deviation of the logarithm of a block's share
+_TRIES = 10  # for each pass: what was tried before takes none, and a small model has few schedules
+_RETRIES = 5  # of bringing what was confirmed under the budget
+# How far under the budget the confirmed cost may be: counts are exact, times are not.
+_UNDER = {"flops": 0.01, "speedup": 0.05}
+
+
+class Candidate(NamedTuple):
+    removals: Removals
+    method: Method
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best removals of a search.
+
+    schedule: as `list:…`. method: with its parameters, where these were searched. distance, before: of the answers from
+    the unreduced model's, of this schedule and of the usual one at the same cost, on `images` images. usual: that one.
+    predicted, cost: its share of the unreduced model's FLOPs or time; cost is None where the search was interrupted
+    before it was counted or timed. passes: forward passes over the images.
+    """
+
+    schedule: Schedule
+    method: Method
+    distance: float
+    before: float
+    usual: Schedule
+    predicted: float
+    cost: float | None
+    images: int
+    passes: float
+    seconds: float
+
+
+@dataclass
+class Search:
+    """One search: `run` it, and ask for `found` at any time once it has begun.
+
+    Raises UserError for a budget that the method cannot reach.
+    """
+
+    model: VisionTransformer
+    method: Method
+    budget: Budget
+    images: Tensor
+    batch_size: int = 16
+    seed: int = 0
+    passes: float = PASSES
+    seconds: float = float("inf")
+    tune: bool = False
+    progress: Progress = field(default_factory=Progress)
+    memory: Memory = field(default_factory=Memory)
+
+    def __post_init__(self) -> None:
+        self.began = time.monotonic()
+        self.best: Candidate | None = None
+        if self.method.needs_calibration:
+            even = Schedule("list", (1,) * len(self.model.blocks))
+            self.method = calibrate(self.model, self.method, even, self.images[:CALIBRATION_IMAGES])
+        self.space = Space(self.model, self.method, tuple(self.images.shape[1:]))
+        self.cost = Cost(self.space, self.budget, self.images, self.batch_size)
+        self._require_reachable()
+        self.usual = self._usual()
+        self.objective = Objective(self.model, self.method, self.images, self.memory)
+
+    def _require_reachable(self) -> None:
+        everything = self.space.fit(np.ones(self.space.depth), self.cost, 0)
+        least, kind = self.cost(everything), self.budget.kind
+        if least <= self.budget.share:
+            return
+        near = f"; the nearest is flops:{np.ceil(100 * least) / 100:g}"
+        if kind == "speedup":
+            near = (
+                f"; the nearest is speedup:{np.floor(100 / least) / 100:g}" if least < 0.99 else ", and makes it slower"
+            )
+        raise UserError(f"method '{self.method.name}' cannot reach {self.budget} on this model{near}")
+
+    def run(self) -> Found:
+        """Search until the passes or the seconds are spent, and confirm what was found."""
+        self.progress.phase(f"{self.method.name} at {self.budget}", round(self.passes))
+        even = self.space.fit(np.ones(self.space.depth), self.cost, self.budget.share)
+        self.attempt(Candidate(self.usual, self.method))
+        self.attempt(Candidate(even, self.method))
+        self.guess()
+        self.polish()
+        return self._confirmed()
+
+    def guess(self) -> None:
+        """Try the path through all blocks that what each block alone does to the answers suggests."""
+
+        def alone(removals: Removals) -> float:
+            self._tell()
+            return self.objective.of_batches(removals, self.method, 1)[0]
+
+        if found := sensitivities(self.space, alone, self.is_over):
+            path = cheapest_path(self.space, self.cost, self.budget.share, found)
+            self.attempt(Candidate(path, self.method))
+
+    def found(self) -> Found | None:
+        """The best so far, as its cost is predicted; None before anything was tried."""
+        if self.best is None:
+            return None
+        return Found(
+            schedule=Schedule("list", self.best.removals),
+            method=self.best.method,
+            distance=self._value(self.best),
+            before=self._value(Candidate(self.usual, self.method)),
+            usual=Schedule("list", self.usual),
+            predicted=self.cost(self.best.removals),
+            cost=None,
+            images=len(self.images),
+            passes=self.objective.passes,
+            seconds=time.monotonic() - self.began,
+        )
+
+    def _usual(self) -> Removals:
+        """What the method does at this budget without a search: its own shape."""
+        space = self.space
+        scaled, last = own_shape(self.method, space.depth, space.tokens - space.prefix)
+        step = bisect_left(range(last), -self.budget.share, key=lambda step: -self.cost(space.of(scaled(step))))
+        return space.of(scaled(step))
+
+    def polish(self) -> None:
+        """Change some blocks' removals at random, by much or by little, and go on from there where that helps: an
+        evolution strategy of one parent and one child."""
+        names, random = self._tuned(), np.random.default_rng(self.seed)
+        factors = np.zeros(len(names))
+        for _ in range(round(_TRIES * self.passes)):
+            if self.is_over():
+                break
+            assert self.best is not None
+            before, point = self.best, np.concatenate([self.logarithms(self.best.removals), factors])
+            changed = random.random(point.size) < random.choice(_CHANGED)
+            tried = point + np.exp(random.uniform(*np.log(_STEPS))) * changed * random.normal(size=point.size)
+            if changed.any():
+                self.attempt(self.candidate(tried, names))
+            if self.best is not before:
+                factors = tried[self.space.depth :]
+
+    def logarithms(self, removals: Removals) -> np.ndarray:
+        """Of each block's share of the removals; blocks without any get a small one, to grow from."""
+        return np.log(np.array(removals) + 0.05 * np.mean(removals))
+
+    def is_over(self) -> bool:
+        """Whether the passes or the seconds are spent."""
+        return self.objective.passes >= self.passes or time.monotonic() - self.began >= self.seconds
+
+    def candidate(self, point: np.ndarray, names: list[str]) -> Candidate:
+        """Of logarithms: of each block's share, and of factors for the parameters of these names."""
+        weights, factors = np.exp(point[: self.space.depth]), np.exp(point[self.space.depth :])
+        tuned = {name: getattr(self.method, name) * float(f) for name, f in zip(names, factors, strict=True)}
+        method = make_method(self.method.name, **{**self.method.parameters(), **tuned}) if tuned else self.method
+        return Candidate(self.space.fit(weights, self.cost, self.budget.share), method)
+
+    def attempt(self, candidate: Candidate) -> float:
+        """Its distance, and keep it where it is the best; where it falls behind on the first images an estimate, as
+        many times the best's."""
+        first, ahead = self._first(candidate), self._first(self.best) if self.best else float("inf")
+        self._tell()
+        if self.best and first > _BEHIND * ahead:
+            return self._value(self.best) * first / ahead
+        value = self._value(candidate)
+        self._tell()
+        if self.best is None or value < self._value(self.best):
+            self.best = candidate
+        return value
+
+    def _first(self, candidate: Candidate) -> float:
+        return float(np.mean(self.objective.of_batches(*candidate, _FIRST)))
+
+    def _value(self, candidate: Candidate) -> float:
+        return float(np.mean(self.objective.of_batches(*candidate, len(self.objective.batches))))
+
+    def _tuned(self) -> list[str]:
+        """The parameters that are numbers above 0."""
+        values = self.method.parameters().items() if self.tune else ()
+        return [name for name, value in values if isinstance(value, float) and value > 0]
+
+    def _tell(self) -> None:
+        self.progress.advance(min(round(self.objective.passes), round(self.passes)))
+
+    def _confirmed(self) -> Found:
+        """The best one counted or timed; where that is over the budget, or 1 % under, the same shape again."""
+        assert self.best is not None
+        share, weights = self.budget.share, np.array(self.best.removals, dtype=float)
+        confirmed: list[tuple[float, Candidate]] = []
+        for _ in range(_RETRIES):
+            confirmed.append((self.cost.confirm(*self.best), self.best))
+            if (1 - _UNDER[self.budget.kind]) * share <= confirmed[-1][0] <= share:
+                break
+            self.best = self.best._replace(removals=self.space.fit(weights, self.cost, share))
+        # The dearest within the budget; where all were over it, the cheapest.
+        cost, self.best = max(confirmed, key=lambda one: (one[0] <= share, one[0] if one[0] <= share else -one[0]))
+        found = self.found()
+        assert found is not None
+        return replace(found, cost=cost)

@@ -1,0 +1,110 @@
+"""The removals per block that a method can carry out in a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from tokbench.fusion.anatomy import grid_for, has_class_token
+from tokbench.fusion.blocks import Fusion
+from tokbench.fusion.core import Method
+from tokbench.fusion.patch import fork, insert, remove, tokens_per_block
+from tokbench.measure._model import evaluation_mode, placement, resolve_input_size
+from tokbench.schedules import Schedule
+
+# Tokens that leave each block.
+Removals = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Space:
+    """Removals of `method` in `model`, for images of `input_size`."""
+
+    model: VisionTransformer
+    method: Method
+    input_size: tuple[int, ...] | None = None
+    _most: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
+
+    @property
+    def depth(self) -> int:
+        return len(self.model.blocks)
+
+    @property
+    def prefix(self) -> int:
+        return self.model.num_prefix_tokens
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens of the unreduced model, prefix included."""
+        return math.prod(grid_for(self.model, self.input_size)) + self.prefix
+
+    @cached_property
+    def returned(self) -> int:
+        """Tokens that a block adds where it removes any: EViT's fused one. 0 where it depends on the image."""
+        if self.method.counts_by_image:
+            return 0
+        block, model = (
+            self.acting[0],
+            insert(remove(fork(self.model)), self.method, Schedule("list", (2,) * self.depth)),
+        )
+        size = resolve_input_size(model, self.input_size)
+        with torch.inference_mode(), evaluation_mode([model]):
+            device, dtype = placement(model)
+            model(torch.rand(1, *size, generator=torch.Generator().manual_seed(0)).to(device, dtype))
+        return round(tokens_per_block(model)[block]) - (self.tokens - 2)
+
+    @cached_property
+    def acting(self) -> list[int]:
+        """The blocks that the method may act in."""
+        return [block for block in range(self.depth) if self.method.acts_in(block, self.depth)]
+
+    def most(self, block: int, tokens: int) -> int:
+        """The most of `tokens` tokens that the method can remove in a block."""
+        if (block, tokens) not in self._most:
+            all_of_them = Schedule("list", (tokens,) * self.depth)
+            fusion = Fusion(self.method, all_of_them, self.depth, self.prefix, (1, 1), has_class_token(self.model))
+            self._most[block, tokens] = fusion.to_remove(block, tokens)
+        return self._most[block, tokens]
+
+    def of(self, schedule: Schedule) -> Removals:
+        """What the method really removes at a schedule."""
+        tokens, done = self.tokens, []
+        for block in range(self.depth):
+            asked = schedule.removals(block, self.depth, tokens - self.prefix)
+            done.append(min(asked, self.most(block, tokens)))
+            tokens = self.after(tokens, done[-1])
+        return tuple(done)
+
+    def after(self, tokens: int, removed: int) -> int:
+        """Tokens after a block that removes so many."""
+        return tokens - removed + self.returned if removed else tokens
+
+    def steps(self, removals: Removals) -> list[tuple[int, int]]:
+        """Tokens (before, after) each block."""
+        return list(pairwise(accumulate(removals, self.after, initial=self.tokens)))
+
+    def fit(self, weights: np.ndarray, cost: Callable[[Removals], float], most: float) -> Removals:
+        """Removals in proportion to `weights` (depth,), as far as the method can: the fewest that cost at most `most`,
+        or all it can do where these cost more."""
+        weights = np.where(np.isin(np.arange(self.depth), self.acting), np.maximum(weights, 0), 0)
+        if not weights.sum():
+            return (0,) * self.depth
+        ends = np.cumsum(weights / weights.sum())
+
+        def scaled(total: int) -> Removals:
+            return self.of(Schedule("list", tuple(np.diff(np.floor(ends * total + 1e-9), prepend=0).tolist())))
+
+        low, high = 0, self.tokens
+        while cost(scaled(high)) > most and high < 1000 * self.tokens:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if cost(scaled(middle)) > most else (low, middle)
+        return scaled(high)
