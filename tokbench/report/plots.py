@@ -1,4 +1,7 @@
-"""Pareto plots: a panel per pair of metrics, a row of panels per model and data, runs laid over each other."""
+"""Pareto plots: a panel per pair of metrics, a row of panels per model and data, runs laid over each other.
+
+`scene` decides what a panel shows, `panels` draws it: markers, bars, fronts and labels.
+"""
 
 from __future__ import annotations
 

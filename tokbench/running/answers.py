@@ -20,7 +20,7 @@ from tokbench.results.predictions import Predictions, join
 from tokbench.running.bench import Bench, Runnable
 from tokbench.running.half_pass import HalfPass, PassFile
 from tokbench.running.reader import Reader
-from tokbench.running.records import accuracy_fields, at_chance_level
+from tokbench.running.figures import accuracy_fields, at_chance_level
 from tokbench.searching.images import Overlap
 
 

@@ -15,7 +15,7 @@ from tokbench.measure.environment import Watch, thread_warnings, together
 from tokbench.measure.speed import SpeedResult, largest_batch, measure_memory, measure_speed
 from tokbench.running.bench import Bench, Runnable, counts_by_image
 from tokbench.running.fresh import Timed, time_in_fresh_processes
-from tokbench.running.records import (
+from tokbench.running.figures import (
     VAGUE,
     by_process,
     needed_for_speedup,
