@@ -954,11 +954,15 @@ def test_how_a_process_died_is_told(does, told, tmp_path, monkeypatch):
 
 def test_ctrl_c_ends_the_process_that_times(tmp_path, monkeypatch):
     script = tmp_path / "python"
-    script.write_text("#!/bin/sh\nexec sleep 60\n")
+    script.write_text("#!/bin/sh\nexec sleep 20\n")
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     before = psutil.Process().children()
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # which pytest-xdist's workers do not
     threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()
-    with pytest.raises(KeyboardInterrupt):
-        fresh.in_process(None, print)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fresh.in_process(None, print)
+    finally:
+        signal.signal(signal.SIGINT, heard)
     assert psutil.Process().children() == before
