@@ -21,7 +21,7 @@ from tokbench.measure.neighbors import Neighbors
 from tokbench.measure.stats import correlation_interval
 from tokbench.results import predictions
 from tokbench.results.predictions import ARRAYS, Predictions, join
-from tokbench.running.records import accuracy_fields
+from tokbench.running.figures import accuracy_fields
 
 CPU = torch.device("cpu")
 

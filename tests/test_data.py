@@ -404,7 +404,7 @@ def test_a_folder_that_holds_no_labelled_images_is_refused(name, message, tmp_pa
 
 
 def test_a_misspelt_bundled_is_refused():
-    assert "Did you mean 'bundled'?" in complaint("bundeld", vit())
+    assert "Did you mean 'bundled' or 'bundled:train'?" in complaint("bundeld", vit())
     assert "data is empty" in complaint("", vit())
 
 
@@ -631,8 +631,33 @@ def few_images(tmp_path: Path) -> ImageSource:
     return source
 
 
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGBUS])
-def test_a_reader_that_was_killed_is_named_with_its_signal_and_only_where_it_is_waited_for(ending, tmp_path):
+def of_torch(signum, frame):
+    raise RuntimeError("raised amid something else")
+
+
+of_torch.__module__ = "torch.utils.data._utils.signal_handling"
+
+
+@pytest.fixture
+def sigchld():
+    """Set the handler of a child's end; the one that was there comes back."""
+    before = signal.getsignal(signal.SIGCHLD)
+    yield lambda handler: signal.signal(signal.SIGCHLD, handler)
+    signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.parametrize(
+    ("ending", "handler", "kept"),
+    [
+        (signal.SIGKILL, signal.SIG_DFL, signal.SIG_DFL),
+        (signal.SIGBUS, signal.SIG_DFL, signal.SIG_DFL),
+        (signal.SIGKILL, of_torch, signal.SIG_DFL),
+    ],
+)
+def test_a_reader_that_was_killed_is_named_with_its_signal_and_only_where_it_is_waited_for(
+    ending, handler, kept, tmp_path, sigchld
+):
+    sigchld(handler)
     source = few_images(tmp_path)
     inner, here = source._images, os.getpid()
 
@@ -643,10 +668,9 @@ def test_a_reader_that_was_killed_is_named_with_its_signal_and_only_where_it_is_
             return inner[index]
 
     source._images = Killing()
-    handler = signal.getsignal(signal.SIGCHLD)
     read = load_batches(source, 2, workers=1)
     assert len(next(read).labels) == 2
-    assert signal.getsignal(signal.SIGCHLD) is handler
+    assert signal.getsignal(signal.SIGCHLD) is kept
     with pytest.raises(RunStopped, match=rf"reader, process \d+, was killed by signal {ending} \({ending.name}\)"):
         list(read)
 

@@ -484,3 +484,23 @@ def test_speed_by_batch_size_is_a_line_for_each_cell(cells: list[Cell]) -> None:
         drawn(cells, x=["batch"])
     with pytest.raises(UserError, match="no cell has efficiency; measured here"):
         drawn(swept, x="batch", y="efficiency")
+
+
+def test_searched_schedules_are_filled_and_others_hollow(cells: list[Cell]) -> None:
+    plain = next(cell for cell in cells if cell.schedule == "constant:13" and cell.method == "tome")
+    usual, found = (
+        replace(plain, schedule=text, key=CellKey.of("bundled", "tome", {}, text), tokens=tokens)
+        for text, tokens in (("flops:0.5", (150.0, 100.0)), ("searched:flops:0.5", (120.0, 110.0)))
+    )
+    art = Art(SIZES["wide"], find_theme("light"), [*cells, usual, found])
+    color, background = method_style("tome").color, find_theme("light").background
+    assert [art.marks(cell)["markerfacecolor"] for cell in (found, usual)] == [color, background]
+    assert Art(SIZES["wide"], find_theme("light"), cells).marks(usual)["markerfacecolor"] == color
+    assert short_schedule(found.schedule) == "50 % FLOPs (searched)"
+    (panel,) = drawn([*cells, usual, found], x="block").axes
+    lines = dict(zip(panel.get_legend_handles_labels()[1], panel.get_lines(), strict=True))
+    assert list(lines) == ["unreduced", "ToMe at 50 % FLOPs", "ToMe at 50 % FLOPs\n(searched)"]
+    assert lines["ToMe at 50 % FLOPs\n(searched)"].get_ydata().tolist() == [120, 110]
+    for asked, fault in (({"y": "top1"}, "no --y"), ({"x": ["block", "gflops"]}, "by itself")):
+        with pytest.raises(UserError, match=fault):
+            drawn(cells, **{"x": "block"} | asked)

@@ -24,7 +24,7 @@ from tokbench.fusion.core import METHODS, bipartite_match
 from tokbench.measure.stats import paired_drop, wilson
 from tokbench.results.folder import RunFolder
 from tokbench.results.predictions import Predictions
-from tokbench.running.records import accuracy_fields
+from tokbench.running.figures import accuracy_fields
 from tokbench.running.runner import run
 
 REPOSITORY = Path(__file__).resolve().parents[1]

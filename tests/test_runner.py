@@ -41,7 +41,7 @@ from tokbench.report.tables import render_table
 from tokbench.results.folder import RunFolder
 from tokbench.results.predictions import Predictions
 from tokbench.results.table import load_cells
-from tokbench.running import answers, bench, fresh, records, runner, timing
+from tokbench.running import answers, bench, figures, fresh, runner, timing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -347,7 +347,7 @@ def predictions(right: int, wrong: int, classes: int = 10) -> Predictions:
 
 
 def test_accuracy_figures_follow_from_the_predictions():
-    fields = records.accuracy_fields(predictions(60, 40), predictions(80, 20))
+    fields = figures.accuracy_fields(predictions(60, 40), predictions(80, 20))
     assert (fields["images"], fields["correct"], fields["correct5"]) == (100, 60, 100)
     assert (fields["top1"], fields["top5"]) == (0.6, 1.0)
     assert fields["drop"] == pytest.approx(20) and fields["drop_low"] < 20 < fields["drop_high"]
@@ -359,11 +359,11 @@ def test_accuracy_figures_follow_from_the_predictions():
 def test_intervals_end_where_the_mean_must():
     few = predictions(3, 0)
     near = np.array([0.9, 0.999, 0.999], np.float32)
-    fields = records.accuracy_fields(dataclasses.replace(few, divergence=1 - near), few)
+    fields = figures.accuracy_fields(dataclasses.replace(few, divergence=1 - near), few)
     assert 0 == fields["kl_low"] < fields["kl"] < fields["kl_high"]
-    fields = records.accuracy_fields(dataclasses.replace(few, similarity=near, classifies=False), few)
+    fields = figures.accuracy_fields(dataclasses.replace(few, similarity=near, classifies=False), few)
     assert fields["similarity_low"] < fields["similarity"] < fields["similarity_high"] == 1
-    fields = records.accuracy_fields(dataclasses.replace(few, similarity=near * 0 + 1.0000001, classifies=False), few)
+    fields = figures.accuracy_fields(dataclasses.replace(few, similarity=near * 0 + 1.0000001, classifies=False), few)
     assert fields["similarity_low"] <= fields["similarity"] <= fields["similarity_high"]  # rounded, it may be above 1
 
 
@@ -372,15 +372,15 @@ def test_intervals_end_where_the_mean_must():
     [(0, 1000, True), (100, 900, True), (130, 870, False), (700, 300, False), (4, 4, False), (1, 9, True)],
 )
 def test_chance_level(right, wrong, chance):
-    assert records.at_chance_level(predictions(right, wrong), 10) is chance
+    assert figures.at_chance_level(predictions(right, wrong), 10) is chance
 
 
 def test_chance_level_when_one_class_or_no_label_is_there():
     rest = (np.full(100, 0.5, np.float32), np.ones(100, bool))
     one_class = Predictions(np.zeros(100, int), np.repeat([0, 1], [90, 10]), *rest)
-    assert not records.at_chance_level(one_class, 10)
+    assert not figures.at_chance_level(one_class, 10)
     unlabelled = Predictions(np.full(100, -1), np.zeros(100, int), *rest)
-    assert not records.at_chance_level(unlabelled, 0)
+    assert not figures.at_chance_level(unlabelled, 0)
 
 
 def test_readers_of_images_follow_device_and_source(source, tmp_path):
@@ -454,9 +454,9 @@ def test_what_makes_a_timing_worthless_is_warned_of_and_stays_in_its_records(sou
     assert listener.warnings[0] == f"{busy}: time again" and len(listener.warnings) == 2
     assert listener.warnings[1].startswith("1 of 2 speed-ups are known to no better than ±5 % (tiny/tome/8): ")
     caveats = {r["cell"]: r["caveats"] for r in plain_records(tmp_path / "run") if r["kind"] == "speed"}
-    assert caveats == {"tiny/none": [busy], "tiny/tome/8": [busy, records.VAGUE], "tiny/random/8": [busy]}
+    assert caveats == {"tiny/none": [busy], "tiny/tome/8": [busy, figures.VAGUE], "tiny/random/8": [busy]}
     cells = load_cells([tmp_path / "run"])
-    told = [f"Speed is in doubt: {busy}.", f"Speed is in doubt: {records.VAGUE} (1 of 3 cells)."]
+    told = [f"Speed is in doubt: {busy}.", f"Speed is in doubt: {figures.VAGUE} (1 of 3 cells)."]
     assert all(sentence in render_table(cells, "md") for sentence in told)
     assert all(sentence in findings(cells)[0].sentences for sentence in told)
 
@@ -479,21 +479,21 @@ def test_speedups_are_vague_where_their_interval_is_wide_or_none_is_known():
         "wide": {"speedup": 1.5, "speedup_low": 1.4, "speedup_high": 1.6}, "none": {"speedup": 1.5},
         "sharp": {"speedup": 1.5, "speedup_low": 1.49, "speedup_high": 1.51},
     }  # fmt: skip
-    assert records.vague_speedups(fields) == ["wide", "none"]
+    assert figures.vague_speedups(fields) == ["wide", "none"]
 
 
 def test_a_vague_speedup_says_how_long_it_takes_to_know_it():
-    told = records.vague_sentence({"a": 60, "b": 30, "c": 30, "d": 30}, 9, 20, 10.0, "rounds")
+    told = figures.vague_sentence({"a": 60, "b": 30, "c": 30, "d": 30}, 9, 20, 10.0, "rounds")
     assert told == (
         "4 of 9 speed-ups are known to no better than ±5 % (a, b, c and 1 more): "
         "about 20 seconds more would do, in a new run with --rounds 60"
     )
-    assert records.vague_sentence({"a": 5000}, 9, 20, 10.0, "rounds").endswith(": measure again on a quieter machine")
+    assert figures.vague_sentence({"a": 5000}, 9, 20, 10.0, "rounds").endswith(": measure again on a quieter machine")
     noisy = [1.0, 1.3, 0.8, 1.1, 0.9, 1.2, 1.0, 0.7]
     reference, result = (SpeedResult("", 8, rounds, 1, 8.0, 1.0, 1.0, 1.0, []) for rounds in (noisy, [1.0] * 8))
-    assert records.needed_for_speedup({}, [result], [reference]) > 8
+    assert figures.needed_for_speedup({}, [result], [reference]) > 8
     over = {"speedup": 1.0, "speedup_low": 0.9, "speedup_high": 1.1}
-    assert records.needed_for_speedup(over, [result] * 3, [reference] * 3) in (12, 13)
+    assert figures.needed_for_speedup(over, [result] * 3, [reference] * 3) in (12, 13)
 
 
 def test_what_was_warned_of_labels_stays_with_the_run(tmp_path, monkeypatch):
@@ -954,11 +954,15 @@ def test_how_a_process_died_is_told(does, told, tmp_path, monkeypatch):
 
 def test_ctrl_c_ends_the_process_that_times(tmp_path, monkeypatch):
     script = tmp_path / "python"
-    script.write_text("#!/bin/sh\nexec sleep 60\n")
+    script.write_text("#!/bin/sh\nexec sleep 20\n")
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     before = psutil.Process().children()
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # which pytest-xdist's workers do not
     threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()
-    with pytest.raises(KeyboardInterrupt):
-        fresh.in_process(None, print)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fresh.in_process(None, print)
+    finally:
+        signal.signal(signal.SIGINT, heard)
     assert psutil.Process().children() == before

@@ -197,29 +197,29 @@ class RunOptions:
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         dtype: "fp32", "bf16", "fp16".
         batch_size: images, or "auto"; several sizes to time every cell at each.
-        seconds: timing for each model that is timed, None for the usual; more gives narrower intervals.
-        rounds: in which every model has a turn, None for as many as fit.
-        processes: fresh ones to share the rounds between, in turn; intervals are then over processes.
         limit: images measured for accuracy, None for all.
         only: which of MEASURES.
         workers: processes that read images, None to choose; no more than there are cores.
         labels: a file that says what each image of a folder shows.
         max_bad: per cent of the images that may be skipped because they cannot be decoded.
         compile: time models that `torch.compile` compiled; accuracy is measured without.
+        seconds: timing for each model that is timed, None for the usual; more gives narrower intervals.
+        rounds: in which every model has a turn, None for as many as fit.
+        processes: fresh ones to share the rounds between, in turn; intervals are then over processes.
     """
 
     device: Annotated[StrictStr, AfterValidator(_known_device)] = "auto"
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     batch_size: Annotated[AtLeast1 | tuple[AtLeast1, ...] | Literal["auto"], BeforeValidator(_as_batch_size)] = "auto"
-    seconds: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    rounds: AtLeast1 | None = None
-    processes: AtLeast1 = 1
     limit: AtLeast1 | None = None
     only: Annotated[tuple[Literal["flops", "accuracy", "speed"], ...], Field(min_length=1)] = MEASURES
     workers: Annotated[StrictInt, Field(ge=0)] | None = None
     labels: StrictStr | None = None
     max_bad: Annotated[float, Field(ge=0, le=100)] = 1.0
     compile: StrictBool = False
+    seconds: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    rounds: AtLeast1 | None = None
+    processes: AtLeast1 = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "only", tuple(measure for measure in MEASURES if measure in self.only))

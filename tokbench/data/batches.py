@@ -77,12 +77,14 @@ def _watched(loader: DataLoader[Any], name: str) -> Iterator[_Packed]:
     """What the workers give. Raises RunStopped that says what happened to them."""
     others, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
     workers: set[BaseProcess] = set()
+    # torch's handler raises wherever this process is, as if a model had failed. Waiting notices it as well. Another
+    # loader may have left it there.
+    mild = handler and not str(getattr(handler, "__module__", "")).startswith("torch.")
     try:
         batches = iter(loader)
         workers = set(multiprocessing.active_children()) - others
         if threading.current_thread() is threading.main_thread():
-            # torch's handler raises wherever this process is, as if a model had failed. Waiting notices it as well.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
+            signal.signal(signal.SIGCHLD, handler if mild else signal.SIG_DFL)
         yield from batches
     except Exception as error:
         if isinstance(error, ImageError):

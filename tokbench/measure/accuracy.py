@@ -1,4 +1,7 @@
-"""What models answer, image by image, in one pass over the images for all of them."""
+"""What models answer, image by image, in one pass over the images for all of them.
+
+Top-1, the drop and their intervals are made of these answers in `running.figures`.
+"""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def _drawn(cell: Cell, runs: Sequence[str], searched: bool) -> dict[str, Any]:
         + (" · searched" if cell.is_searched else "")
         + (f" · {cell.run}" if several else ""),
         "baseline": cell.is_baseline,
-        "tokens": cell.tokens,
+        "tokens": list(cell.tokens),
         "dash": _DASHES[(place or changed) % len(_DASHES)],
         "color": style.color,
         "symbol": _SYMBOLS[style.marker] + ("-open" if changed else ""),

@@ -1,4 +1,7 @@
-"""Pareto plots: a panel per pair of metrics, a row of panels per model and data, runs laid over each other."""
+"""Pareto plots: a panel per pair of metrics, a row of panels per model and data, runs laid over each other.
+
+`scene` decides what a panel shows, `panels` draws it: markers, bars, fronts and labels.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from tokbench.errors import UserError, nearest
+from tokbench.report.lines import DRAW_LINES
 from tokbench.report.panels import (
     DASHES,
     MOST_LABELS,
@@ -30,7 +34,6 @@ from tokbench.report.panels import (
 from tokbench.report.published import PUBLISHED, Published, published_points
 from tokbench.report.scene import Scene, scene, side_by_side
 from tokbench.report.styles import find_theme, method_order
-from tokbench.report.sweep import SWEEP, draw_sweep
 from tokbench.report.text import capital, listed, plural, told_caveats, variant_name
 from tokbench.results.cell import Cell
 from tokbench.results.metrics import METRICS, find_metric, metric_name
@@ -74,7 +77,8 @@ def plot_pareto(
     Args:
         out: the file; .png, .svg or .pdf.
         x: one or several metrics, a panel each; None means GFLOPs and images/s, as far as they were measured. "batch"
-            alone: y, the speed-up unless another metric is given, against batch size, a line for each cell.
+            alone: y, the speed-up unless another metric is given, against batch size, a line for each cell. "block"
+            alone: the tokens that each block leaves.
         y: a metric; None means top-1, agreement where images have no labels, features where there are no classes,
             and the speed-up where only the cost was measured.
         size: "wide", for screens; "page", two columns of a paper; "paper", one column.
@@ -91,12 +95,13 @@ def plot_pareto(
     require_format(out)
     if size not in SIZES:
         raise UserError(f"no size {size!r}; there are {', '.join(SIZES)}.{nearest(size, SIZES)}")
-    if SWEEP.intersection(asked := [x] if isinstance(x, str) else x or ()):
+    asked = [x] if isinstance(x, str) else x or ()
+    if alone := [name for name in asked if name in DRAW_LINES]:
         if len(asked) > 1:
-            raise UserError("--x batch is a plot by itself: name no other --x")
+            raise UserError(f"--x {alone[0]} is a plot by itself: name no other --x")
         art = Art(SIZES[size], find_theme(theme), cells)
         with drawing(art.theme, art.settings):
-            save(draw_sweep(cells, y, art), out, dpi=200 if art.size.text else 300)
+            save(DRAW_LINES[alone[0]](cells, y, art), out, dpi=200 if art.size.text else 300)
         return out
     names, y = _axes(cells, x, y)
     groups = group_by(cells, attrgetter(*PANEL, "at_batch"))

@@ -80,7 +80,7 @@ class FlopsRecord(Record):
 
 
 class AccuracyRecord(Record):
-    """Shares of images; `drop` in points."""
+    """Shares of images; `drop` in points. The ends of intervals, as `drop_low`, come from `running.figures`."""
 
     images: Count
     correct: Count | None = None

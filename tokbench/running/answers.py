@@ -18,9 +18,9 @@ from tokbench.measure.neighbors import Neighbors
 from tokbench.results.folder import SKIPPED
 from tokbench.results.predictions import Predictions, join
 from tokbench.running.bench import Bench, Runnable
+from tokbench.running.figures import accuracy_fields, at_chance_level
 from tokbench.running.half_pass import HalfPass, PassFile
 from tokbench.running.reader import Reader
-from tokbench.running.records import accuracy_fields, at_chance_level
 from tokbench.searching.images import Overlap
 
 

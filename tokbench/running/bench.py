@@ -29,7 +29,7 @@ from tokbench.resolve import FlopsWarning, apply
 from tokbench.results.cell import CellKey, RecordIndex
 from tokbench.results.folder import RunFolder
 from tokbench.results.records import FailureRecord, Record
-from tokbench.running.records import flops_fields
+from tokbench.running.figures import flops_fields
 from tokbench.schedules import parse_schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

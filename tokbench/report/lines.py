@@ -1,8 +1,8 @@
-"""A plot of runs that timed every cell at several batch sizes: where fusion begins to pay."""
+"""Plots with a line for each cell: by batch size, where fusion begins to pay; by block, how many tokens are left."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 
 from tokbench.report import canvas  # noqa: F401  # before matplotlib
@@ -11,7 +11,7 @@ from tokbench.report import canvas  # noqa: F401  # before matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 from tokbench.errors import UserError
 from tokbench.report.panels import DASHES, Art, bars_within
@@ -20,8 +20,6 @@ from tokbench.report.text import broken, capital, cell_name, group_title, told_c
 from tokbench.results.cell import Cell
 from tokbench.results.metrics import METRICS, find_metric, metric_name
 from tokbench.results.table import PANEL, group_by, measured_names
-
-SWEEP = frozenset({"batch", "batch_size"})  # what the x axis is called
 
 
 def draw_sweep(cells: Sequence[Cell], y: str | None, art: Art) -> Figure:
@@ -39,12 +37,7 @@ def draw_sweep(cells: Sequence[Cell], y: str | None, art: Art) -> Figure:
     shown = [cell for cell in timed if cell[name] and not (cell.is_baseline and name == "speedup")]
     if not shown:
         raise UserError(f"nothing to plot: no cell has {name}; measured here: {measured_names(timed)}.")
-    groups = group_by(shown, attrgetter(*PANEL))
-    width, height = art.size.figure(len(groups), 1)
-    figure = Figure(figsize=(width + 1.2 if art.size.panel else width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    for panel, group in zip(figure.subplots(len(groups), 1, squeeze=False)[:, 0], groups, strict=True):
-        _draw(panel, group, name, art)
+    figure = _figure(shown, art, lambda panel, group: _draw_sweep(panel, group, name, art))
     if art.size.text:
         notes = [
             METRICS[name].bars and f"Bars: {METRICS[name].bars}",
@@ -54,7 +47,52 @@ def draw_sweep(cells: Sequence[Cell], y: str | None, art: Art) -> Figure:
     return figure
 
 
-def _draw(panel: Axes, group: Sequence[Cell], name: str, art: Art) -> None:
+def draw_tokens(cells: Sequence[Cell], y: str | None, art: Art) -> Figure:
+    """A panel for each model and data: the tokens that each block leaves, a line for each cell.
+
+    Where schedules were searched, only these, and the others of the same budgets. Raises UserError for a y, of which
+    there is no choice, and where no cell says its tokens.
+    """
+    if y is not None:
+        raise UserError("--x block goes with no --y: it draws the tokens that each block leaves")
+    searched = {(cell.variant, cell.key.schedule.budget) for cell in cells if cell.is_searched and cell.key.schedule}
+    asked = [c for c in cells if c.is_searched or c.is_baseline or (c.variant, c.schedule) in searched or not searched]
+    shown = [cell for cell in asked if cell.tokens]
+    if not shown:
+        raise UserError("nothing to plot: no cell says how many tokens its blocks leave")
+    return _figure(shown, art, lambda panel, group: _draw_tokens(panel, group, art))
+
+
+DRAW_LINES = {"batch": draw_sweep, "batch_size": draw_sweep, "block": draw_tokens}  # by what the x axis is called
+
+
+def _figure(shown: Sequence[Cell], art: Art, draw: Callable[[Axes, Sequence[Cell]], None]) -> Figure:
+    """A panel for each model and data."""
+    groups = group_by(shown, attrgetter(*PANEL))
+    width, height = art.size.figure(len(groups), 1)
+    figure = Figure(figsize=(width + 1.2 if art.size.panel else width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, group in zip(figure.subplots(len(groups), 1, squeeze=False)[:, 0], groups, strict=True):
+        draw(panel, group)
+        panel.grid(True)
+        title = group_title(group).rpartition(", batch")[0] or group_title(group)
+        panel.set_title(broken(title, 60), loc="left", fontsize=art.size.font)
+        panel.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=art.size.label)
+    return figure
+
+
+def _draw_tokens(panel: Axes, group: Sequence[Cell], art: Art) -> None:
+    several = len({cell.run for cell in group}) > 1
+    for cell in dict.fromkeys(group):
+        marks = art.marks(cell) | {"linestyle": "-" if cell.is_searched else DASHES[1]}
+        panel.plot(range(len(cell.tokens)), cell.tokens, label=broken(cell_name(cell, several), 28), **marks)
+    panel.set_ylim(bottom=0)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.set_xlabel("Block")
+    panel.set_ylabel("Tokens after it, prefix included")
+
+
+def _draw_sweep(panel: Axes, group: Sequence[Cell], name: str, art: Art) -> None:
     several, reach = len({cell.run for cell in group}) > 1, bar_reach(group, name)
     lines = group_by(group, lambda cell: (cell.run, cell.key))
     schedules: dict[str, list[str]] = {}
@@ -82,11 +120,7 @@ def _draw(panel: Axes, group: Sequence[Cell], name: str, art: Art) -> None:
     panel.xaxis.set_major_locator(FixedLocator(sizes))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.xaxis.set_major_formatter(ScalarFormatter())
-    panel.grid(True)
     panel.set_xlabel("Images in a batch")
     panel.set_ylabel(f"{METRICS[name].label}\n{METRICS[name].better} is better →")
     if METRICS[name].better == "lower":
         panel.invert_yaxis()
-    title = group_title(group).rpartition(", batch")[0]
-    panel.set_title(broken(title, 60), loc="left", fontsize=art.size.font)
-    panel.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=art.size.label)
