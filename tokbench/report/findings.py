@@ -299,12 +299,11 @@ class _Group:
 
     def _failures(self) -> list[str]:
         reasons = [f"{self.name(cell)}: {cell.error}" for cell in self.reduced if cell.error is not None]
-        return [f"{len(reasons)} {plural(len(reasons), 'cell')} failed ({'; '.join(reasons)})."] if reasons else []
+        return [f"{len(reasons)} {plural(len(reasons), 'cell')} failed ({listed(reasons)})."] if reasons else []
 
     def _named(self, cells: list[Cell], metric: str) -> str:
         """The first four cells by name, each with a figure, and how many more there are."""
-        names = [f"{self.name(cell)} ({figure_text(cell, metric, unit='×')})" for cell in cells[:4]]
-        return listed(names) if len(cells) <= 4 else f"{', '.join(names)} and {len(cells) - 4} more"
+        return listed((f"{self.name(cell)} ({figure_text(cell, metric, unit='×')})" for cell in cells), 4)
 
 
 def _known(cells: Iterable[Cell], metric: str) -> list[tuple[Cell, Figure]]:

@@ -143,9 +143,10 @@ def plural(count: int, word: str, several: str = "") -> str:
     return word if count == 1 else several or f"{word}s"
 
 
-def listed(words: Iterable[str]) -> str:
-    """`a, b and c`."""
-    *rest, last = words
+def listed(words: Iterable[str], most: int = 24) -> str:
+    """`a, b and c`; the first `most`, and how many more there are."""
+    words = list(words)
+    *rest, last = words if len(words) <= most else [*words[:most], f"{len(words) - most:,} more"]
     return f"{', '.join(rest)} and {last}" if rest else last
 
 
