@@ -42,6 +42,25 @@ Plugins = Annotated[
 ]
 
 
+# What `run` and `search` share.
+Models = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="A timm model, 'bundled', hf:…, openclip:… or tv:…. Repeatable."),
+]
+Checkpoint = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Weights for the one --model: .safetensors, .pth, .pt or .bin.")
+]
+InputSize = Annotated[
+    int | None, typer.Option(metavar="PIXELS", help="Side of the models' input (default: their own).")
+]
+Label = Annotated[str | None, typer.Option(metavar="NAME", help="What the one --model is called in tables and plots.")]
+Methods = Annotated[
+    list[str] | None, typer.Option(metavar="METHOD", help="As in tome or tome:prop_attn=false. Repeatable.")
+]
+Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1 or mps (default: auto).")]
+DType = Annotated[str | None, typer.Option(metavar="DTYPE", help="fp32, bf16 or fp16 (default: fp32).")]
+
+
 def main() -> NoReturn:
     """Run the command line and exit: 0 fine, 2 bad usage or input, 3 cells failed or the run stopped, 130 Ctrl-C."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be any bytes
@@ -124,25 +143,14 @@ def run(
         Path | None,
         typer.Argument(metavar="GRID.toml", help="What to measure; flags replace what it says.", show_default=False),
     ] = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="A timm model, 'bundled', hf:…, openclip:… or tv:…. Repeatable."),
-    ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Weights for the one --model: .safetensors, .pth, .pt or .bin.")
-    ] = None,
+    model: Models = None,
+    checkpoint: Checkpoint = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="FLOPs and speed of --model without a download.")
     ] = False,
-    input_size: Annotated[
-        int | None, typer.Option(metavar="PIXELS", help="Side of the models' input (default: their own).")
-    ] = None,
-    label: Annotated[
-        str | None, typer.Option(metavar="NAME", help="What the one --model is called in tables and plots.")
-    ] = None,
-    method: Annotated[
-        list[str] | None, typer.Option(metavar="METHOD", help="As in tome or tome:prop_attn=false. Repeatable.")
-    ] = None,
+    input_size: InputSize = None,
+    label: Label = None,
+    method: Methods = None,
     schedule: Annotated[
         list[str] | None, typer.Option(metavar="SCHEDULE", help="As in 13 or keep:0.7@3,6,9. Repeatable.")
     ] = None,
@@ -158,10 +166,8 @@ def run(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Never continue a run: begin a new one in DIR-2, DIR-3, …")
     ] = False,
-    device: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1 or mps (default: auto).")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="fp32, bf16 or fp16 (default: fp32).")] = None,
+    device: Device = None,
+    dtype: DType = None,
     batch_size: Annotated[
         str | None, typer.Option(metavar="N", help="Images, 'auto' (the default), or several to time at each: 1,8,32.")
     ] = None,
@@ -263,22 +269,11 @@ def search(
             metavar="BUDGET", help="flops:0.35 or speedup:1.5. Repeatable (default: flops:0.5 and flops:0.35)."
         ),
     ] = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="A timm model, 'bundled', hf:…, openclip:… or tv:…. Repeatable."),
-    ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Weights for the one --model: .safetensors, .pth, .pt or .bin.")
-    ] = None,
-    input_size: Annotated[
-        int | None, typer.Option(metavar="PIXELS", help="Side of the models' input (default: their own).")
-    ] = None,
-    label: Annotated[
-        str | None, typer.Option(metavar="NAME", help="What the one --model is called in tables and plots.")
-    ] = None,
-    method: Annotated[
-        list[str] | None, typer.Option(metavar="METHOD", help="As in tome or tome:prop_attn=false. Repeatable.")
-    ] = None,
+    model: Models = None,
+    checkpoint: Checkpoint = None,
+    input_size: InputSize = None,
+    label: Label = None,
+    method: Methods = None,
     plugin: Plugins = None,
     data: Annotated[
         str | None,
@@ -292,10 +287,8 @@ def search(
     ] = False,
     time: Annotated[str, typer.Option(metavar="TIME", help="Most time for one search, as in 10m or 90s.")] = "10m",
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the search.")] = 0,
-    device: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1 or mps (default: auto).")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="fp32, bf16 or fp16 (default: fp32).")] = None,
+    device: Device = None,
+    dtype: DType = None,
     out: Annotated[Path, typer.Option(metavar="FILE.toml", help="Grid file to write, for tokbench run.")] = Path(
         "searched.toml"
     ),
