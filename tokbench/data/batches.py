@@ -89,7 +89,12 @@ def _watched(loader: DataLoader[Any], name: str) -> Iterator[_Packed]:
     except Exception as error:
         if isinstance(error, ImageError):
             raise
-        wait([worker.sentinel for worker in workers], timeout=1)  # a lost connection shows before its worker's end
+        ended = wait(
+            [worker.sentinel for worker in workers], timeout=1
+        )  # a lost connection shows before a worker's end
+        for worker in workers:
+            if worker.sentinel in ended:
+                worker.join(timeout=1)  # its pipe closes a moment before it can be asked how it ended
         ends = [end for worker in workers if (end := _how_it_ended(worker))]
         number = _errno(error)
         if ends:
