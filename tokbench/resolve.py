@@ -107,7 +107,7 @@ def resolve_schedule(
     if schedule.budget:
         raise UserError(
             f"schedule '{schedule}' has to be searched first: schedule = tokbench.search(model, '{method.name}', "
-            f"'{schedule.budget}', images)"
+            f"'{schedule.budget}', images=images)"
         )
     if schedule.kind != "flops":
         return schedule

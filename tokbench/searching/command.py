@@ -85,7 +85,7 @@ def _without_none(value: Any) -> Any:
 def as_table(found: Sequence[Searched]) -> Table:
     """What was found, a search a row."""
     table = Table(
-        "Model", "Method", "Budget", "KL", "searched", "Predicted", "Confirmed", "Tokens removed in each block"
+        "Model", "Method", "Budget", "Distance", "searched", "Predicted", "Confirmed", "Tokens removed in each block"
     )
     for one in found:
         kind = one.budget.partition(":")[0]
