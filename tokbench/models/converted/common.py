@@ -8,12 +8,10 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm
 from torch import Tensor
 
 from tokbench.errors import UserError, shortened
@@ -166,10 +164,6 @@ def builder(
     return build
 
 
-def layer_norm(eps: float) -> Any:
-    return partial(LayerNorm, eps=eps)
-
-
 def mlp_ratio(hidden: int, width: int) -> float:
     """The ratio from which timm, which cuts off decimals, gets just this number of hidden units."""
     return (hidden + 0.5) / width if int(width * (hidden / width)) != hidden else hidden / width
@@ -178,11 +172,3 @@ def mlp_ratio(hidden: int, width: int) -> float:
 def crop(image: int, resized: int) -> float:
     """The part of a resized image that is kept, such that timm, which cuts off decimals, resizes to just that."""
     return image / resized if math.floor(image / (image / resized)) == resized else image / (resized + 0.5)
-
-
-def activation(name: str, model: str) -> str:
-    if name not in ACTIVATIONS:
-        raise UserError(
-            f"model {model!r} has the activation {name!r}; these can be converted: {', '.join(ACTIVATIONS)}."
-        )
-    return ACTIVATIONS[name]
