@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import rich
 from rich.console import Console
@@ -37,6 +37,7 @@ from tokbench.results.table import (
     columns_of,
     comparable,
     filter_cells,
+    find_column,
     frame,
     known_gain,
     measured_names,
@@ -44,8 +45,7 @@ from tokbench.results.table import (
     run_names,
 )
 
-Format = Literal["rich", "md", "csv", "tex", "json"]
-FORMATS: tuple[str, ...] = get_args(Format)
+FORMATS = ("rich", "md", "csv", "tex", "json")
 
 # The fronts that are marked: word in the table → x metric; y is top-1, or what stands in for it.
 FRONTS = {"FLOPs": "gflops", "speed": "throughput"}
@@ -193,7 +193,7 @@ def render_table(
     chosen = _sorted(filter_cells(chosen, filters), sort)
     if before and not chosen:
         raise UserError(f"no cell meets {' and '.join(filters)}; there are {_some_cells(before)}.")
-    names = None if columns is None else list(dict.fromkeys(_known_column(name, chosen) for name in columns))
+    names = None if columns is None else list(dict.fromkeys(find_column(n, chosen, Fronts.names) for n in columns))
     if format == "csv":
         more = {name: [fronts.columns(cell)[name] for cell in chosen] for name in fronts.names}
         table = frame(chosen).assign(**more)
@@ -265,18 +265,6 @@ def print_table(
     table = render_table(cells, "rich", sort, pareto, filters=filters, columns=columns, width=width)
     console.width = max(console.width, table.min_width or 0)
     console.print(table)
-
-
-def _known_column(name: str, cells: Sequence[Cell]) -> str:
-    """The column that a name stands for: a metric's, or that of the name itself."""
-    column = METRICS[name].columns[0] if name in METRICS else name
-    options = dict.fromkeys([*METRICS, *all_columns(), *Fronts.names])
-    if column not in options:
-        raise UserError(f"no column {name!r}.{nearest(name, options) or ' Try method, schedule, tokens_final, top1.'}")
-    metric = metric_of_column(column)
-    if metric and cells and not any(cell[metric] for cell in cells):
-        raise UserError(f"no cell here has {name}; measured: {measured_names(cells)}.")
-    return column
 
 
 def _chosen_column(name: str, cells: Sequence[Cell], fronts: Fronts, printed: bool) -> _Column:

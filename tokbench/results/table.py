@@ -7,7 +7,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -71,6 +71,21 @@ def columns_of(cell: Cell) -> dict[str, Any]:
         metric = METRICS[name]
         row |= dict(zip((metric.columns[0], *metric.interval), (figure.value, figure.low, figure.high), strict=False))
     return row | {name: get(cell) for name, get in _CONDITIONS.items()}
+
+
+def find_column(name: str, cells: Sequence[Cell], more: Collection[str] = ()) -> str:
+    """The column of `load_table`, or of `more`, that a name stands for: a metric's, or the one that is called so.
+
+    Raises UserError for a name that is neither, and for a metric that none of the cells has.
+    """
+    column, options = METRICS[name].columns[0] if name in METRICS else name, [*all_columns(), *more]
+    if column not in options:
+        hint = nearest(name, dict.fromkeys([*METRICS, *options])) or " Try model, method, schedule, run or a metric."
+        raise UserError(f"no column {name!r}.{hint}")
+    metric = metric_of_column(column)
+    if metric and cells and not any(cell[metric] for cell in cells):
+        raise UserError(f"no cell here has {name}; measured: {measured_names(cells)}.")
+    return column
 
 
 def load_table(*runs: str | Path) -> pd.DataFrame:
@@ -237,14 +252,10 @@ def filter_cells(cells: Sequence[Cell], conditions: Iterable[str]) -> list[Cell]
             form = "COLUMN=VALUE or METRIC<NUMBER, such as 'method=tome' or 'drop<1'"
             raise UserError(f"filter {condition!r}: write {form}.")
         name, sign, value = parts.groups()
-        column = METRICS[name].columns[0] if name in METRICS else name
-        if column not in all_columns():
-            close = nearest(name, dict.fromkeys([*METRICS, *all_columns()]))
-            hint = close or " Try model, method, schedule, run or a metric."
-            raise UserError(f"filter {condition!r}: no column {name!r}.{hint}")
-        metric = metric_of_column(column)
-        if metric and cells and not any(cell[metric] for cell in cells):
-            raise UserError(f"filter {condition!r}: no cell here has {name}; measured: {measured_names(cells)}.")
+        try:
+            column = find_column(name, cells)
+        except UserError as error:
+            raise UserError(f"filter {condition!r}: {error}") from None
         key = column if sign == "=" else f"{column} {number}"
         wanted.setdefault(key, []).append(_test(column, sign, value, condition))
     tests = [(key.partition(" ")[0], alternatives) for key, alternatives in wanted.items()]
