@@ -23,13 +23,13 @@ from tokbench.searching.objective import Memory, Objective
 from tokbench.searching.space import Removals, Space
 from tokbench.searching.surrogate import cheapest_path, sensitivities
 
-# Forward passes over all the images.
-PASSES = 100
+# Images shown to candidates, each as often as it is: 100 passes over 256 of them.
+MOST_SHOWN = 25_600
 _FIRST = 2  # batches, after which a candidate is dropped that is so many times as far away as the best:
 _BEHIND = 1.15
 _CHANGED = (0.2, 0.5, 1.0)  # the share of the blocks that change
 _STEPS = (0.1, 1.5)  # least and most standard deviation of the logarithm of a block's share
-_TRIES = 10  # for each pass: what was tried before takes none, and a small model has few schedules
+_TRIES = 10  # for each pass over the images: what was tried before takes none, and a small model has few schedules
 _RETRIES = 5  # of bringing what was confirmed under the budget
 # How far under the budget the confirmed cost may be: counts are exact, times are not.
 _UNDER = {"flops": 0.01, "speedup": 0.05}
@@ -75,7 +75,7 @@ class Search:
     images: Tensor
     batch_size: int = 16
     seed: int = 0
-    passes: float = PASSES
+    most_shown: int = MOST_SHOWN
     seconds: float = float("inf")
     tune: bool = False
     progress: Progress = field(default_factory=Progress)
@@ -106,8 +106,8 @@ class Search:
         raise UserError(f"method '{self.method.name}' cannot reach {self.budget} on this model{near}")
 
     def run(self) -> Found:
-        """Search until the passes or the seconds are spent, and confirm what was found."""
-        self.progress.phase(f"{self.method.name} at {self.budget}", round(self.passes))
+        """Search until the images or the seconds are spent, and confirm what was found."""
+        self.progress.phase(f"{self.method.name} at {self.budget}", self.most_shown)
         even = self.space.fit(np.ones(self.space.depth), self.cost, self.budget.share)
         self.attempt(Candidate(self.usual, self.method))
         self.attempt(Candidate(even, self.method))
@@ -155,7 +155,7 @@ class Search:
         evolution strategy of one parent and one child."""
         names, random = self._tuned(), np.random.default_rng(self.seed)
         factors = np.zeros(len(names))
-        for _ in range(round(_TRIES * self.passes)):
+        for _ in range(_TRIES * self.most_shown // len(self.images)):
             if self.is_over():
                 break
             assert self.best is not None
@@ -172,8 +172,8 @@ class Search:
         return np.log(np.array(removals) + 0.05 * np.mean(removals))
 
     def is_over(self) -> bool:
-        """Whether the passes or the seconds are spent."""
-        return self.objective.passes >= self.passes or time.monotonic() - self.began >= self.seconds
+        """Whether the images or the seconds are spent."""
+        return self._shown() >= self.most_shown or time.monotonic() - self.began >= self.seconds
 
     def candidate(self, point: np.ndarray, names: list[str]) -> Candidate:
         """Of logarithms: of each block's share, and of factors for the parameters of these names."""
@@ -207,7 +207,10 @@ class Search:
         return [name for name, value in values if isinstance(value, float) and value > 0]
 
     def _tell(self) -> None:
-        self.progress.advance(min(round(self.objective.passes), round(self.passes)))
+        self.progress.advance(min(self._shown(), self.most_shown))
+
+    def _shown(self) -> int:
+        return round(self.objective.passes * len(self.images))
 
     def _confirmed(self) -> Found:
         """The best one counted or timed; where that is over the budget, or 1 % under, the same shape again."""
