@@ -23,8 +23,8 @@ from tokbench.searching.objective import Memory, Objective
 from tokbench.searching.space import Removals, Space
 from tokbench.searching.surrogate import cheapest_path, sensitivities
 
-# Images shown to candidates, each as often as it is: 100 passes over 256 of them.
-MOST_SHOWN = 25_600
+# Images shown to candidates, each as often as it is: 40 passes over 256 of them.
+MOST_SHOWN = 10_240
 _FIRST = 2  # batches, after which a candidate is dropped that is so many times as far away as the best:
 _BEHIND = 1.15
 _CHANGED = (0.2, 0.5, 1.0)  # the share of the blocks that change
