@@ -25,8 +25,8 @@ from tokbench.searching.surrogate import cheapest_path, sensitivities
 
 # Images shown to candidates, each as often as it is: 40 passes over 256 of them.
 MOST_SHOWN = 10_240
-_FIRST = 2  # batches, after which a candidate is dropped that is so many times as far away as the best:
-_BEHIND = 1.15
+_FIRST = 2  # batches; a candidate is dropped after so many, 4, 8, …, where it is so much farther than the best:
+_BEHIND = 0.2  # by the root of their number
 _CHANGED = (0.2, 0.5, 1.0)  # the share of the blocks that change
 _STEPS = (0.1, 1.5)  # least and most standard deviation of the logarithm of a block's share
 _TRIES = 10  # for each pass over the images: what was tried before takes none, and a small model has few schedules
@@ -130,11 +130,12 @@ class Search:
         """The best so far, as its cost is predicted; None before anything was tried."""
         if self.best is None:
             return None
+        whole = len(self.objective.batches)
         return Found(
             schedule=Schedule("list", self.best.removals),
             method=self.best.method,
-            distance=self._value(self.best),
-            before=self._value(Candidate(self.usual, self.method)),
+            distance=self._distance(self.best, whole),
+            before=self._distance(Candidate(self.usual, self.method), whole),
             usual=Schedule("list", self.usual),
             predicted=self.cost(self.best.removals),
             cost=None,
@@ -183,23 +184,23 @@ class Search:
         return Candidate(self.space.fit(weights, self.cost, self.budget.share), method)
 
     def attempt(self, candidate: Candidate) -> float:
-        """Its distance, and keep it where it is the best; where it falls behind on the first images an estimate, as
-        many times the best's."""
-        first, ahead = self._first(candidate), self._first(self.best) if self.best else float("inf")
+        """Its distance, and keep it where it is the best; where it falls behind on the first images an estimate: as
+        much farther than the best."""
+        shown, whole = _FIRST, len(self.objective.batches)
+        while self.best and shown < whole:
+            first, ahead = self._distance(candidate, shown), self._distance(self.best, shown)
+            self._tell()
+            if first > (1 + _BEHIND / shown**0.5) * ahead:
+                return self._distance(self.best, whole) + first - ahead
+            shown *= 2
+        distance = self._distance(candidate, whole)
         self._tell()
-        if self.best and first > _BEHIND * ahead:
-            return self._value(self.best) * first / ahead
-        value = self._value(candidate)
-        self._tell()
-        if self.best is None or value < self._value(self.best):
+        if self.best is None or distance < self._distance(self.best, whole):
             self.best = candidate
-        return value
+        return distance
 
-    def _first(self, candidate: Candidate) -> float:
-        return float(np.mean(self.objective.of_batches(*candidate, _FIRST)))
-
-    def _value(self, candidate: Candidate) -> float:
-        return float(np.mean(self.objective.of_batches(*candidate, len(self.objective.batches))))
+    def _distance(self, candidate: Candidate, batches: int) -> float:
+        return float(np.mean(self.objective.of_batches(*candidate, batches)))
 
     def _tuned(self) -> list[str]:
         """The parameters that are numbers above 0."""
