@@ -148,5 +148,5 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 
 for _name, _shape in ARCHITECTURES.items():
     _stem = partial(TokensToToken, step=TransformerStep if "_t_" in _name else PerformerStep)
-    _parts = dict(patch_size=PATCH, qkv_bias=False, norm_layer=NORM, embed_layer=_stem)
+    _parts: dict[str, Any] = dict(patch_size=PATCH, qkv_bias=False, norm_layer=NORM, embed_layer=_stem)
     register(_name, __name__, VisionTransformer, _shape | _parts)

@@ -279,7 +279,7 @@ def _chosen_column(name: str, cells: Sequence[Cell], fronts: Fronts, printed: bo
         return _read(name, cells)
     row = fronts.columns if name in Fronts.names else columns_of
     interval_of = next((metric for metric in METRICS.values() if name in metric.columns), None)
-    told = str if interval_of is None else partial(number, digits=interval_of.digits)
+    told: Callable[[Any], str] = str if interval_of is None else partial(number, digits=interval_of.digits)
     texts = ["" if (value := row(cell)[name]) is None else told(value) for cell in cells]
     return _Column(name.replace("_", " "), texts, left=name not in COUNTS and interval_of is None)
 

@@ -78,11 +78,15 @@ class Repository:
             way_out = f"fetch its configuration and weights from PAGE elsewhere and give --model {library}:FOLDER"
             raise hub.cannot_download(self.name, self.place, error, way_out) from error
 
-    def read_json(self, *names: str) -> dict[str, Any]:
-        """The first of these files that there is. Raises UserError if there is none, or it is no JSON object."""
+    def _first(self, names: Sequence[str], hint: str = "") -> Path:
         path = next(filter(None, map(self.file, names)), None)
         if path is None:
-            raise UserError(f"model {self.name!r}: {self.place} has no {' or '.join(names)}.")
+            raise UserError(f"model {self.name!r}: {self.place} has no {' or '.join(names)}{hint}.")
+        return path
+
+    def read_json(self, *names: str) -> dict[str, Any]:
+        """The first of these files that there is. Raises UserError if there is none, or it is no JSON object."""
+        path = self._first(names)
         try:
             content = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
@@ -93,9 +97,7 @@ class Repository:
 
     def weights(self, *names: str) -> Path:
         """The first of these files that there is, with the shards that it names if it is an index."""
-        path = next(filter(None, map(self.file, names)), None)
-        if path is None:
-            raise UserError(f"model {self.name!r}: {self.place} has no {' or '.join(names)}; give --checkpoint FILE.")
+        path = self._first(names, "; give --checkpoint FILE")
         if not self.is_local and path.name.endswith(".index.json"):
             for shard in sorted(set(self.read_json(path.name)["weight_map"].values())):
                 self.file(shard)
