@@ -103,8 +103,8 @@ def _difference(before: Run, old: Measured, after: Run, new: Measured) -> Differ
         logs = _minus(*(_map(log, own.cell[name]) for own in (new, old)))
         found[f"{name}_ratio"] = _map(exp, logs)
     figures = {name: figure for name, figure in found.items() if figure is not None}
-    names = [f"{printable(run.path.name)}: {own.cell.id}" for run, own in ((after, new), (before, old))]
-    return Difference(*names, images, figures)
+    name, other = (f"{printable(run.path.name)}: {own.cell.id}" for run, own in ((after, new), (before, old)))
+    return Difference(name, other, images, figures)
 
 
 def _same_images(
