@@ -120,7 +120,8 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
         return middle, nan, nan
     changes = np.count_nonzero(np.diff(seen > middle))
     reach = _TWO_SIDED * sqrt(changes / 2 / n / (n - 1))
-    low, high = np.quantile(seen, np.clip([0.5 - reach, 0.5 + reach], 0, 1), method="hazen")
+    # Hazen's quantiles, as NumPy's, which takes ten times as long.
+    low, high = np.interp(n * np.array([0.5 - reach, 0.5 + reach]) - 0.5, np.arange(n), np.sort(seen))
     return middle, float(low), float(high)
 
 
