@@ -172,7 +172,8 @@ def run(
         str | None, typer.Option(metavar="N", help="Images, 'auto' (the default), or several to time at each: 1,8,32.")
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(metavar="S", help="Time each model for so long in all (default: 1.5).")
+        float | None,
+        typer.Option(metavar="S", help="Time each model so long in all (default: 1.5, up to 6 on a noisy machine)."),
     ] = None,
     rounds: Annotated[
         int | None, typer.Option(metavar="N", help="Rounds of timing, however long (default: as many as fit).")
