@@ -25,7 +25,7 @@ from tokbench.measure._model import (
     release_memory,
     resolve_input_size,
 )
-from tokbench.measure.stats import FEWEST_VALUES, median_interval, median_ratio_interval, ratios
+from tokbench.measure.stats import FEWEST_VALUES, median_ratio_interval, widest
 
 # With fewer rounds there is no interval; where more would fit, longer turns are worth more.
 FEWEST_ROUNDS, MOST_ROUNDS = FEWEST_VALUES, 100
@@ -156,7 +156,7 @@ def measure_speed(
         latencies: dict[str, list[float]] = {name: [] for name in models}
         share = 1.5 if single else 1.0  # of the time for batches, with that for single images
         limits = [share * seconds, share * max(seconds, longest or 0)]
-        due = _rounds_due(planned, limits, lambda: _widest([timings[name] for name in running]))
+        due = _rounds_due(planned, limits, lambda: widest([timings[name] for name in running]))
         if rounds is not None:
             due = ((done, rounds) for done in range(1, rounds + 1))
         for (done, total), order in zip(due, _orders(running, seed), strict=False):
@@ -191,27 +191,22 @@ def plan(estimates: Mapping[str, float], rounds: int | None, seconds: float) -> 
     return rounds, {name: max(1, int(turn / estimate)) for name, estimate in estimates.items()}
 
 
-def _rounds_due(planned: int, limits: Sequence[float], widest: Callable[[], float]) -> Iterator[tuple[int, int]]:
+def _rounds_due(planned: int, limits: Sequence[float], width: Callable[[], float]) -> Iterator[tuple[int, int]]:
     """(number, planned so far) of each round to make, at least `FEWEST_ROUNDS`.
 
     As many as planned, unless they take longer than the first limit or all is sharp before; then, while anything is
-    vague, as many as fit in the second limit. limits: seconds from the first round on. widest: of the intervals.
+    vague, as many as fit in the second limit. limits: seconds from the first round on. width: of the
+    widest interval.
     """
     done, began = 0, time.perf_counter()
     for limit, enough in zip(limits, (SHARP_WIDTH, VAGUE_WIDTH), strict=True):
         if done:
             planned = int(done * limit / (time.perf_counter() - began))
         while done < FEWEST_ROUNDS or (done < planned and time.perf_counter() - began < limit):
-            if done >= FEWEST_ROUNDS and widest() <= enough:
+            if done >= FEWEST_ROUNDS and width() <= enough:
                 return
             done += 1
             yield done, planned
-
-
-def _widest(timings: Sequence[Sequence[float]]) -> float:
-    """The largest half-width of an interval of a time or of a speed-up over the first, relative to its value."""
-    samples = [*timings, *(ratios(timings[0], own) for own in timings[1:])]
-    return max((high - low) / 2 / middle for middle, low, high in map(median_interval, samples))
 
 
 def keep_freed_memory() -> bool:

@@ -156,6 +156,15 @@ def typical(samples: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     return exp(middle), max(exp(middle - reach), least), min(exp(middle + reach), most)
 
 
+def widest(timings: Sequence[Sequence[float]]) -> float:
+    """The largest half-width of an interval, relative to its value, of a model's time or of a speed-up over the first.
+
+    timings: of each model, in the same rounds, at least `FEWEST_VALUES`.
+    """
+    samples = [*timings, *(ratios(timings[0], own) for own in timings[1:])]
+    return max((high - low) / 2 / middle for middle, low, high in map(median_interval, samples))
+
+
 def rounds_needed(values: Sequence[float], width: float) -> int:
     """About how many values like these give `median_interval` a half-width of `width`, relative to the median.
 
