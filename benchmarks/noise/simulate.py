@@ -91,7 +91,7 @@ def typical_pass(scenario: str, pace: np.ndarray, noise: float = NOISE) -> float
 
 
 def rounds_made(unreduced: np.ndarray, cell: np.ndarray, usual: int) -> int:
-    """How many of these rounds `measure_speed` makes: fewer than usual if all is sharp, more while anything is vague."""
+    """How many of these rounds `measure_speed` makes: fewer than usual where all is sharp, more while it is vague."""
     for done in range(FEWEST_ROUNDS, len(cell)):
         if widest([unreduced[:done], cell[:done]]) <= (SHARP_WIDTH if done < usual else VAGUE_WIDTH):
             return done

@@ -195,8 +195,7 @@ def _rounds_due(planned: int, limits: Sequence[float], width: Callable[[], float
     """(number, planned so far) of each round to make, at least `FEWEST_ROUNDS`.
 
     As many as planned, unless they take longer than the first limit or all is sharp before; then, while anything is
-    vague, as many as fit in the second limit. limits: seconds from the first round on. width: of the
-    widest interval.
+    vague, as many as fit in the second limit. limits: seconds from the first round on. width: of the widest interval.
     """
     done, began = 0, time.perf_counter()
     for limit, enough in zip(limits, (SHARP_WIDTH, VAGUE_WIDTH), strict=True):
