@@ -379,15 +379,15 @@ def test_a_gpu_is_described_for_json() -> None:
 @pytest.mark.parametrize(
     ("noise", "longest", "made"),
     [
-        (0.0, 160, 8),  # nothing more to learn
-        (0.04, 160, 20),  # as many as fit, and their intervals are useful
-        (0.1, None, 20),  # no longer than was asked
-        (0.1, 160, 62),  # until they are useful
-        (0.3, 160, 80),  # as long as is allowed
+        (0.0, 160, range(8, 9)),  # nothing more to learn
+        (0.04, 160, range(19, 22)),  # as many as fit, and their intervals are useful
+        (0.2, None, range(19, 22)),  # no longer than was asked
+        (0.2, 160, range(25, 90)),  # until they are useful
+        (0.8, 160, range(70, 90)),  # as long as is allowed
     ],
 )
 def test_rounds_go_on_until_every_interval_is_useful(
-    clock: Clock, noise: float, longest: float | None, made: int
+    clock: Clock, noise: float, longest: float | None, made: range
 ) -> None:
     generator = np.random.default_rng(0)
     quick: dict[str, nn.Module] = {
@@ -397,22 +397,26 @@ def test_rounds_go_on_until_every_interval_is_useful(
     results = measure_speed(
         quick, batch_size=1, input_size=SIZE, seconds=40, longest=longest, on_round=lambda *told: seen.append(told)
     )
-    assert len(results[0].rounds) == len(seen) == pytest.approx(made, abs=6 if made > 20 else 1)
-    assert len({planned for _, planned in seen}) == (2 if made > 21 else 1)
+    assert len(results[0].rounds) == len(seen) and len(seen) in made
+    assert len({planned for _, planned in seen}) == (2 if made.stop > 22 else 1)  # what is planned changes once
     assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
 
 
 def test_rounds_go_on_for_a_time_that_is_vague_where_the_ratio_is_not(clock: Clock) -> None:
-    # Two paces, half of the rounds each: nothing to tell between two models side by side, but of either's time.
-    models, _ = ticking(clock, none=0.2, tome=0.1)
-    pace = iter(np.repeat([1.0, 1.0, 2.0, 2.0] * 10**4, 1))
-    models = {"only": Ticking(clock, lambda: float(next(pace)), [], "only")}
-    assert len(measure_speed(models, batch_size=1, input_size=SIZE, seconds=24, longest=96)[0].rounds) > 40
+    # Two paces, each for half of the time: they cancel in the ratio, and neither is the typical one.
+    noise = np.random.default_rng(0)
+    models: dict[str, nn.Module] = {
+        name: Ticking(clock, lambda: (1 + (clock.now // 8) % 2) * noise.uniform(0.99, 1.01), [], name)
+        for name in ("none", "tome")
+    }
+    results = measure_speed(models, batch_size=1, input_size=SIZE, seconds=48, longest=192)
+    assert results[1].speedup_high / results[1].speedup_low < 1.05
+    assert len(results[0].rounds) > 40
 
 
 def test_the_interval_covers_a_known_ratio_while_the_machine_drifts(clock: Clock) -> None:
     generator = np.random.default_rng(0)
-    hits, simulations = 0, 300
+    hits, simulations = 0, 150
     for _ in range(simulations):
         period, phase = generator.uniform(5, 60), generator.uniform(0, 6.28)
 
