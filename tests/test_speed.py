@@ -398,7 +398,8 @@ def test_rounds_go_on_until_every_interval_is_useful(
         quick, batch_size=1, input_size=SIZE, seconds=40, longest=longest, on_round=lambda *told: seen.append(told)
     )
     assert len(results[0].rounds) == len(seen) and len(seen) in made
-    assert len({planned for _, planned in seen}) == (2 if made.stop > 22 else 1)  # what is planned changes once
+    assert len({planned for _, planned in seen}) <= 2  # a bar that starts anew all the time tells no time
+    assert all(done <= planned for done, planned in seen)
     assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
 
 

@@ -249,7 +249,11 @@ def _decide(found: Pick, group: Sequence[Cell], folder: RunFolder) -> None:
         control = [f"{met[0].method} is a control, there to be beaten"] if met[0].method in CONTROLS else []
         found.notes += control + notes
         if by_speed:
-            others = [cell for cell in known if _fails_by_speed(misses[cell]) and cell not in found.alike]
+            others = [
+                cell
+                for cell in known
+                if not cell.is_baseline and cell not in found.alike and _fails_by_speed(misses[cell])
+            ]
             enough = None if rank == "speedup" else asked.get("min_speedup", 0)
             found.notes += [text for text in [passed_over(met[0], others, enough)] if text]
     if len(met) > 1:
