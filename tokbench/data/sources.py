@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from tokbench.data.decoding import ImageError, Skipped
+from tokbench.data.decoding import ImageError, Skipped, unreadable
 from tokbench.data.labels import Labelling
 from tokbench.errors import shortened
 
@@ -43,34 +43,30 @@ class Preparation:
         return self.transform(image.convert(self.mode)), self.labelling(label)
 
 
-class ImageSource(Dataset[tuple[Tensor, int]]):
+class _Prepared:
+    """What sources and streams have in common; see ImageSource."""
+
+    def __init__(self, name: str, images: Any, indices: np.ndarray, prepare: Preparation, fingerprint: str) -> None:
+        self.name, self.fingerprint, self.indices = name, fingerprint, indices
+        self.classes, self.num_classes = prepare.labelling.classes, prepare.labelling.num_classes
+        self.warnings, self.among = prepare.labelling.warnings, prepare.labelling.among
+        self._images, self._prepare = images, prepare
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+class ImageSource(_Prepared, Dataset[tuple[Tensor, int]]):
     """Images by index: `source[i]` is (preprocessed (C, H, W) float tensor, label in the model's order, −1 = none).
 
     name: short, for titles. fingerprint: sha256 (hex) of which images these are, in which order; it does not depend on
     the model. classes: their names in the data's own order, None where they have none. num_classes: how many classes
     the data has (the model's, where the data does not tell). warnings: why figures read off these images may not mean
     what they seem to. among: the model's classes that answers are chosen from, None for all. indices: (n,), their
-    places in the whole data set, ascending. streaming: False.
+    places in the whole data set, ascending. streaming: False. images: `Images`, all that `indices` choose from.
     """
 
     streaming = False
-
-    def __init__(
-        self,
-        name: str,
-        images: Images,
-        chosen: np.ndarray,
-        prepare: Preparation,
-        fingerprint: str,
-    ):
-        self.name, self.fingerprint = name, fingerprint
-        self.classes, self.num_classes = prepare.labelling.classes, prepare.labelling.num_classes
-        self.warnings, self.among = prepare.labelling.warnings, prepare.labelling.among
-        self.indices = chosen
-        self._images, self._prepare = images, prepare
-
-    def __len__(self) -> int:
-        return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         place = int(self.indices[index])
@@ -80,11 +76,10 @@ class ImageSource(Dataset[tuple[Tensor, int]]):
         except ImageError:
             raise
         except Exception as error:  # whatever a data set's own reader stumbles over is about this image only
-            name, reason = f"{self.name}, number {place}", shortened(error)
-            raise ImageError(f"image {name!r} cannot be read: {reason}", name, reason) from error
+            raise unreadable(f"{self.name}, number {place}", shortened(error)) from error
 
 
-class ImageStream(IterableDataset[tuple[Tensor, int]]):
+class ImageStream(_Prepared, IterableDataset[tuple[Tensor, int]]):
     """The first `length` images of a stream; attributes and items as ImageSource's. streaming: True.
 
     images: gives, for every place in order, an image and its label, or the ImageError that says why there is none.
@@ -95,27 +90,16 @@ class ImageStream(IterableDataset[tuple[Tensor, int]]):
     streaming = True
 
     def __init__(
-        self,
-        name: str,
-        images: Iterable[StreamItem],
-        length: int,
-        prepare: Preparation,
-        fingerprint: str,
+        self, name: str, images: Iterable[StreamItem], length: int, prepare: Preparation, fingerprint: str,
         promised: bool = False,
-    ):
-        self.name, self.fingerprint = name, fingerprint
-        self.classes, self.num_classes = prepare.labelling.classes, prepare.labelling.num_classes
-        self.warnings, self.among = prepare.labelling.warnings, prepare.labelling.among
-        self.indices = np.arange(length)
-        self._images, self._length, self._prepare, self._promised = images, length, prepare, promised
-
-    def __len__(self) -> int:
-        return self._length
+    ) -> None:  # fmt: skip
+        super().__init__(name, images, np.arange(length), prepare, fingerprint)
+        self._promised = promised
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         for item in self.items():
             if isinstance(item, Skipped):
-                raise ImageError(f"image {item.name!r} cannot be read: {item.reason}", item.name, item.reason)
+                raise unreadable(item.name, item.reason)
             yield item
 
     def items(self) -> Iterator[tuple[Tensor, int] | Skipped]:
@@ -123,15 +107,15 @@ class ImageStream(IterableDataset[tuple[Tensor, int]]):
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
             raise ImageError(f"the stream {self.name!r} is read in order by one process: use --workers 0 or 1.")
-        count = 0
-        for item in itertools.islice(self._images, self._length):
+        count, length = 0, len(self)
+        for item in itertools.islice(self._images, length):
             yield self._prepared(count, item)
             count += 1
         if not count:
             raise ImageError(f"the stream {self.name!r} gives no images: are its folder and split right?")
-        if count < self._length:
-            _logger.warning("the stream %r ended after %d of %d images", self.name, count, self._length)
-        for place in range(count, self._length if self._promised else count):
+        if count < length:
+            _logger.warning("the stream %r ended after %d of %d images", self.name, count, length)
+        for place in range(count, length if self._promised else count):
             yield Skipped(place, f"{self.name}, number {place}", "the stream ended before it")
 
     def _prepared(self, place: int, item: StreamItem) -> tuple[Tensor, int] | Skipped:

@@ -107,6 +107,12 @@ def passed_over(
     return f"passed over, as their speed is known less well: {listed(passed, 4)}" if passed else ""
 
 
+def shared(cells: Iterable[Cell], name: str, form: str = "{}") -> str:
+    """What all cells say of that name that say anything, in this form; "" where they differ."""
+    values = {getattr(cell, name) for cell in cells} - {None}
+    return form.format(*values) if len(values) == 1 else ""
+
+
 def group_title(group: Sequence[Cell]) -> str:
     """Model and conditions of comparable cells in one line."""
     first = group[0]
@@ -120,7 +126,7 @@ def group_title(group: Sequence[Cell]) -> str:
         "compiled" if first.compiled == "yes" else "",
         "" if batch is None else f"batch {batch}",
     ]
-    return ", ".join(part for part in parts if part)
+    return ", ".join(filter(None, parts))
 
 
 def hardware(cell: Cell) -> str:
