@@ -92,10 +92,13 @@ def typical_pass(scenario: str, pace: np.ndarray, noise: float = NOISE) -> float
 
 def rounds_made(unreduced: np.ndarray, cell: np.ndarray, usual: int) -> int:
     """How many of these rounds `measure_speed` makes: fewer than usual where all is sharp, more while it is vague."""
-    for done in range(FEWEST_ROUNDS, len(cell)):
-        if widest([unreduced[:done], cell[:done]]) <= (SHARP_WIDTH if done < usual else VAGUE_WIDTH):
-            return done
-    return len(cell)
+    done = FEWEST_ROUNDS
+    for end, enough in ((usual, SHARP_WIDTH), (len(cell), VAGUE_WIDTH)):
+        while done < end:
+            if widest([unreduced[:done], cell[:done]]) <= enough:
+                return done
+            done = min(end, done + max(1, done // 8))
+    return done
 
 
 def batch_means(values: np.ndarray, clipped: bool = False) -> Interval:

@@ -199,11 +199,14 @@ def _rounds_due(planned: int, limits: Sequence[float], width: Callable[[], float
     """
     done, began = 0, time.perf_counter()
     for limit, enough in zip(limits, (SHARP_WIDTH, VAGUE_WIDTH), strict=True):
+        look = max(done, FEWEST_ROUNDS)
         if done:
             planned = int(done * limit / (time.perf_counter() - began))
         while done < FEWEST_ROUNDS or (done < planned and time.perf_counter() - began < limit):
-            if done >= FEWEST_ROUNDS and width() <= enough:
-                return
+            if done == look:
+                if width() <= enough:
+                    return
+                look += max(1, done // 8)  # the more looks, the more often chance ends it
             done += 1
             yield done, planned
 
