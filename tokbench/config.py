@@ -204,7 +204,7 @@ class RunOptions:
         labels: a file that says what each image of a folder shows.
         max_bad: per cent of the images that may be skipped because they cannot be decoded.
         compile: time models that `torch.compile` compiled; accuracy is measured without.
-        seconds: timing for each model that is timed, None for the usual; more gives narrower intervals.
+        seconds: timing for each model that is timed; None for the usual, and longer while an interval is wide.
         rounds: in which every model has a turn, None for as many as fit.
         processes: fresh ones to share the rounds between, in turn; intervals are then over processes.
     """
@@ -230,6 +230,12 @@ class RunOptions:
     def sizes(self) -> tuple[int, ...]:
         """The batch sizes to time every cell at; none where it is timed at one only."""
         return self.batch_size if isinstance(self.batch_size, tuple) else ()
+
+    def images_at_once(self, device: str) -> int:
+        """What was asked for, the largest of several sizes, or the usual on a device of this type."""
+        if isinstance(self.batch_size, int):
+            return self.batch_size
+        return max(self.sizes, default=128 if device == "cuda" else 16)
 
 
 @told

@@ -24,8 +24,9 @@ from tokbench.running.figures import (
 )
 from tokbench.running.fresh import Timed, time_in_fresh_processes
 
-# A budget for all rounds together; slow cells exceed it, because each makes eight rounds at least.
-SPEED_SECONDS_PER_CELL = 1.5
+# A budget for all rounds together; slow cells exceed it, because each makes eight rounds at least. On a noisy machine
+# rounds go on until every interval is useful, for so many times as long at most.
+SPEED_SECONDS_PER_CELL, PATIENCE = 1.5, 4
 LARGEST_BATCH = 1024
 
 
@@ -175,21 +176,29 @@ def time_members(
         else:
             bench.drop(name, "speed", error)
 
+    expected = 0
+
     def advance(done: int, planned: int) -> None:
+        nonlocal expected
         watch.look()
-        if done == 1:
-            bench.phase("speed", planned)
+        if planned != expected:
+            bench.phase("speed, for longer, as it is not known well yet" if expected else "speed", planned)
+            expected = planned
         bench.progress.advance(done)
 
     images = bench.images(size) if any(counts_by_image(member.model) for member in members) else None
-    options, models = bench.options, len(members) + len(limits)
+    options = bench.options
+    seconds = (options.seconds or SPEED_SECONDS_PER_CELL) * (len(members) + len(limits)) / options.processes
+    # What was asked for is exact, and of several processes no one knows how far apart they lie.
+    usual = options.seconds is None and options.processes == 1
     results = measure_speed(
         {**{member.cell.id: member.model for member in members}, **limits},
         batch_size=size,
         input_size=bench.subject.input_size,
         images=images,
         rounds=options.rounds and ceil(options.rounds / options.processes),
-        seconds=(options.seconds or SPEED_SECONDS_PER_CELL) * models / options.processes,
+        seconds=seconds,
+        longest=PATIENCE * seconds if usual else None,
         latency_of=[member.cell.id for member in members],
         seed=seed,
         on_warm=bench.progress.advance,
