@@ -180,8 +180,18 @@ def run(
     processes: Annotated[
         int | None, typer.Option(metavar="N", help="Time in N fresh processes in turn; intervals are over them.")
     ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="Time in each of eager,compile,onnxruntime,openvino,tensorrt (default: eager)."
+        ),
+    ] = None,
     compile: Annotated[
-        bool | None, typer.Option("--compile", help="Time models compiled by torch.compile.", show_default=False)
+        bool | None, typer.Option("--compile", help="The same as --runtime compile.", show_default=False)
+    ] = None,
+    check_answers: Annotated[
+        bool | None,
+        typer.Option("--check-answers", help="Compare the answers in other runtimes with eager's.", show_default=False),
     ] = None,
     limit: Annotated[
         int | None,
@@ -228,7 +238,9 @@ def run(
         seconds=seconds,
         rounds=rounds,
         processes=processes,
+        runtimes=runtime,
         compile=compile,
+        check_answers=check_answers,
         limit=limit,
         only=only,
         workers=workers,

@@ -104,7 +104,7 @@ def plot_pareto(
             save(DRAW_LINES[alone[0]](cells, y, art), out, dpi=200 if art.size.text else 300)
         return out
     names, y = _axes(cells, x, y)
-    groups = group_by(cells, attrgetter(*PANEL, "at_batch"))
+    groups = group_by(cells, attrgetter(*PANEL, "at"))
     rows = [row for group in groups if (row := {x: shown for x in names if (shown := scene(group, x, y))})]
     art = _art(rows, SIZES[size], theme)
     if published:
@@ -266,7 +266,7 @@ def _conditions(group: Sequence[Cell], groups: Sequence[Sequence[Cell]]) -> list
         ("{:,} " + plural(images or 0, "image"), images),
         ("{}", f"{machine} ({device})" if machine and device else machine or device),
         ("{}", shared("dtype")),
-        ("{}", "compiled" if shared("compiled") == "yes" else None),
+        ("{}", shared("ran")),
         ("random weights", "random" if shared("weights") == "random" else None),
         ("batch {}", shared("batch_size")),
     ]

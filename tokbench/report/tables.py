@@ -27,7 +27,7 @@ from tokbench.report.text import (
     told_caveats,
     variant_name,
 )
-from tokbench.results.cell import Cell
+from tokbench.results.cell import Cell, Setting
 from tokbench.results.metrics import GAINS, METRICS, metric_name, metric_of_column
 from tokbench.results.table import (
     COUNTS,
@@ -352,7 +352,7 @@ def _columns(cells: Sequence[Cell], fronts: Fronts) -> list[_Column]:
     """All columns for reading, in their order."""
     columns = [_READ[name] for name in ("run", "model") if len({getattr(cell, name) for cell in cells}) > 1]
     columns += [_READ["method"], _READ["schedule"]]
-    columns += [_READ["batch_size"]] if any(cell.at_batch for cell in cells) else []
+    columns += [_READ[name] for name in Setting._fields if any(getattr(cell.at, name) for cell in cells)]
     placed = {metric.place: _figures(name) for name, metric in METRICS.items() if metric.place is not None}
     placed[_TOKENS] = [replace(_READ["tokens_final"], rank=4)]
     columns += [column for place in sorted(placed) for column in placed[place]]
@@ -390,6 +390,7 @@ _READ = {
     "method": _Column("Method", lambda cell: cell.variant, left=True),
     "schedule": _Column("Schedule", lambda cell: "" if cell.is_baseline else cell.schedule, left=True),
     "batch_size": _Column("Batch", lambda cell: f"{cell.batch_size or ''}", value=lambda cell: cell.batch_size),
+    "runtime": _Column("Runtime", lambda cell: cell.at.runtime or "", left=True),
     "tokens_final": _Column("Tokens", _tokens, value=lambda cell: cell.tokens_final),
 }
 
@@ -424,7 +425,7 @@ def _title(cells: Sequence[Cell]) -> str:
         shared("images", "{:,} images"),
         shared("machine") or shared("device"),
         shared("dtype"),
-        "compiled" if shared("compiled") == "yes" else "",
+        shared("ran"),
         shared("batch_size", "batch {}"),
     ]
     return ", ".join(part for part in parts if part)
