@@ -287,7 +287,7 @@ def test_a_run_with_everything(source, tmp_path):
     assert table[["throughput", "speedup", "latency_ms", "memory_mib", "gflops"]].notna().all(axis=None)
     assert set(table["machine"]) == {torch.cuda.get_device_name()}
     speeds = [record for record in plain_records(tmp_path / "run") if record["kind"] == "speed"]
-    assert all(record["compiled"] and record["reserved_memory_bytes"] > 0 for record in speeds)
+    assert all(record["runtime"] == "compile" and record["reserved_memory_bytes"] > 0 for record in speeds)
     more = small_grid(MethodSpec("tome", ("8", "12")))
     table = runner.run(more, tmp_path / "run", options=options).set_index("cell")
     assert table.loc["tiny/tome/12", ["top1", "speedup"]].notna().all() and table["batch_size"].nunique() == 1

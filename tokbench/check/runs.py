@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tokbench.config import Grid
 from tokbench.errors import UserError, printable, shortened
-from tokbench.results.cell import Cell, CellKey, RecordIndex, Setting
+from tokbench.results.cell import Cell, CellKey, RecordIndex
 from tokbench.results.folder import SKIPPED, RunFolder
 from tokbench.results.predictions import Predictions
 from tokbench.results.records import AccuracyRecord
@@ -134,14 +134,14 @@ def matched(before: Run, after: Run) -> list[tuple[Measured, Measured | None]]:
     UserError where no cell has a partner.
     """
     alone = len(before.models) == len(after.models) == 1
-    swept = all(any(any(own.cell.at) for own in run.cells) for run in (before, after))
+    swept = [axis for axis in range(2) if all(any(own.cell.at[axis] for own in run.cells) for run in (before, after))]
 
-    def by_meaning(run: Run) -> dict[tuple[CellKey, Setting | None], Measured]:
+    def by_meaning(run: Run) -> dict[tuple[Any, ...], Measured]:
         """Its cells, the first where only the setting is another and the other run has but one."""
-        found: dict[tuple[CellKey, Setting | None], Measured] = {}
+        found: dict[tuple[Any, ...], Measured] = {}
         for own in run.cells:
             key = replace(own.cell.key, model="") if alone else own.cell.key
-            found.setdefault((key, own.cell.at if swept else None), own)
+            found.setdefault((key, *(own.cell.at[axis] for axis in swept)), own)
         return found
 
     known = by_meaning(after)
