@@ -266,7 +266,7 @@ def _conditions(group: Sequence[Cell], groups: Sequence[Sequence[Cell]]) -> list
         ("{:,} " + plural(images or 0, "image"), images),
         ("{}", f"{machine} ({device})" if machine and device else machine or device),
         ("{}", shared("dtype")),
-        ("{}", shared("ran")),
+        ("{}", shared("ran") or None),
         ("random weights", "random" if shared("weights") == "random" else None),
         ("batch {}", shared("batch_size")),
     ]

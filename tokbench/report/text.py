@@ -97,7 +97,7 @@ def group_title(group: Sequence[Cell]) -> str:
         "" if images is None else f"{images:,} {plural(images, 'image')} of {first.data}",
         hardware(first),
         first.dtype or "",
-        first.ran or "",
+        first.ran,
         "" if batch is None else f"batch {batch}",
     ]
     return ", ".join(part for part in parts if part)

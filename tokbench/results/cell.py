@@ -214,9 +214,9 @@ class Cell:
         return round(self.tokens[-1]) if self.tokens else None
 
     @property
-    def ran(self) -> str | None:
-        """The runtime as titles have it; None for plain eager PyTorch where there is no other."""
-        return {"eager": self.at.runtime, "compile": "compiled"}.get(self.runtime or "eager", self.runtime)
+    def ran(self) -> str:
+        """The runtime as titles have it; "" for eager PyTorch where the run has no other."""
+        return {"eager": self.at.runtime or "", "compile": "compiled"}.get(runtime := self.runtime or "eager", runtime)
 
     @property
     def is_baseline(self) -> bool:

@@ -57,6 +57,9 @@ def _time_lacking(bench: Bench, lacking: list[Runnable], wanted: int | None) -> 
     asked, began = size, time.monotonic()
     timed: list[Timed] = []
     while not timed:
+        lacking = [member for member in lacking if member in bench.running]
+        if not lacking:
+            return True
         runtimes = {"eager", *(member.runtime for member in lacking)}
         members = [
             member
@@ -117,15 +120,19 @@ def _record(bench: Bench, lacking: list[Runnable], timed: list[Timed], asked: in
     processes, fields, bases = len(timed), _figures(bench, timed), _references(bench, timed)
     some = next(iter(bases.values()))
     disturbance = together([one.disturbance for one in timed], bench.device)
-    reduced = {member.name: bases[member.runtime] for member in bench.running if not member.cell.is_baseline}
-    vague = vague_speedups({name: figures for name, figures in fields.items() if name in reduced})
+    reduced = {
+        member.name: bases[member.runtime]
+        for member in bench.running
+        if member.name in fields and not member.cell.is_baseline
+    }
+    vague = vague_speedups({name: fields[name] for name in reduced})
     warnings = list(disturbance.warnings)
     if vague:
         needed = {
             name: needed_for_speedup(fields[name], [one.speed[name] for one in timed], reduced[name]) for name in vague
         }
         done, unit = (processes, "processes") if processes > 1 else (len(some[0].rounds), "rounds")
-        warnings.append(vague_sentence(needed, len(fields.keys() & reduced), done, seconds, unit))
+        warnings.append(vague_sentence(needed, len(reduced), done, seconds, unit))
     for sentence in warnings:
         if sentence not in thread_warnings(bench.device):  # said at the start
             bench.progress.warn(sentence)
@@ -191,7 +198,6 @@ def _batch_size(bench: Bench) -> int:
 
 def time_members(bench: Bench, members: list[Runnable], size: int, seed: int = 0) -> Timed:
     """A process's share of the rounds."""
-    watch = Watch(bench.device)
 
     def fail(name: str, error: Exception) -> None:
         if is_out_of_memory(error) and size > 1:
@@ -202,6 +208,7 @@ def time_members(bench: Bench, members: list[Runnable], size: int, seed: int = 0
             bench.drop(name, "speed", error)
 
     models = _ready(bench, members, fail)
+    watch = Watch(bench.device)
     members = [member for member in members if member in bench.running]
     limits = dict.fromkeys(own.limit_name for own in members if own.limit is not None and own.limit_name in models)
     # A model is compiled as it is first shown a batch, and those of cells again for a single image.
