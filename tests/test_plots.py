@@ -22,6 +22,7 @@ from made_run import changed, make_run
 from matplotlib.figure import Figure as Picture
 from matplotlib.text import Text
 
+from tokbench import list_methods
 from tokbench.errors import UserError
 from tokbench.report.labels import Spot, place, spots_along, spots_around
 from tokbench.report.panels import MOST_LABELS, Art
@@ -298,13 +299,13 @@ def test_wrong_sizes_and_themes_are_one_line(cells: list[Cell], tmp_path: Path) 
 
 def test_styles_are_distinct_and_fixed() -> None:
     assert len({style.color for style in STYLES.values()}) == len({s.marker for s in STYLES.values()}) == len(STYLES)
+    assert set(STYLES) == set(list_methods())
 
 
 def test_a_method_of_other_people_looks_the_same_in_every_figure_and_like_none_of_ours() -> None:
     mine = method_style("mine")
     assert mine == method_style("mine") != method_style("yours") and mine.name == "mine"
     assert mine.color not in {style.color for style in STYLES.values()}
-    assert mine.marker not in {style.marker for style in STYLES.values()}
 
 
 @pytest.mark.parametrize(
@@ -497,6 +498,12 @@ def test_searched_schedules_are_filled_and_others_hollow(cells: list[Cell]) -> N
     assert [art.marks(cell)["markerfacecolor"] for cell in (found, usual)] == [color, background]
     assert Art(SIZES["wide"], find_theme("light"), cells).marks(usual)["markerfacecolor"] == color
     assert short_schedule(found.schedule) == "50 % FLOPs (searched)"
+    best = replace(found, figures={**found.figures, "top1": Figure(99.0), "gflops": Figure(0.1)})
+    both, without = (scene([*cells, usual, *more], "gflops", "top1") for more in ([best], []))
+    assert both and without and [point.cell for front in both.fronts() for point in front] == [best]
+    members = [[point.cell for front in fronts for point in front] for fronts in (both.fronts(False), without.fronts())]
+    assert members[0] == members[1] != []
+    assert "front without search" in words([*cells, usual, best]) and "front without" not in words([*cells, usual])
     (panel,) = drawn([*cells, usual, found], x="block").axes
     lines = dict(zip(panel.get_legend_handles_labels()[1], panel.get_lines(), strict=True))
     assert list(lines) == ["unreduced", "ToMe at 50 % FLOPs", "ToMe at 50 % FLOPs\n(searched)"]

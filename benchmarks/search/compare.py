@@ -22,7 +22,7 @@ from tokbench.models import load_model
 from tokbench.searching.budget import parse_budget
 from tokbench.searching.images import search_images
 from tokbench.searching.objective import Objective
-from tokbench.searching.search import PASSES, Search
+from tokbench.searching.search import Search
 from tokbench.searching.space import Removals
 
 
@@ -66,7 +66,6 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", default=["flops:0.5", "flops:0.35"])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--passes", type=float, default=PASSES)
     parser.add_argument("--out", default="ways.csv")
     args = parser.parse_args()
     model = load_model("bundled").eval()
@@ -81,7 +80,7 @@ def main() -> None:
                     for way in args.ways:
                         began = time.monotonic()
                         search = WAYS[way](
-                            model, method, parse_budget(budget), images[:256], passes=args.passes, seed=seed
+                            model, method, parse_budget(budget), images[:256], seed=seed
                         )
                         found = search.run()
                         removals = tuple(int(value) for value in found.schedule.values)

@@ -21,10 +21,11 @@ from tokbench.results.metrics import GAINS, METRICS
 from tokbench.results.table import Rivals, comparable, load_shown, measured
 
 _TEMPLATE, _SCRIPT = (Path(__file__).with_name(name) for name in ("report.html.jinja", "report.js"))
-_SYMBOLS = {
+_SYMBOLS: dict[str | tuple[int, int, int], str] = {
     "*": "star", "o": "circle", "s": "square", "^": "triangle-up", "v": "triangle-down", "D": "diamond",
     "h": "hexagon", "P": "cross", "X": "x", "p": "pentagon", "<": "triangle-left", ">": "triangle-right",
-    "d": "diamond-tall", "8": "octagon",
+    "d": "diamond-tall", "8": "octagon", "H": "hexagon2", (3, 1, 0): "star-triangle-up", (4, 1, 0): "star-diamond",
+    (5, 1, 0): "star-square", (6, 1, 0): "hexagram", (8, 1, 0): "diamond-wide",
 }  # fmt: skip
 _DASHES = ("solid", "dash", "dot", "dashdot")  # by run, where several share a plot
 

@@ -104,6 +104,10 @@ class Art:
         return {"color": self.theme.ink, "alpha": 0.18, "linewidth": width, "solid_capstyle": "round"}
 
     @property
+    def unsearched_front(self) -> dict[str, Any]:
+        return {"color": self.theme.ink, "alpha": 0.45, "linewidth": 0.3 * self.size.marker, "linestyle": ":"}
+
+    @property
     def broken(self) -> dict[str, Any]:
         """A cross over a cell whose logits were NaN or infinite for some image."""
         size = self.size.marker
@@ -173,6 +177,8 @@ def draw_panel(panel: Axes, shown: Scene, art: Art, *, first: bool) -> None:
         panel.invert_yaxis()
     for front in shown.fronts():
         panel.plot(*_at(front), solid_joinstyle="round", zorder=1, **art.front)
+    for front in shown.fronts(searched=False) if art.searched else ():
+        panel.plot(*_at(front), zorder=1.2, **art.unsearched_front)
     for axis, figure in shown.references():
         dashes: dict[str, Any] = {"color": art.theme.muted, "linewidth": 0.9, "linestyle": (0, (4, 3)), "zorder": 1.5}
         (panel.axvline if axis else panel.axhline)(figure.value, **dashes)

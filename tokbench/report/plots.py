@@ -332,6 +332,8 @@ def _other_entries(shown: Sequence[tuple[Scene, list[Published]]], art: Art) -> 
     ring = Line2D([], [], marker="o", linestyle="none", color=theme.ink, markersize=size)
     ring.set_markerfacecolor(theme.background)
     entries.append(((Line2D([], [], **art.front), ring), "Pareto front"))
+    if art.searched:
+        entries.append((Line2D([], [], **art.unsearched_front), "front without search"))
     if any(cell.is_broken for cell in art.cells):
         entries.append((Line2D([], [], **art.broken), "NaN logits,\non no front" if art.size.text else "NaN logits"))
     return entries

@@ -11,7 +11,7 @@ from statistics import median
 from tokbench.report.styles import method_order
 from tokbench.results.cell import Cell, Figure
 from tokbench.results.metrics import METRICS
-from tokbench.results.table import comparable, group_by, pareto_front
+from tokbench.results.table import Rivals, comparable, group_by, pareto_front
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,12 @@ class Scene:
     reach: tuple[tuple[float, float], tuple[float, float]]
     equal: Equal | None = None
 
-    def fronts(self) -> list[list[Point]]:
-        """The members of each front, from low to high x."""
-        of = {point.cell: point for point in self.points if point.on_front}
-        groups = [[of[cell] for cell in group if cell in of] for group in comparable(self.cells, self.x, self.y)]
-        return [sorted(points, key=lambda point: point.x.value) for points in groups if points]
+    def fronts(self, searched: bool = True) -> list[list[Point]]:
+        """The members of each front, from low to high x; the fronts without searched cells where these do not count."""
+        of = {point.cell: point for point in self.points}
+        groups = comparable([cell for cell in self.cells if searched or not cell.is_searched], self.x, self.y)
+        fronts = [[of[cell] for cell in Rivals(group).front(self.x, self.y)] for group in groups]
+        return [sorted(points, key=lambda point: point.x.value) for points in fronts if points]
 
     def references(self) -> list[tuple[int, Figure]]:
         """The unreduced model of each run: (0, its y) for a horizontal line, (1, its x) for a vertical one."""

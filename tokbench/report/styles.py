@@ -11,11 +11,11 @@ from tokbench.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class Style:
-    """A method's name in papers, an Okabe-Ito color, a matplotlib marker and its relative size."""
+    """A method's name in papers, a color of Okabe and Ito's or Tol's, a matplotlib marker and its relative size."""
 
     name: str
     color: str
-    marker: str
+    marker: str | tuple[int, int, int]
     size: float = 1.0
 
 
@@ -27,6 +27,16 @@ STYLES: dict[str, Style] = {
     "mstm": Style("MSTM", "#F0E442", "D", 0.88),
     "evit": Style("EViT", "#009E73", "v", 1.1),
     "pitome": Style("PiToMe", "#CC79A7", "h", 1.15),
+    "diffrate": Style("DiffRate", "#332288", "p", 1.1),
+    "ppt": Style("PPT", "#882255", "<", 1.1),
+    "vidtldr": Style("vid-TLDR", "#117733", ">", 1.1),
+    "atc": Style("ATC", "#661100", "8", 1.05),
+    "cgsm": Style("CGSM", "#CC6677", (4, 1, 0), 1.35),
+    "gtp": Style("GTP", "#44AA99", (5, 1, 0), 1.35),
+    "dpcknn": Style("DPC-KNN", "#999933", (3, 1, 0), 1.35),
+    "kmedoids": Style("K-Medoids", "#AA4499", (6, 1, 0), 1.3),
+    "ats": Style("ATS", "#805A3B", (8, 1, 0), 1.3),
+    "dct": Style("DCT", "#4A6FA5", "H", 1.15),
     "topk": Style("top-k", "#E69F00", "P", 1.15),
     "random": Style("random", "#999999", "X", 1.1),
     "free": Style("free (speed limit)", "#7A5195", "d", 1.1),

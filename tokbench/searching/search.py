@@ -23,13 +23,13 @@ from tokbench.searching.objective import Memory, Objective
 from tokbench.searching.space import Removals, Space
 from tokbench.searching.surrogate import cheapest_path, sensitivities
 
-# Forward passes over all the images.
-PASSES = 100
-_FIRST = 2  # batches, after which a candidate is dropped that is so many times as far away as the best:
-_BEHIND = 1.15
+# Images shown to candidates, each as often as it is: 40 passes over 256 of them.
+MOST_SHOWN = 10_240
+_FIRST = 2  # batches; a candidate is dropped after so many, 4, 8, …, where it is so much farther than the best:
+_BEHIND = 0.2  # by the root of their number
 _CHANGED = (0.2, 0.5, 1.0)  # the share of the blocks that change
 _STEPS = (0.1, 1.5)  # least and most standard deviation of the logarithm of a block's share
-_TRIES = 10  # for each pass: what was tried before takes none, and a small model has few schedules
+_TRIES = 10  # for each pass over the images: what was tried before takes none, and a small model has few schedules
 _RETRIES = 5  # of bringing what was confirmed under the budget
 # How far under the budget the confirmed cost may be: counts are exact, times are not.
 _UNDER = {"flops": 0.01, "speedup": 0.05}
@@ -75,7 +75,7 @@ class Search:
     images: Tensor
     batch_size: int = 16
     seed: int = 0
-    passes: float = PASSES
+    most_shown: int = MOST_SHOWN
     seconds: float = float("inf")
     tune: bool = False
     progress: Progress = field(default_factory=Progress)
@@ -106,8 +106,8 @@ class Search:
         raise UserError(f"method '{self.method.name}' cannot reach {self.budget} on this model{near}")
 
     def run(self) -> Found:
-        """Search until the passes or the seconds are spent, and confirm what was found."""
-        self.progress.phase(f"{self.method.name} at {self.budget}", round(self.passes))
+        """Search until the images or the seconds are spent, and confirm what was found."""
+        self.progress.phase(f"{self.method.name} at {self.budget}", self.most_shown)
         even = self.space.fit(np.ones(self.space.depth), self.cost, self.budget.share)
         self.attempt(Candidate(self.usual, self.method))
         self.attempt(Candidate(even, self.method))
@@ -130,11 +130,12 @@ class Search:
         """The best so far, as its cost is predicted; None before anything was tried."""
         if self.best is None:
             return None
+        whole = len(self.objective.batches)
         return Found(
             schedule=Schedule("list", self.best.removals),
             method=self.best.method,
-            distance=self._value(self.best),
-            before=self._value(Candidate(self.usual, self.method)),
+            distance=self._distance(self.best, whole),
+            before=self._distance(Candidate(self.usual, self.method), whole),
             usual=Schedule("list", self.usual),
             predicted=self.cost(self.best.removals),
             cost=None,
@@ -155,7 +156,7 @@ class Search:
         evolution strategy of one parent and one child."""
         names, random = self._tuned(), np.random.default_rng(self.seed)
         factors = np.zeros(len(names))
-        for _ in range(round(_TRIES * self.passes)):
+        for _ in range(_TRIES * self.most_shown // len(self.images)):
             if self.is_over():
                 break
             assert self.best is not None
@@ -172,8 +173,8 @@ class Search:
         return np.log(np.array(removals) + 0.05 * np.mean(removals))
 
     def is_over(self) -> bool:
-        """Whether the passes or the seconds are spent."""
-        return self.objective.passes >= self.passes or time.monotonic() - self.began >= self.seconds
+        """Whether the images or the seconds are spent."""
+        return self._shown() >= self.most_shown or time.monotonic() - self.began >= self.seconds
 
     def candidate(self, point: np.ndarray, names: list[str]) -> Candidate:
         """Of logarithms: of each block's share, and of factors for the parameters of these names."""
@@ -183,23 +184,23 @@ class Search:
         return Candidate(self.space.fit(weights, self.cost, self.budget.share), method)
 
     def attempt(self, candidate: Candidate) -> float:
-        """Its distance, and keep it where it is the best; where it falls behind on the first images an estimate, as
-        many times the best's."""
-        first, ahead = self._first(candidate), self._first(self.best) if self.best else float("inf")
+        """Its distance, and keep it where it is the best; where it falls behind on the first images an estimate: as
+        much farther than the best."""
+        shown, whole = _FIRST, len(self.objective.batches)
+        while self.best and shown < whole:
+            first, ahead = self._distance(candidate, shown), self._distance(self.best, shown)
+            self._tell()
+            if first > (1 + _BEHIND / shown**0.5) * ahead:
+                return self._distance(self.best, whole) + first - ahead
+            shown *= 2
+        distance = self._distance(candidate, whole)
         self._tell()
-        if self.best and first > _BEHIND * ahead:
-            return self._value(self.best) * first / ahead
-        value = self._value(candidate)
-        self._tell()
-        if self.best is None or value < self._value(self.best):
+        if self.best is None or distance < self._distance(self.best, whole):
             self.best = candidate
-        return value
+        return distance
 
-    def _first(self, candidate: Candidate) -> float:
-        return float(np.mean(self.objective.of_batches(*candidate, _FIRST)))
-
-    def _value(self, candidate: Candidate) -> float:
-        return float(np.mean(self.objective.of_batches(*candidate, len(self.objective.batches))))
+    def _distance(self, candidate: Candidate, batches: int) -> float:
+        return float(np.mean(self.objective.of_batches(*candidate, batches)))
 
     def _tuned(self) -> list[str]:
         """The parameters that are numbers above 0."""
@@ -207,7 +208,10 @@ class Search:
         return [name for name, value in values if isinstance(value, float) and value > 0]
 
     def _tell(self) -> None:
-        self.progress.advance(min(round(self.objective.passes), round(self.passes)))
+        self.progress.advance(min(self._shown(), self.most_shown))
+
+    def _shown(self) -> int:
+        return round(self.objective.passes * len(self.images))
 
     def _confirmed(self) -> Found:
         """The best one counted or timed; where that is over the budget, or 1 % under, the same shape again."""
