@@ -872,7 +872,6 @@ def test_every_cell_is_timed_at_each_batch_size_and_the_run_goes_on_with_what_it
 @pytest.fixture
 def processes_here(monkeypatch):
     """Fresh processes are played by this one."""
-    monkeypatch.setattr(fresh, "Watch", lambda device: timing.Watch(device))
     told = []
 
     def in_process(job, tell):
