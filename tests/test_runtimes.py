@@ -83,8 +83,7 @@ def test_speeds_of_different_runtimes_stay_apart_in_all_that_is_shown(measured, 
     assert [" in " + name in found.title or name in found.title for found, name in zip(
         findings(cells), ("eager", "onnxruntime", "openvino"), strict=True
     )] == [True] * 3  # fmt: skip
-    rows = [line.split("|") for line in render_table(cells, "md").splitlines()]
-    head = next(row for row in rows if len(row) > 3)
+    head, *rows = [line.split("|") for line in render_table(cells, "md").splitlines() if line.startswith("|")]
     place = [text.strip() for text in head].index("Runtime")
     assert [row[place].strip() for row in rows if "tome" in row[1]] == ["eager", "onnxruntime", "openvino"]
     assert "| Runtime × |" in render_table(cells, "md") and "| As eager % |" in render_table(cells, "md")
@@ -207,7 +206,7 @@ def test_answers_are_compared_with_those_of_the_same_cell_in_eager(source, tmp_p
 def test_records_of_older_runs_were_timed_eager_or_compiled(tmp_path):
     folder = make_run(tmp_path / "run")
     fields = json.loads((folder / "records.jsonl").read_text().splitlines()[2])
-    assert "runtime" not in fields
+    del fields["runtime"]
     for compiled, runtime in ((None, "eager"), (False, "eager"), (True, "compile")):
         (cell,) = cells_of([make_record(fields | {"compiled": compiled})])
         assert cell.runtime == runtime and cell.id == fields["cell"]
