@@ -79,9 +79,7 @@ def main() -> None:
                 for seed in range(args.seeds):
                     for way in args.ways:
                         began = time.monotonic()
-                        search = WAYS[way](
-                            model, method, parse_budget(budget), images[:256], seed=seed
-                        )
+                        search = WAYS[way](model, method, parse_budget(budget), images[:256], seed=seed)
                         found = search.run()
                         removals = tuple(int(value) for value in found.schedule.values)
                         unseen = np.mean(others.of_batches(removals, method, len(others.batches)))
