@@ -29,6 +29,19 @@ settings.register_profile("long", max_examples=1000, **_CALM)
 settings.load_profile("short")
 
 
+# By how long they take: begun last, one of them would run for a minute with the other cores idle.
+_LONGEST = (
+    "runner", "regression", "modes", "fusion", "resume", "per_image", "kill", "speed", "data", "export", "search",
+    "coverage", "families", "fuzz", "converted", "plugins",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first."""
+    rank = {f"test_{name}": place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 @pytest.fixture(autouse=True)
 def _same_draws_every_time():
     torch.manual_seed(0)

@@ -365,6 +365,6 @@ def test_a_pickle_of_another_program_is_refused_without_a_warning(tiny, tmp_path
 
 
 def test_an_input_size_that_no_memory_holds_is_refused(monkeypatch):
-    assert "at most 65536 pixels" in complaint("bundled", input_size=400_000_000)
+    assert "1 to 65536 pixels" in complaint("bundled", input_size=400_000_000)
     monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: SimpleNamespace(total=2**36))
     assert "would take 96 GiB, and this machine has 64 GiB" in complaint("bundled", input_size=65_536)

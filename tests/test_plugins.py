@@ -23,7 +23,7 @@ EXAMPLE = Path(__file__).parents[1] / "docs" / "my_method.py"
 def test_the_documented_example_reaches_everything(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     arguments = ["run", "--plugin", str(EXAMPLE), "--method", "long-keys:power=0.5", "--schedule", "flops:0.5"]
-    monkeypatch.setattr(sys, "argv", ["tokbench", *arguments, "--limit", "32", "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["tokbench", *arguments, "--limit", "32", "--seconds", "0.2", "--out", str(out)])
     with pytest.raises(SystemExit) as exit:
         cli.main()
     assert exit.value.code == 0, capsys.readouterr()

@@ -56,7 +56,7 @@ def quick_counts(monkeypatch):
     """Blocks cost what their tokens say; to count them takes a second."""
 
     def count(reduced, size, images=None):
-        reduced(torch.rand(1, *size))
+        reduced(torch.rand(1, *size) if images is None else images)
         after = tokbench.tokens_per_block(reduced)
         blocks = [n * n + 100 * (n + m) for n, m in zip([65, *after[:-1]], after, strict=True)]
         return FlopCount(sum(blocks) + 1000, {f"blocks.{i}": cost for i, cost in enumerate(blocks)}, {}, {})
@@ -72,7 +72,7 @@ def short_search(model, name="tome", budget=HALF, **options) -> Search:
     "name", ["evit", pytest.param("tome", marks=pytest.mark.slow), pytest.param("gtp", marks=pytest.mark.slow)]
 )
 def test_costs_are_predicted_as_they_are_counted(model, name):
-    space = Space(model, make_method(name))
+    space = Space(model, make_method(name), shown(8))
     cost = Cost(space, HALF, shown(2), batch_size=2)
     for weights in ([5, 1, 1, 1, 1, 3], [0, 4, 0, 2, 1, 0]):
         removals = space.fit(np.array(weights, float), cost, 0.5)
@@ -80,7 +80,7 @@ def test_costs_are_predicted_as_they_are_counted(model, name):
 
 
 def test_removals_are_those_that_the_method_carries_out(model):
-    space = Space(model, make_method("evit"))
+    space = Space(model, make_method("evit"), shown(8))
     reduced = tokbench.apply(tokbench.fork(model), "evit", "list:9,0,30,99,1,2")
     reduced(shown(1))
     after = [left for _, left in space.steps(space.of(Schedule("list", (9, 0, 30, 99, 1, 2))))]
@@ -92,6 +92,11 @@ def test_a_search_comes_nearer_the_answers_within_its_budget(model, quick_counts
     assert found.distance < 0.8 * found.before
     assert 0.99 * 0.5 <= found.cost <= 0.5
     assert short_search(model).run().schedule == found.schedule
+
+
+def test_where_images_keep_tokens_of_their_own_the_budget_is_held_by_counting_them(model, quick_counts):
+    found = short_search(model, "ats", most_shown=8 * 32).run()
+    assert 0.9 * 0.5 < found.cost <= 0.5 and found.distance < found.before
 
 
 def test_parameters_are_searched_where_asked(model, quick_counts):

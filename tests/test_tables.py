@@ -47,6 +47,16 @@ def test_the_best_for_its_cost_is_bold_in_files(cells: list[Cell]) -> None:
     assert r"\textbf{79.8}" in render_table(cells, "tex") and r"\textbf{70.0}" not in render_table(cells, "tex")
 
 
+@pytest.mark.parametrize("format", ["md", "csv", "json", "tex"])
+def test_a_column_named_twice_is_shown_once(cells: list[Cell], format: str) -> None:
+    once, twice = (
+        render_table(cells, format, columns=names) for names in (["method", "top1"], ["method", "top1", "top1"])
+    )
+    assert twice == once
+    # In LaTeX both name the method as the plots do.
+    assert render_table(cells, "tex", columns=["variant", "method"]) == render_table(cells, "tex", columns=["method"])
+
+
 def test_speed_ups_have_their_interval(cells: list[Cell]) -> None:
     assert "| 1.30× | [1.29, 1.31] |" in render_table(cells, "md")
 
@@ -248,7 +258,7 @@ def test_latex_of_chosen_columns_names_methods_as_the_plots_do(cells: list[Cell]
 def test_columns_that_cannot_be_are_one_line(cells: list[Cell]) -> None:
     for wrong, answer in {
         "top2": "no column 'top2'. Did you mean 'top5' or 'top1'",
-        "": "no column ''. Try method, schedule",
+        "": "no column ''. Try model, method, schedule",
         "similarity": "no cell here has similarity; measured: .*top1",
     }.items():
         for format in ("rich", "csv", "json", "tex"):

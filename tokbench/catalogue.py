@@ -69,11 +69,7 @@ def built_in() -> list[Entry]:
 
 def _read(path: Path) -> list[Entry]:
     classes = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
-    return [_entry(node) for node in classes if any(_is_register(mark) for mark in node.decorator_list)]
-
-
-def _is_register(mark: ast.expr) -> bool:
-    return isinstance(mark, ast.Name) and mark.id == "register_method"
+    return [_entry(node) for node in classes if "register_method" in map(ast.unparse, node.decorator_list)]
 
 
 def _entry(node: ast.ClassDef) -> Entry:

@@ -17,7 +17,7 @@ import typer
 from typer.exceptions import TyperException
 
 from tokbench import __version__
-from tokbench.errors import RunStopped, UserError, complain, nearest, say
+from tokbench.errors import RunStopped, UserError, complain, nearest, require_known, say
 from tokbench.interrupts import ending_after_unwinding, ending_at_once, ignoring_at_exit
 
 if TYPE_CHECKING:
@@ -35,30 +35,30 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _option(metavar: str, help: str, *names: str, **more: Any) -> Any:
+    """An option that takes a value, called as its parameter where no names are given."""
+    return typer.Option(*names, metavar=metavar, help=help, **more)
+
+
+def _flag(name: str, help: str) -> Any:
+    """An option that is there or not."""
+    return typer.Option(name, help=help, show_default=False)
+
+
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.", show_default=False)]
 
-Plugins = Annotated[
-    list[Path] | None, typer.Option(metavar="FILE", help="A Python file with methods of your own. Repeatable.")
-]
+Plugins = Annotated[list[Path] | None, _option("FILE", "A Python file with methods of your own. Repeatable.")]
 
 
 # What `run` and `search` share.
-Models = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME", help="A timm model, 'bundled', hf:…, openclip:… or tv:…. Repeatable."),
-]
-Checkpoint = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Weights for the one --model: .safetensors, .pth, .pt or .bin.")
-]
-InputSize = Annotated[
-    int | None, typer.Option(metavar="PIXELS", help="Side of the models' input (default: their own).")
-]
-Label = Annotated[str | None, typer.Option(metavar="NAME", help="What the one --model is called in tables and plots.")]
-Methods = Annotated[
-    list[str] | None, typer.Option(metavar="METHOD", help="As in tome or tome:prop_attn=false. Repeatable.")
-]
-Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1 or mps (default: auto).")]
-DType = Annotated[str | None, typer.Option(metavar="DTYPE", help="fp32, bf16 or fp16 (default: fp32).")]
+Models = Annotated[list[str] | None, _option("NAME", "A timm model, 'bundled', hf:…, openclip:… or tv:…. Repeatable.")]
+Checkpoint = Annotated[Path | None, _option("FILE", "Weights for the one --model: .safetensors, .pth, .pt or .bin.")]
+InputSize = Annotated[int | None, _option("PIXELS", "Side of the models' input (default: their own).")]
+Label = Annotated[str | None, _option("NAME", "What the one --model is called in tables and plots.")]
+Methods = Annotated[list[str] | None, _option("METHOD", "As in tome or tome:prop_attn=false. Repeatable.")]
+Device = Annotated[str | None, _option("DEVICE", "auto, cpu, cuda, cuda:1 or mps (default: auto).")]
+DType = Annotated[str | None, _option("DTYPE", "fp32, bf16 or fp16 (default: fp32).")]
 
 
 def main() -> NoReturn:
@@ -146,70 +146,51 @@ def run(
     model: Models = None,
     checkpoint: Checkpoint = None,
     random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="FLOPs and speed of --model without a download.")
+        bool, _flag("--random-weights", "FLOPs and speed of --model without a download.")
     ] = False,
     input_size: InputSize = None,
     label: Label = None,
     method: Methods = None,
-    schedule: Annotated[
-        list[str] | None, typer.Option(metavar="SCHEDULE", help="As in 13 or keep:0.7@3,6,9. Repeatable.")
-    ] = None,
+    schedule: Annotated[list[str] | None, _option("SCHEDULE", "As in 13 or keep:0.7@3,6,9. Repeatable.")] = None,
     plugin: Plugins = None,
     data: Annotated[
-        str | None,
-        typer.Option(metavar="SPEC", help="'bundled', a folder of class folders, or hfds/…, wds/…, torch/…."),
+        str | None, _option("SPEC", "'bundled', a folder of class folders, or hfds/…, wds/…, torch/….")
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Run folder to make or to continue (default: a new one under results/)."),
+        Path | None, _option("DIR", "Run folder to make or to continue (default: a new one under results/).")
     ] = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Never continue a run: begin a new one in DIR-2, DIR-3, …")
-    ] = False,
+    fresh: Annotated[bool, _flag("--fresh", "Never continue a run: begin a new one in DIR-2, DIR-3, …")] = False,
     device: Device = None,
     dtype: DType = None,
     batch_size: Annotated[
-        str | None, typer.Option(metavar="N", help="Images, 'auto' (the default), or several to time at each: 1,8,32.")
+        str | None, _option("N", "Images, 'auto' (the default), or several to time at each: 1,8,32.")
     ] = None,
-    seconds: Annotated[
-        float | None, typer.Option(metavar="S", help="Time each model for so long in all (default: 1.5).")
-    ] = None,
-    rounds: Annotated[
-        int | None, typer.Option(metavar="N", help="Rounds of timing, however long (default: as many as fit).")
-    ] = None,
+    seconds: Annotated[float | None, _option("S", "Time each model for so long in all (default: 1.5).")] = None,
+    rounds: Annotated[int | None, _option("N", "Rounds of timing, however long (default: as many as fit).")] = None,
     processes: Annotated[
-        int | None, typer.Option(metavar="N", help="Time in N fresh processes in turn; intervals are over them.")
+        int | None, _option("N", "Time in N fresh processes in turn; intervals are over them.")
     ] = None,
     runtime: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMES", help="Time in each of eager,compile,onnxruntime,openvino,tensorrt (default: eager)."
-        ),
+        str | None, _option("NAMES", "Time in each of eager,compile,onnxruntime,openvino,tensorrt (default: eager).")
     ] = None,
-    compile: Annotated[
-        bool | None, typer.Option("--compile", help="The same as --runtime compile.", show_default=False)
-    ] = None,
+    compile: Annotated[bool | None, _flag("--compile", "The same as --runtime compile.")] = None,
     check_answers: Annotated[
-        bool | None,
-        typer.Option("--check-answers", help="Compare the answers in other runtimes with eager's.", show_default=False),
+        bool | None, _flag("--check-answers", "Compare the answers in other runtimes with eager's.")
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", help="Measure accuracy on N images; may grow later (default: 1,000 bundled ones, else all)."
-        ),
+        _option("N", "Measure accuracy on N images; may grow later (default: 1,000 bundled ones, else all)."),
     ] = None,
-    only: Annotated[
-        str | None, typer.Option(metavar="MEASURES", help="Some of flops,accuracy,speed (default: all).")
+    only: Annotated[str | None, _option("MEASURES", "Some of flops,accuracy,speed (default: all).")] = None,
+    max_bad: Annotated[float | None, _option("PERCENT", "Stop if more images cannot be decoded (default: 1).")] = None,
+    workers: Annotated[int | None, _option("N", "Processes that read images.")] = None,
+    cache: Annotated[
+        str | None, _option("DIR", "Keep prepared images there, so that no later run decodes them again.")
     ] = None,
-    max_bad: Annotated[
-        float | None, typer.Option(metavar="PERCENT", help="Stop if more images cannot be decoded (default: 1).")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that read images.")] = None,
     labels: Annotated[
-        str | None, typer.Option(metavar="FILE", help="What each image of a folder shows: lines of file name,class.")
+        str | None, _option("FILE", "What each image of a folder shows: lines of file name,class.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and stop.")] = False,
+    dry_run: Annotated[bool, _flag("--dry-run", "Say what would be measured, and stop.")] = False,
 ) -> None:
     """Measure accuracy, FLOPs and speed of every cell of a grid.
 
@@ -244,6 +225,7 @@ def run(
         limit=limit,
         only=only,
         workers=workers,
+        cache=cache,
         labels=labels,
         max_bad=max_bad,
     )
@@ -277,9 +259,7 @@ def search(
     ] = None,
     budget: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="BUDGET", help="flops:0.35 or speedup:1.5. Repeatable (default: flops:0.5 and flops:0.35)."
-        ),
+        _option("BUDGET", "flops:0.35 or speedup:1.5. Repeatable (default: flops:0.5 and flops:0.35)."),
     ] = None,
     model: Models = None,
     checkpoint: Checkpoint = None,
@@ -288,22 +268,15 @@ def search(
     method: Methods = None,
     plugin: Plugins = None,
     data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SPEC", help="Images to search on, best none that will be measured on (default: bundled:train)."
-        ),
+        str | None, _option("SPEC", "Images to search on, best none that will be measured on (default: bundled:train).")
     ] = None,
-    images: Annotated[int, typer.Option(metavar="N", min=1, help="How many of them.")] = 256,
-    params: Annotated[
-        bool, typer.Option("--params", help="Search the methods' parameters that are numbers, too.")
-    ] = False,
-    time: Annotated[str, typer.Option(metavar="TIME", help="Most time for one search, as in 10m or 90s.")] = "10m",
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the search.")] = 0,
+    images: Annotated[int, _option("N", "How many of them.", min=1)] = 256,
+    params: Annotated[bool, _flag("--params", "Search the methods' parameters that are numbers, too.")] = False,
+    time: Annotated[str, _option("TIME", "Most time for one search, as in 10m or 90s.")] = "10m",
+    seed: Annotated[int, _option("N", "Seed of the search.", min=0)] = 0,
     device: Device = None,
     dtype: DType = None,
-    out: Annotated[Path, typer.Option(metavar="FILE.toml", help="Grid file to write, for tokbench run.")] = Path(
-        "searched.toml"
-    ),
+    out: Annotated[Path, _option("FILE.toml", "Grid file to write, for tokbench run.")] = Path("searched.toml"),
 ) -> None:
     """Search how many tokens each block should lose, within a budget of FLOPs or time. No labels, no training.
 
@@ -392,34 +365,25 @@ def plot(
     runs: Runs,
     x: Annotated[
         list[str] | None,
-        typer.Option(
+        _option(
+            "METRIC",
+            "A panel's x axis. Repeatable (default: gflops, throughput). 'batch': speed-up by batch size.",
             "--x",
-            metavar="METRIC",
-            help="A panel's x axis. Repeatable (default: gflops, throughput). 'batch': speed-up by batch size.",
         ),
     ] = None,
     y: Annotated[
-        str | None,
-        typer.Option(
-            "--y", metavar="METRIC", help="Any metric (default: top1, or agreement where there are no labels)."
-        ),
+        str | None, _option("METRIC", "Any metric (default: top1, or agreement where there are no labels).", "--y")
     ] = None,
     format: Annotated[
-        str | None, typer.Option(metavar="FORMAT", help="png, svg or pdf (default: png, or what FILE's name ends in).")
+        str | None, _option("FORMAT", "png, svg or pdf (default: png, or what FILE's name ends in).")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="File to write (default: pareto.png in the first RUN).")
-    ] = None,
-    size: Annotated[
-        str, typer.Option(metavar="SIZE", help="wide (a screen), page (a paper's width) or paper (one column).")
-    ] = "wide",
-    theme: Annotated[str, typer.Option(metavar="THEME", help="light or dark.")] = "light",
+    out: Annotated[Path | None, _option("FILE", "File to write (default: pareto.png in the first RUN).")] = None,
+    size: Annotated[str, _option("SIZE", "wide (a screen), page (a paper's width) or paper (one column).")] = "wide",
+    theme: Annotated[str, _option("THEME", "light or dark.")] = "light",
     published: Annotated[
-        bool, typer.Option("--published", help="Lay over what papers printed for this model, where they did.")
+        bool, _flag("--published", "Lay over what papers printed for this model, where they did.")
     ] = False,
-    linear: Annotated[
-        bool, typer.Option("--linear", help="Never stretch the y axis near the unreduced model.")
-    ] = False,
+    linear: Annotated[bool, _flag("--linear", "Never stretch the y axis near the unreduced model.")] = False,
 ) -> None:
     """Draw accuracy against cost, with the Pareto front. Several runs are laid over each other."""
     from tokbench.report.plots import plot_pareto
@@ -439,18 +403,15 @@ def plot(
 @app.command()
 def table(
     runs: Runs,
-    format: Annotated[str, typer.Option(metavar="FORMAT", help="rich, md, csv, tex or json.")] = "rich",
-    sort: Annotated[str, typer.Option(metavar="COLUMN", help="Sort by this column, best first.")] = "",
+    format: Annotated[str, _option("FORMAT", "rich, md, csv, tex or json.")] = "rich",
+    sort: Annotated[str, _option("COLUMN", "Sort by this column, best first.")] = "",
     filter: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="CONDITION", help="Only cells such as method=tome, schedule=flops:* or drop<1. Repeatable."
-        ),
+        _option("CONDITION", "Only cells such as method=tome, schedule=flops:* or drop<1. Repeatable."),
     ] = None,
-    pareto: Annotated[bool, typer.Option("--pareto", help="Only the Pareto front.")] = False,
+    pareto: Annotated[bool, _flag("--pareto", "Only the Pareto front.")] = False,
     columns: Annotated[
-        str | None,
-        typer.Option(metavar="NAMES", help="These only, in this order, as in method,schedule,top1,drop,speedup."),
+        str | None, _option("NAMES", "These only, in this order, as in method,schedule,top1,drop,speedup.")
     ] = None,
 ) -> None:
     """Print the cells of one or more runs as a table."""
@@ -472,9 +433,7 @@ def table(
 @app.command()
 def report(
     runs: Runs,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="File to write (default: report.html in the first RUN).")
-    ] = None,
+    out: Annotated[Path | None, _option("FILE.html", "File to write (default: report.html in the first RUN).")] = None,
 ) -> None:
     """Write one HTML page: findings, an interactive plot, a sortable table, how it was measured."""
     from tokbench.report.html import write_report
@@ -490,28 +449,22 @@ def show(
         list[str],
         typer.Argument(metavar="IMAGE...", help="Files, or bundled:17 for the 17th bundled image.", show_default=False),
     ],
-    model: Annotated[
-        str, typer.Option(metavar="NAME", help="A timm model, 'bundled', hf:…, openclip:… or tv:….")
-    ] = "bundled",
+    model: Annotated[str, _option("NAME", "A timm model, 'bundled', hf:…, openclip:… or tv:….")] = "bundled",
     checkpoint: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Weights for the model: .safetensors, .pth, .pt or .bin.")
+        Path | None, _option("FILE", "Weights for the model: .safetensors, .pth, .pt or .bin.")
     ] = None,
-    input_size: Annotated[
-        int | None, typer.Option(metavar="PIXELS", help="Side of the model's input (default: its own).")
-    ] = None,
+    input_size: Annotated[int | None, _option("PIXELS", "Side of the model's input (default: its own).")] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="METHOD", help="As in tome or mctf:tau_sim=2. Repeatable (default: tome, tofu, mctf, evit)."
-        ),
+        _option("METHOD", "As in tome or mctf:tau_sim=2. Repeatable (default: tome, tofu, mctf, evit)."),
     ] = None,
-    schedule: Annotated[str, typer.Option(metavar="SCHEDULE", help="As in 13 or keep:0.7@3,6,9.")] = "flops:0.5",
+    schedule: Annotated[str, _option("SCHEDULE", "As in 13 or keep:0.7@3,6,9.")] = "flops:0.5",
     plugin: Plugins = None,
     blocks: Annotated[
-        bool, typer.Option("--blocks", help="The tokens after each block that removes some, not only the last.")
+        bool, _flag("--blocks", "The tokens after each block that removes some, not only the last.")
     ] = False,
-    theme: Annotated[str, typer.Option(metavar="THEME", help="light or dark.")] = "light",
-    out: Annotated[Path, typer.Option(metavar="FILE", help="File to write: .png, .svg or .pdf.")] = Path("tokens.png"),
+    theme: Annotated[str, _option("THEME", "light or dark.")] = "light",
+    out: Annotated[Path, _option("FILE", "File to write: .png, .svg or .pdf.")] = Path("tokens.png"),
 ) -> None:
     """Draw what methods make of images: which patches end up in one token, and which are dropped."""
     from tokbench.show.trace import show as draw
@@ -531,31 +484,25 @@ def show(
 
 @app.command()
 def check(
-    baseline: Annotated[
-        Path, typer.Option(metavar="RUN", help="The run folder that says how it should be.", show_default=False)
-    ],
+    baseline: Annotated[Path, _option("RUN", "The run folder that says how it should be.", show_default=False)],
     run: Annotated[
         Path | None,
         typer.Argument(metavar="[RUN]", help="Run folder to check (default: run the baseline's grid again)."),
     ] = None,
-    max_drop: Annotated[float, typer.Option(metavar="POINTS", help="Most points of top-1 that may be lost.")] = 1.0,
-    max_flips: Annotated[float, typer.Option(metavar="PCT", help="Most answers that may change.")] = 2.0,
+    max_drop: Annotated[float, _option("POINTS", "Most points of top-1 that may be lost.")] = 1.0,
+    max_flips: Annotated[float, _option("PCT", "Most answers that may change.")] = 2.0,
     max_slowdown: Annotated[
-        float | None, typer.Option(metavar="PCT", help="Most that may be lost of a speed-up (default: not checked).")
+        float | None, _option("PCT", "Most that may be lost of a speed-up (default: not checked).")
     ] = None,
     despite_warnings: Annotated[
-        bool, typer.Option("--despite-warnings", help="Check --max-slowdown even where timing was warned of.")
+        bool, _flag("--despite-warnings", "Check --max-slowdown even where timing was warned of.")
     ] = False,
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", help="Compare on N of the baseline's images (default: all).")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Run folder to make (default: a new one under results/).")
-    ] = None,
+    limit: Annotated[int | None, _option("N", "Compare on N of the baseline's images (default: all).")] = None,
+    out: Annotated[Path | None, _option("DIR", "Run folder to make (default: a new one under results/).")] = None,
     device: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="Where to measure (default: on the baseline's kind of device).")
+        str | None, _option("DEVICE", "Where to measure (default: on the baseline's kind of device).")
     ] = None,
-    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the verdicts as JUnit XML, too.")] = None,
+    junit: Annotated[Path | None, _option("FILE", "Write the verdicts as JUnit XML, too.")] = None,
     plugin: Plugins = None,
 ) -> None:
     """Compare a run with a baseline: accuracy image by image, FLOPs, tokens. Exits with 1 if anything moved.
@@ -587,10 +534,9 @@ def check(
 def compare(
     runs: Runs,
     baseline: Annotated[
-        str | None,
-        typer.Option(metavar="RUN:CELL", help="Compare all cells with this one, such as a:none (default: see above)."),
+        str | None, _option("RUN:CELL", "Compare all cells with this one, such as a:none (default: see above).")
     ] = None,
-    format: Annotated[str, typer.Option(metavar="FORMAT", help="rich, md, csv or json.")] = "rich",
+    format: Annotated[str, _option("FORMAT", "rich, md, csv or json.")] = "rich",
 ) -> None:
     """Tell how each cell differs from the same cell of the first RUN, also between checkpoints, dtypes and machines.
 
@@ -611,18 +557,14 @@ def compare(
 @app.command()
 def pick(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)],
-    max_drop: Annotated[float | None, typer.Option(metavar="POINTS", help="Most points of top-1 to lose.")] = None,
+    max_drop: Annotated[float | None, _option("POINTS", "Most points of top-1 to lose.")] = None,
     min_agreement: Annotated[
-        float | None, typer.Option(metavar="PERCENT", help="Least agreement with the unreduced model; needs no labels.")
+        float | None, _option("PERCENT", "Least agreement with the unreduced model; needs no labels.")
     ] = None,
-    min_speedup: Annotated[
-        float | None, typer.Option(metavar="X", help="Least speed-up over the unreduced model.")
-    ] = None,
-    max_latency_ms: Annotated[
-        float | None, typer.Option(metavar="MS", help="Most milliseconds at batch 1, median.")
-    ] = None,
-    max_gflops: Annotated[float | None, typer.Option(metavar="G", help="Most 1e9 multiply-adds an image.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: a list with one decision per model.")] = False,
+    min_speedup: Annotated[float | None, _option("X", "Least speed-up over the unreduced model.")] = None,
+    max_latency_ms: Annotated[float | None, _option("MS", "Most milliseconds at batch 1, median.")] = None,
+    max_gflops: Annotated[float | None, _option("G", "Most 1e9 multiply-adds an image.")] = None,
+    as_json: Annotated[bool, _flag("--json", "Print JSON: a list with one decision per model.")] = False,
 ) -> None:
     """Name the best cell within limits, and the Python that applies it. Exits with 1 if nothing meets them.
 
@@ -649,34 +591,18 @@ def export(
     run: Annotated[
         Path | None, typer.Argument(metavar="[RUN]", help="Run folder that --cell is of.", show_default=False)
     ] = None,
-    cell: Annotated[
-        str | None, typer.Option(metavar="ID", help="A cell of RUN, as column `cell` of `tokbench table` names it.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Instead of a cell: a model as `tokbench run` takes it.")
-    ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Weights for --model: .safetensors, .pth, .pt or .bin.")
-    ] = None,
-    input_size: Annotated[
-        int | None, typer.Option(metavar="PIXELS", help="Side of the model's input (default: its own).")
-    ] = None,
-    method: Annotated[
-        str | None, typer.Option(metavar="METHOD", help="As in tome or tome:prop_attn=false (default: none).")
-    ] = None,
-    schedule: Annotated[str | None, typer.Option(metavar="SCHEDULE", help="As in 13 or keep:0.7@3,6,9.")] = None,
+    cell: Annotated[str | None, _option("ID", "A cell of RUN, as column `cell` of `tokbench table` names it.")] = None,
+    model: Annotated[str | None, _option("NAME", "Instead of a cell: a model as `tokbench run` takes it.")] = None,
+    checkpoint: Annotated[Path | None, _option("FILE", "Weights for --model: .safetensors, .pth, .pt or .bin.")] = None,
+    input_size: Annotated[int | None, _option("PIXELS", "Side of the model's input (default: its own).")] = None,
+    method: Annotated[str | None, _option("METHOD", "As in tome or tome:prop_attn=false (default: none).")] = None,
+    schedule: Annotated[str | None, _option("SCHEDULE", "As in 13 or keep:0.7@3,6,9.")] = None,
     plugin: Plugins = None,
-    format: Annotated[
-        str | None, typer.Option(metavar="FORMAT", help="onnx or pt2 (default: what FILE's name ends in).")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="File to write (default: model.onnx, or what FORMAT is).")
-    ] = None,
-    batch: Annotated[str, typer.Option(metavar="N", help="The only batch size it takes, or 'dynamic'.")] = "dynamic",
-    dtype: Annotated[
-        str | None, typer.Option(metavar="DTYPE", help="fp32 or fp16 (default: fp16 for a cell measured in it).")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a FILE that is there.")] = False,
+    format: Annotated[str | None, _option("FORMAT", "onnx or pt2 (default: what FILE's name ends in).")] = None,
+    out: Annotated[Path | None, _option("FILE", "File to write (default: model.onnx, or what FORMAT is).")] = None,
+    batch: Annotated[str, _option("N", "The only batch size it takes, or 'dynamic'.")] = "dynamic",
+    dtype: Annotated[str | None, _option("DTYPE", "fp32 or fp16 (default: fp16 for a cell measured in it).")] = None,
+    force: Annotated[bool, _flag("--force", "Replace a FILE that is there.")] = False,
 ) -> None:
     """Write a model with its method for ONNX Runtime, OpenVINO, TensorRT (onnx) or PyTorch (pt2).
 
@@ -699,9 +625,7 @@ def list_(
     plugin: Plugins = None,
 ) -> None:
     """List the models, methods, schedules or kinds of data there are."""
-    kinds = ("models", "methods", "schedules", "data")
-    if what not in kinds:
-        raise UserError(f"there is no list of '{what}'; there are {', '.join(kinds)}.{nearest(what, kinds)}")
+    require_known(what, ("models", "methods", "schedules", "data"), "list of")
     if pattern and what != "models":
         raise UserError(f"'{pattern}': only models are listed by a pattern, not {what}")
     _load_plugins(plugin)

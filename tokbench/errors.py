@@ -7,7 +7,8 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -32,6 +33,27 @@ def one_line(error: BaseException) -> str:
     """The message of a UserError; the type and first line of any other error."""
     lines = _text(error).strip().splitlines() or [""]
     return lines[0] if isinstance(error, UserError) else f"{type(error).__name__}: {lines[0]}".rstrip(": ")
+
+
+def require_known(word: str, options: Collection[str], what: str) -> None:
+    """Raise UserError, with all options and the nearest, unless the word is one of them. what: it should be."""
+    if word not in options:
+        raise UserError(f"no {what} {word!r}; there are {', '.join(options)}.{nearest(word, options)}")
+
+
+def require_file(path: Path, what: str, instead: str) -> None:
+    """Raise UserError unless there is a file of that path. what: it is to be; instead: what to give for a folder."""
+    try:
+        if path.is_file():
+            return
+        is_folder, is_there = path.is_dir(), path.exists()
+        siblings = [other.name for other in path.parent.iterdir() if other.is_file()] if path.parent.is_dir() else []
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise UserError(f"{what} {str(path)[:100]!r} cannot be read: {error.strerror}.") from error
+    if is_folder:
+        raise UserError(f"{what} {str(path)!r} is a folder; {instead}.")
+    wrong = "is no regular file." if is_there else f"does not exist.{nearest(path.name, siblings)}"
+    raise UserError(f"{what} {str(path)!r} {wrong}")
 
 
 def shortened(error: BaseException) -> str:

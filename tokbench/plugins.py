@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import tokbench.fusion  # noqa: F401  (registers the methods that a plugin may not replace)
-from tokbench.errors import UserError, nearest, shortened
+from tokbench.errors import UserError, require_file, shortened
 from tokbench.fusion.core import METHODS
 
 LOADED: dict[str, str] = {}
@@ -33,11 +33,9 @@ def load_plugins(paths: Iterable[str | Path]) -> list[str]:
 
 
 def _load(path: Path) -> list[str]:
+    require_file(path, "plugin", "give the Python file in it")
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
-        siblings = [other.name for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise UserError(f"plugin '{path}' does not exist.{nearest(path.name, siblings)}") from None
     except OSError as error:
         raise UserError(f"plugin '{str(path)[:100]}' cannot be read: {error.strerror}") from error
     at = str(path.resolve())

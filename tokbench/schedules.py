@@ -96,7 +96,7 @@ def parse_schedule(text: str | int | Schedule) -> Schedule:
         raise ScheduleError(
             f"schedule '{text}': unknown kind '{kind}'; the kinds are {', '.join(GRAMMAR)}.{nearest(kind, GRAMMAR)}"
         )
-    return _PARSERS[kind](text, rest)
+    return _parsed(kind, text, rest)
 
 
 def _is_number(text: str) -> bool:
@@ -130,24 +130,34 @@ def _fraction(text: str, part: str, name: str) -> float:
     return float(part)
 
 
-def _parse_constant(text: str, rest: str) -> Schedule:
-    return Schedule("constant", (_count(text, rest),))
+def _parsed(kind: str, text: str, rest: str) -> Schedule:
+    match kind:
+        case "list":
+            return Schedule(kind, tuple(_count(text, part) for part in rest.split(",")))
+        case "linear":
+            count, comma, slope = rest.partition(",")
+            if not comma:
+                raise _wrong(text, rest, "expected a token count and a slope, separated by a comma")
+            if not _is_number(slope) or not -1 <= float(slope) <= 1:
+                raise _wrong(text, slope, "expected a slope from -1 (falling) to 1 (rising)")
+            return Schedule(kind, (_count(text, count), float(slope)))
+        case "keep":
+            return _parsed_keep(text, rest)
+        case "ratio":
+            return Schedule(kind, (_fraction(text, rest, "the share of tokens to keep"),))
+        case "diffrate":
+            budget = rest.removesuffix(SEARCHED)
+            if not _is_number(budget) or not float(budget) > 0:
+                raise _wrong(text, rest, "expected the GFLOPs that the rates were searched for")
+            return Schedule(kind, (float(budget),))
+        case "flops":
+            return Schedule(kind, (_fraction(text, rest, "a share of the unreduced model's FLOPs"),))
+        case "searched":
+            return _parsed_search(text, rest)
+    return Schedule(kind, (_count(text, rest),))
 
 
-def _parse_linear(text: str, rest: str) -> Schedule:
-    count, comma, slope = rest.partition(",")
-    if not comma:
-        raise _wrong(text, rest, "expected a token count and a slope, separated by a comma")
-    if not _is_number(slope) or not -1 <= float(slope) <= 1:
-        raise _wrong(text, slope, "expected a slope from -1 (falling) to 1 (rising)")
-    return Schedule("linear", (_count(text, count), float(slope)))
-
-
-def _parse_list(text: str, rest: str) -> Schedule:
-    return Schedule("list", tuple(_count(text, part) for part in rest.split(",")))
-
-
-def _parse_keep(text: str, rest: str) -> Schedule:
+def _parsed_keep(text: str, rest: str) -> Schedule:
     rate, at, blocks = rest.partition("@")
     keep = _fraction(text, rate, "a keep rate")
     if not at:
@@ -161,22 +171,7 @@ def _parse_keep(text: str, rest: str) -> Schedule:
     return Schedule("keep", (keep,), tuple(sorted(numbers)))
 
 
-def _parse_ratio(text: str, rest: str) -> Schedule:
-    return Schedule("ratio", (_fraction(text, rest, "the share of tokens to keep"),))
-
-
-def _parse_diffrate(text: str, rest: str) -> Schedule:
-    budget = rest.removesuffix(SEARCHED)
-    if not _is_number(budget) or not float(budget) > 0:
-        raise _wrong(text, rest, "expected the GFLOPs that the rates were searched for")
-    return Schedule("diffrate", (float(budget),))
-
-
-def _parse_flops(text: str, rest: str) -> Schedule:
-    return Schedule("flops", (_fraction(text, rest, "a share of the unreduced model's FLOPs"),))
-
-
-def _parse_searched(text: str, rest: str) -> Schedule:
+def _parsed_search(text: str, rest: str) -> Schedule:
     kind, _, value = rest.partition(":")
     if kind not in BUDGETS:
         raise _wrong(text, rest, f"expected a budget, {' or '.join(example for example, _ in BUDGETS.values())}")
@@ -184,15 +179,3 @@ def _parse_searched(text: str, rest: str) -> Schedule:
     if not (0 < number < 1 if kind == "flops" else number > 1):
         raise _wrong(text, value, f"expected {BUDGETS[kind][1]}")
     return Schedule(f"searched:{kind}", (number,))
-
-
-_PARSERS = {
-    "constant": _parse_constant,
-    "linear": _parse_linear,
-    "list": _parse_list,
-    "keep": _parse_keep,
-    "ratio": _parse_ratio,
-    "diffrate": _parse_diffrate,
-    "flops": _parse_flops,
-    "searched": _parse_searched,
-}

@@ -9,7 +9,6 @@ the features are compared instead, by their cosine to the unreduced model's, and
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -53,9 +52,8 @@ class Limits:
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {value:g}")
 
-    def describe(self, without_classes: Collection[str]) -> dict[str, str]:
-        """For each gate, in the order they are told, what cells that pass it do. without_classes: which of the gates
-        for models without classes there are."""
+    def describe(self) -> dict[str, str]:
+        """For each gate, in the order they are told, what cells that pass it do."""
         points = f"{self.max_drop:g} {plural(1 if self.max_drop == 1 else 2, 'point')}"
         gates = {
             "cells": "are there",
@@ -66,8 +64,6 @@ class Limits:
             "flops": f"have FLOPs within {FLOPS_TOLERANCE_PCT:g} %",
             "tokens": "have the same tokens after each block",
         }
-        for gate in _WITHOUT_CLASSES.keys() - set(without_classes):
-            del gates[gate]
         if self.max_slowdown is not None:
             gates["speed"] = f"lose at most {self.max_slowdown:g} % of their speed-up"
         return gates
@@ -158,12 +154,11 @@ def _compare(before: Run, after: Run, limits: Limits) -> Check:
     presence = [_presence(old, new, old.kinds & kinds) for old, new in found if old.kinds & kinds]
     if not presence:
         raise speed_only(before)
-    without_classes = [
-        gate
-        for gate, (metric, _) in _WITHOUT_CLASSES.items()
-        if any(o.cell[metric] and n.cell[metric] for o, n in pairs)
-    ]
-    check = Check(after.path, before.path, _scope(before, pairs), differ, limits.describe(without_classes), presence)
+    gates = limits.describe()
+    for gate, (metric, _) in _WITHOUT_CLASSES.items():
+        if not any(old.cell[metric] and new.cell[metric] for old, new in pairs):
+            del gates[gate]
+    check = Check(after.path, before.path, _scope(before, pairs), differ, gates, presence)
     _judge_answers(check, _answers(check, before, after, pairs), limits)
     for old, new in pairs:
         if old.kinds - {"speed"}:

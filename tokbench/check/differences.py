@@ -16,7 +16,7 @@ from rich.text import Text
 
 from tokbench.check.runs import Measured, Run, matched
 from tokbench.config import MethodSpec
-from tokbench.errors import UserError, nearest, printable
+from tokbench.errors import UserError, nearest, printable, require_known
 from tokbench.measure.stats import paired_drop, wilson
 from tokbench.report.text import for_markdown, for_sheet, interval, number
 from tokbench.results.cell import Cell, CellKey, Figure
@@ -68,12 +68,9 @@ def compare(runs: Sequence[str | Path], baseline: str | None = None) -> list[Dif
             _difference(first, old, other, new) for other in others for old, new in matched(first, other) if new
         ]  # fmt: skip
     home, bases = _find(opened, baseline)
-    return [
-        _difference(home, bases.get(own.cell.model) or next(iter(bases.values())), run, own)
-        for run in opened
-        for own in run.cells
-        if own not in bases.values()
-    ]
+    any_base = next(iter(bases.values()))
+    others_of = [(run, own) for run in opened for own in run.cells if own not in bases.values()]
+    return [_difference(home, bases.get(own.cell.model, any_base), run, own) for run, own in others_of]
 
 
 def _find(runs: Sequence[Run], baseline: str) -> tuple[Run, dict[str, Measured]]:
@@ -106,7 +103,8 @@ def _difference(before: Run, old: Measured, after: Run, new: Measured) -> Differ
         logs = _minus(*(_map(log, own.cell[name]) for own in (new, old)))
         found[f"{name}_ratio"] = _map(exp, logs)
     figures = {name: figure for name, figure in found.items() if figure is not None}
-    return Difference(_name(after, new.cell), _name(before, old.cell), images, figures)
+    name, other = (f"{printable(run.path.name)}: {own.cell.id}" for run, own in ((after, new), (before, old)))
+    return Difference(name, other, images, figures)
 
 
 def _same_images(
@@ -144,24 +142,16 @@ def _minus(new: Figure | None, old: Figure | None) -> Figure | None:
     if new is None or old is None:
         return None
     difference = new.value - old.value
-    if new.low is None or new.high is None or old.low is None or old.high is None:
+    if not (new.interval and old.interval):
         return Figure(difference)
-    return Figure(
-        difference,
-        difference - hypot(new.value - new.low, old.high - old.value),
-        difference + hypot(new.high - new.value, old.value - old.low),
-    )
+    (new_low, new_high), (old_low, old_high) = new.interval, old.interval
+    below, above = hypot(new.value - new_low, old_high - old.value), hypot(new_high - new.value, old.value - old_low)
+    return Figure(difference, difference - below, difference + above)
 
 
 def _map(change: Callable[[float], float], figure: Figure | None) -> Figure | None:
     """An increasing function of a figure and both ends of its interval."""
-    if figure is None:
-        return None
-    return Figure(change(figure.value), *map(change, figure.interval or ()))
-
-
-def _name(run: Run, cell: Cell) -> str:
-    return f"{printable(run.path.name)}: {cell.id}"
+    return figure and Figure(change(figure.value), *map(change, figure.interval or ()))
 
 
 def render(found: Sequence[Difference], format: str) -> str:
@@ -172,8 +162,7 @@ def render(found: Sequence[Difference], format: str) -> str:
         return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n" + "\n".join(_NOTES) + "\n"
     if format == "json":
         return json.dumps([asdict(one) for one in found], indent=2, ensure_ascii=False) + "\n"
-    if format != "csv":
-        raise UserError(f"no format {format!r}; there are {', '.join(FORMATS)}.{nearest(format, FORMATS)}")
+    require_known(format, FORMATS, "format")
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     ends = ("value", "low", "high")
@@ -200,9 +189,9 @@ def _texts(found: Sequence[Difference]) -> list[list[str]]:
     shown = {name: head for name, head in _HEADS.items() if any(name in one.figures for one in found)}
     rows = [[*_WORDS, *(head for head, _ in shown.values())]]
     for one in found:
-        figures = [
-            f"{number(figure.value, digits)} {interval(figure, digits)}".rstrip() if figure else ""
-            for figure, digits in ((one.figures.get(name), digits) for name, (_, digits) in shown.items())
-        ]
-        rows.append([one.cell, one.against, one.images, *figures])
+        row = [one.cell, one.against, one.images]
+        for name, (_, digits) in shown.items():
+            figure = one.figures.get(name)
+            row.append(f"{number(figure.value, digits)} {interval(figure, digits)}".rstrip() if figure else "")
+        rows.append(row)
     return rows

@@ -44,8 +44,7 @@ def how_to_measure(baseline: Run, *, with_speed: bool, limit: int | None, device
         except UserError as error:
             if device is not None:
                 raise
-            gpu = manifest.machine.gpu
-            where = f"{gpu} ({place})" if gpu else place
+            where = f"{manifest.machine.gpu} ({place})" if manifest.machine.gpu else place
             raise UserError(
                 f"the baseline {baseline.path} was measured on {where}, and PyTorch sees no such device here; "
                 "--device cpu compares all but speed"

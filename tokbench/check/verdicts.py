@@ -149,11 +149,13 @@ def write_junit(check: Check, path: Path) -> None:
 
 def github_errors(check: Check) -> list[str]:
     """GitHub's workflow commands, one per gate that failed (it shows no more than ten in a step)."""
-    return [
-        f"::error title=tokbench check, {gate}::{_for_command([check.headline(gate), *check.failed(gate)])}"
-        for gate in check.limits
-        if not check.gate_passed(gate)
-    ]
+    commands = []
+    for gate in check.limits:
+        if not check.gate_passed(gate):
+            # The only escape there is that of URLs.
+            told = [printable(line).replace("%", "%25") for line in (check.headline(gate), *check.failed(gate))]
+            commands.append(f"::error title=tokbench check, {gate}::{'%0A'.join(told)}")
+    return commands
 
 
 def summary(check: Check) -> str:
@@ -184,8 +186,3 @@ def tell_github(check: Check, environment: Mapping[str, str] = os.environ) -> No
     if path:
         with open(path, "a", encoding="utf-8") as file:
             file.write(summary(check))
-
-
-def _for_command(lines: list[str]) -> str:
-    """As the data of a workflow command, whose only escape is that of URLs."""
-    return "%0A".join(printable(line).replace("%", "%25") for line in lines)

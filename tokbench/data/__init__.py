@@ -13,15 +13,14 @@ from torch import Tensor, nn
 
 from tokbench.config import BUNDLED_DATA, DATA_PACKAGES
 from tokbench.data.batches import Batch, load_batches
-from tokbench.data.bundled import open_bundled
-from tokbench.data.bundled import read_composites as _read_composites
+from tokbench.data.bundled import open_bundled, read_composites
 from tokbench.data.decoding import ImageError, Skipped, decode
 from tokbench.data.folders import open_folder
 from tokbench.data.labels import DataWarning, without_labels
 from tokbench.data.preparing import preparation, to_pictures
 from tokbench.data.sources import ImageSource, ImageStream
 from tokbench.data.timm_readers import open_timm
-from tokbench.errors import UserError, nearest
+from tokbench.errors import UserError, require_file
 
 __all__ = [
     "Batch",
@@ -85,18 +84,10 @@ def _open(spec: str, model: nn.Module, limit: int | None, labels: str | Path | N
 def _single_image(name: str) -> Image.Image:
     kind, _, number = name.partition(":")
     if kind == "bundled":
-        composites = _read_composites()
+        composites = read_composites()
         if not (number.isdecimal() and 1 <= int(number) <= len(composites)):
             raise UserError(f"image {name!r}: bundled images are bundled:1 to bundled:{len(composites)}.")
         return composites[int(number) - 1][0]
     path = Path(os.path.expanduser(name))
-    try:
-        is_folder, is_there = path.is_dir(), path.exists()
-    except OSError as error:  # a name that is too long, a folder that may not be entered
-        raise UserError(f"image {name[:100]!r} cannot be read: {error.strerror}.") from error
-    if is_folder:
-        raise UserError(f"image {name!r} is a folder; give single images, such as those in it.")
-    if not is_there:
-        siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"image {name!r} does not exist.{nearest(path.name, siblings)}")
+    require_file(path, "image", "give single images, such as those in it")
     return decode(path, str(path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import stat
-import textwrap
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, JpegImagePlugin
 
-from tokbench.errors import UserError
+from tokbench.errors import UserError, shortened
 
 # Models scale the shorter side to their input size: what is a line to the eye would fill the memory.
 LONGEST_TO_SHORTEST = 200
@@ -49,6 +48,11 @@ class ImageError(UserError):
         self.name, self.reason = name, reason
 
 
+def unreadable(name: str, reason: str) -> ImageError:
+    """What to raise where there is no image to decode, or no label to it."""
+    return ImageError(f"image {name!r} cannot be read: {reason}", name, reason)
+
+
 @dataclass(frozen=True)
 class Skipped:
     """An image that no model saw: its place in the source, its name, and why."""
@@ -81,7 +85,7 @@ def decode(file: Path | BinaryIO, name: str) -> Image.Image:
                 flat = _flatten(image)
                 return flat if turn is None else flat.transpose(turn)
     except Exception as error:  # of damaged files, Pillow's decoders raise whatever they stumble over
-        reason = textwrap.shorten(str(error), 200, placeholder=" …") or type(error).__name__
+        reason = shortened(error)
         raise ImageError(f"image {name!r} cannot be decoded: {reason}", name, reason) from error
 
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import PIL
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from tokbench.data.decoding import ImageError, Skipped
+from tokbench.data.cache import PixelCache
+from tokbench.data.decoding import ImageError, Skipped, unreadable
 from tokbench.data.labels import Labelling
 from tokbench.errors import shortened
 
@@ -33,58 +37,84 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Preparation:
-    """From an image and its data set's label to what the model takes, and how the model numbers its classes."""
+    """From an image and its data set's label to what the model takes, and how the model numbers its classes.
+
+    mode: Pillow's. shape: (H, W, C) of what `crop` makes of an image, of which `to_tensor` makes floats.
+    """
 
     mode: str
-    transform: Any
+    shape: tuple[int, int, int]
+    crop: Any
+    to_tensor: Any
     labelling: Labelling
 
     def __call__(self, image: Image.Image, label: int | str | None) -> tuple[Tensor, int]:
-        return self.transform(image.convert(self.mode)), self.labelling(label)
+        return self.to_tensor(self.pixels(image)), self.labelling(label)
+
+    def pixels(self, image: Image.Image) -> Image.Image:
+        """The part of an image that the model sees, at its size."""
+        cropped: Image.Image = self.crop(image.convert(self.mode))
+        return cropped
 
 
-class ImageSource(Dataset[tuple[Tensor, int]]):
+class _Prepared:
+    """What sources and streams have in common; see ImageSource."""
+
+    def __init__(self, name: str, images: Any, indices: np.ndarray, prepare: Preparation, fingerprint: str) -> None:
+        self.name, self.fingerprint, self.indices = name, fingerprint, indices
+        self.classes, self.num_classes = prepare.labelling.classes, prepare.labelling.num_classes
+        self.warnings, self.among = prepare.labelling.warnings, prepare.labelling.among
+        self._images, self._prepare = images, prepare
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+class ImageSource(_Prepared, Dataset[tuple[Tensor, int]]):
     """Images by index: `source[i]` is (preprocessed (C, H, W) float tensor, label in the model's order, −1 = none).
 
     name: short, for titles. fingerprint: sha256 (hex) of which images these are, in which order; it does not depend on
     the model. classes: their names in the data's own order, None where they have none. num_classes: how many classes
     the data has (the model's, where the data does not tell). warnings: why figures read off these images may not mean
     what they seem to. among: the model's classes that answers are chosen from, None for all. indices: (n,), their
-    places in the whole data set, ascending. streaming: False.
+    places in the whole data set, ascending. streaming: False. images: `Images`, all that `indices` choose from.
+    version: what else changes with the images, as the times of files.
     """
 
     streaming = False
 
     def __init__(
-        self,
-        name: str,
-        images: Images,
-        chosen: np.ndarray,
-        prepare: Preparation,
-        fingerprint: str,
-    ):
-        self.name, self.fingerprint = name, fingerprint
-        self.classes, self.num_classes = prepare.labelling.classes, prepare.labelling.num_classes
-        self.warnings, self.among = prepare.labelling.warnings, prepare.labelling.among
-        self.indices = chosen
-        self._images, self._prepare = images, prepare
+        self, name: str, images: Any, indices: np.ndarray, prepare: Preparation, fingerprint: str, version: str = ""
+    ) -> None:
+        super().__init__(name, images, indices, prepare, fingerprint)
+        self._version = version
+        self._cache: PixelCache | None = None
 
-    def __len__(self) -> int:
-        return len(self.indices)
+    def keep_in(self, folder: Path) -> None:
+        """Keep prepared images in a file in `folder`, and take them from there. Raises UserError where it cannot be."""
+        how = self._prepare
+        parts = (how.mode, how.shape, how.crop, how.labelling, PIL.__version__)
+        key = fingerprint(self.fingerprint, self._version, *map(repr, parts))[:16]
+        name = re.sub(r"[^\w.-]+", "_", self.name)[-60:]
+        self._cache = PixelCache(folder / f"{name}-{key}.pixels", len(self), how.shape)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        place = int(self.indices[index])
+        if self._cache and (kept := self._cache.get(index)):
+            return self._prepare.to_tensor(Image.fromarray(kept[0].squeeze())), kept[1]
+        place, prepare = int(self.indices[index]), self._prepare
         try:
-            image, label = self._images[place]
-            return self._prepare(image, label)
+            image, given = self._images[place]
+            pixels, label = prepare.pixels(image), prepare.labelling(given)
+            if self._cache:
+                self._cache.put(index, np.asarray(pixels).reshape(prepare.shape), label)
+            return prepare.to_tensor(pixels), label
         except ImageError:
             raise
         except Exception as error:  # whatever a data set's own reader stumbles over is about this image only
-            name, reason = f"{self.name}, number {place}", shortened(error)
-            raise ImageError(f"image {name!r} cannot be read: {reason}", name, reason) from error
+            raise unreadable(f"{self.name}, number {place}", shortened(error)) from error
 
 
-class ImageStream(IterableDataset[tuple[Tensor, int]]):
+class ImageStream(_Prepared, IterableDataset[tuple[Tensor, int]]):
     """The first `length` images of a stream; attributes and items as ImageSource's. streaming: True.
 
     images: gives, for every place in order, an image and its label, or the ImageError that says why there is none.
@@ -95,27 +125,16 @@ class ImageStream(IterableDataset[tuple[Tensor, int]]):
     streaming = True
 
     def __init__(
-        self,
-        name: str,
-        images: Iterable[StreamItem],
-        length: int,
-        prepare: Preparation,
-        fingerprint: str,
+        self, name: str, images: Iterable[StreamItem], length: int, prepare: Preparation, fingerprint: str,
         promised: bool = False,
-    ):
-        self.name, self.fingerprint = name, fingerprint
-        self.classes, self.num_classes = prepare.labelling.classes, prepare.labelling.num_classes
-        self.warnings, self.among = prepare.labelling.warnings, prepare.labelling.among
-        self.indices = np.arange(length)
-        self._images, self._length, self._prepare, self._promised = images, length, prepare, promised
-
-    def __len__(self) -> int:
-        return self._length
+    ) -> None:  # fmt: skip
+        super().__init__(name, images, np.arange(length), prepare, fingerprint)
+        self._promised = promised
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         for item in self.items():
             if isinstance(item, Skipped):
-                raise ImageError(f"image {item.name!r} cannot be read: {item.reason}", item.name, item.reason)
+                raise unreadable(item.name, item.reason)
             yield item
 
     def items(self) -> Iterator[tuple[Tensor, int] | Skipped]:
@@ -123,15 +142,15 @@ class ImageStream(IterableDataset[tuple[Tensor, int]]):
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
             raise ImageError(f"the stream {self.name!r} is read in order by one process: use --workers 0 or 1.")
-        count = 0
-        for item in itertools.islice(self._images, self._length):
+        count, length = 0, len(self)
+        for item in itertools.islice(self._images, length):
             yield self._prepared(count, item)
             count += 1
         if not count:
             raise ImageError(f"the stream {self.name!r} gives no images: are its folder and split right?")
-        if count < self._length:
-            _logger.warning("the stream %r ended after %d of %d images", self.name, count, self._length)
-        for place in range(count, self._length if self._promised else count):
+        if count < length:
+            _logger.warning("the stream %r ended after %d of %d images", self.name, count, length)
+        for place in range(count, length if self._promised else count):
             yield Skipped(place, f"{self.name}, number {place}", "the stream ended before it")
 
     def _prepared(self, place: int, item: StreamItem) -> tuple[Tensor, int] | Skipped:

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from tokbench.config import DATA_PACKAGES
-from tokbench.data.decoding import ImageError, decode
+from tokbench.data.decoding import ImageError, decode, unreadable
 from tokbench.data.folders import EXTENSIONS, SPLITS
 from tokbench.data.labels import Labelling, label_classes, label_numbers, some
 from tokbench.data.preparing import data_config, image_mode, preparation
@@ -30,16 +30,7 @@ from tokbench.errors import UserError, nearest, shortened
 from tokbench.models import HubError
 
 # How timm, torchvision and the packages behind them say what is wrong with a name, split, folder or column.
-_OPENING_ERRORS = (
-    AssertionError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    HubError,
-)
+_OPENING_ERRORS = (AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError, HubError)
 
 
 @dataclass(frozen=True)
@@ -61,22 +52,20 @@ def open_timm(kind: str, rest: str, model: nn.Module, limit: int | None) -> Imag
     opened = _create(spec, mode, limit)
     classes = _timm_classes(opened)
     prepare = preparation(model, label_classes(classes, model, what) if classes else label_numbers(model, what))
-    split = spec.options.get("split", "validation")
-    identity = (str(spec), split, *(classes or ()))
+    identity = (str(spec), spec.options.get("split", "validation"), *(classes or ()))
+    known = len(opened)  # 0 where nobody knows how long a stream is
     if not isinstance(opened, IterableDataset):
         images = _decoding(opened, str(spec))
         _try_first(images, spec, prepare.labelling)
-        chosen = choose(len(opened), limit)
-        print_ = fingerprint(*identity, str(len(opened)), chosen)
-        return ImageSource(str(spec), images, chosen, prepare, print_)
-    length = _stream_length(opened, limit)
+        chosen = choose(known, limit)
+        return ImageSource(str(spec), images, chosen, prepare, fingerprint(*identity, str(known), chosen))
+    length = known if limit is None else min(limit, known or limit)
     if not length:
         raise UserError(f"data {str(spec)!r} does not tell how many images it has: say how many with --limit N.")
-    print_ = fingerprint(*identity, str(length))
     images_in_order = _streaming(spec, opened, prepare.labelling)
     # For hfids/ timm repeats the limit it was given as the length.
-    promised = spec.kind != "hfids" and _stream_length(opened, None) > 0
-    return ImageStream(str(spec), images_in_order, length, prepare, print_, promised)
+    promised = spec.kind != "hfids" and known > 0
+    return ImageStream(str(spec), images_in_order, length, prepare, fingerprint(*identity, str(length)), promised)
 
 
 def _parse_timm(kind: str, rest: str) -> _TimmSpec:
@@ -202,14 +191,7 @@ class _Shards:
         for sample in webdataset.DataPipeline(
             webdataset.SimpleShardList(list(self.shards)), webdataset.tarfile_to_samples()
         ):
-            name = f"{Path(str(sample['__url__'])).name}/{sample['__key__']}"
-            try:
-                yield self._read(sample, name)
-            except ImageError as error:
-                yield error
-            except Exception as error:  # a label or an image that is missing, or is none
-                reason = shortened(error)
-                yield ImageError(f"image {name!r} cannot be read: {reason}", name, reason)
+            yield _item(self._read, sample, f"{Path(str(sample['__url__'])).name}/{sample['__key__']}")
 
     def _read(self, sample: dict[str, Any], name: str) -> StreamItem:
         key = next((key for key in self.image_keys if key in sample), None)
@@ -237,15 +219,22 @@ class _Rows:
         else:
             rows = reader.builder.as_streaming_dataset(split=reader.split)
         for place, row in enumerate(rows.cast_column(reader.input_key, datasets.Image(decode=False))):
-            image, name = row[reader.input_key], f"{self.name}, number {place}"
-            try:
-                file = io.BytesIO(image["bytes"]) if image["bytes"] is not None else Path(image["path"])
-                yield decode(file, name), row[reader.target_key]
-            except ImageError as error:
-                yield error
-            except Exception as error:  # no image in this row, or no class number
-                reason = shortened(error)
-                yield ImageError(f"image {name!r} cannot be read: {reason}", name, reason)
+            yield _item(self._read, row, f"{self.name}, number {place}")
+
+    def _read(self, row: dict[str, Any], name: str) -> StreamItem:
+        image = row[self.reader.input_key]
+        file = io.BytesIO(image["bytes"]) if image["bytes"] is not None else Path(image["path"])
+        return decode(file, name), row[self.reader.target_key]
+
+
+def _item(read: Callable[[dict[str, Any], str], StreamItem], sample: dict[str, Any], name: str) -> StreamItem:
+    """What `read` makes of a sample, or why it cannot: an image or a label may be missing, or be none."""
+    try:
+        return read(sample, name)
+    except ImageError as error:
+        return error
+    except Exception as error:
+        return unreadable(name, shortened(error))
 
 
 def _load(path: str) -> Image.Image:
@@ -269,11 +258,6 @@ def _try_first(images: Images, spec: _TimmSpec, labelling: Labelling) -> None:
         raise UserError(f"data {str(spec)!r}, first image: {error}.") from error
 
 
-def _stream_length(stream: Any, limit: int | None) -> int:
-    known = len(stream)  # 0 where nobody knows
-    return known if limit is None else min(limit, known or limit)
-
-
 def _timm_classes(opened: Any) -> list[str] | None:
     """Class names in the data set's own order: wnids where torchvision has them, None where nobody knows."""
     reader = getattr(opened, "reader", None)
@@ -281,7 +265,4 @@ def _timm_classes(opened: Any) -> list[str] | None:
     if index:
         return sorted(index, key=index.__getitem__)
     names = getattr(opened, "wnids", None) or getattr(opened, "classes", None)
-    return None if not names else [str(name) for name in names]
-
-
-# --- common to all
+    return [*map(str, names)] if names else None

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tokbench.errors import UserError, nearest, shortened
+from tokbench.errors import UserError, require_file, shortened
 
 # timm's own order: averaged weights before raw ones. The rest are names that other training scripts use: "module" is
 # DeepSpeed's, "teacher" that of DINO and its followers.
@@ -35,6 +35,7 @@ _WRAPPERS = (
 # How names begin that timm's own converters look for: OpenCLIP, Perception Encoder, RADIO, BEiT-3.
 _MEANT = ("visual.trunk.", "visual.class_embedding", "visual.conv1.", "radio_model.", "beit3.", "blocks.")
 _INDEX = ".index.json"
+_GIVEN = ("checkpoint", "give the file with the weights")
 # The pickles at the start of a file that torch.save wrote before it made zips: magic number, version, system, content.
 _OLD_PICKLES = 4
 
@@ -46,7 +47,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     Nothing in it is executed: objects that are neither tensors nor plain containers are passed over. Raises UserError
     if there is nothing to read, and if the file would unpack to more than it holds.
     """
-    _require_file(path)
+    require_file(path, *_GIVEN)
     try:
         state = _read(path)
     except UserError:
@@ -58,17 +59,10 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     return _strip_prefix(state)
 
 
-def _require_file(path: Path) -> None:
-    try:
-        is_file, is_folder = path.is_file(), path.is_dir()
-    except OSError as error:  # a name that is too long, a folder that may not be entered
-        raise UserError(f"checkpoint {str(path)[:100]!r} cannot be read: {error.strerror}.") from error
-    if is_file:
-        return
-    if is_folder:
-        raise UserError(f"checkpoint {str(path)!r} is a folder; give the file with the weights.")
-    siblings = [other.name for other in path.parent.iterdir() if other.is_file()] if path.parent.is_dir() else []
-    raise UserError(f"checkpoint {str(path)!r} does not exist.{nearest(path.name, siblings)}")
+def count_outputs(state: Mapping[str, Tensor]) -> int | None:
+    """How many outputs weights under timm's names lead to; None where their head does not tell."""
+    head = state.get("head.weight")
+    return len(head) if head is not None and head.ndim == 2 else None
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -85,7 +79,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         shard = index.parent / file
         if shard.parent != index.parent or shard.name.endswith(_INDEX):
             raise ValueError(f"it names {file!r}, which is no file of weights beside it")
-        _require_file(shard)
+        require_file(shard, *_GIVEN)
         state |= _read(shard)
     missing = names.keys() - state.keys()
     if missing:

@@ -21,7 +21,7 @@ from tokbench.fusion.patch import UnsupportedModelError, require_supported
 from tokbench.measure._model import resolve_input_size
 from tokbench.models import fitting, hub
 from tokbench.models.bundled import BUNDLED, BUNDLED_WEIGHTS, build_bundled
-from tokbench.models.checkpoints import read_checkpoint
+from tokbench.models.checkpoints import count_outputs, read_checkpoint
 from tokbench.models.converted import PREFIXES, convert
 from tokbench.models.converted.common import Conversion
 
@@ -33,12 +33,7 @@ VIT_MODULES = (
     *OWN_MODULES,
 )
 # Those of them that have weights and that fusion.patch refuses, for what their blocks are.
-REFUSED = (
-    "vit_dlittle_patch16_reg1_gap_256",
-    "vit_dpwee_patch16_reg1_gap_256",
-    "vit_dwee_patch16_reg1_gap_256",
-    "vit_pwee_patch16_reg1_gap_256",
-)
+REFUSED = tuple(f"vit_{size}_patch16_reg1_gap_256" for size in ("dlittle", "dpwee", "dwee", "pwee"))
 # Above it even one patch in 16 pixels squared asks for more positions than any memory holds.
 _LARGEST_INPUT = 2**16
 
@@ -73,8 +68,8 @@ def load_model(
             that cannot be read or does not fit.
     """
     path = Path(checkpoint) if checkpoint is not None else None
-    if input_size is not None:
-        _require_positive(input_size)
+    if input_size is not None and not 1 <= input_size <= _LARGEST_INPUT:
+        raise UserError(f"input_size must be 1 to {_LARGEST_INPUT} pixels, not {input_size}.")
     source = _source(name, path, random_weights)
     build, state, size = source.build, source.state, input_size or source.input_size
     with torch.device("meta"):
@@ -156,8 +151,8 @@ def _source(name: str, checkpoint: Path | None, random_weights: bool) -> Convers
         build, default = partial(_build_timms, name), None
     path = checkpoint or default
     state = None if path is None else read_checkpoint(path)
-    if state is not None and "head.weight" in state and state["head.weight"].ndim == 2:
-        build = partial(build, num_classes=len(state["head.weight"]))
+    if (outputs := count_outputs(state or {})) is not None:
+        build = partial(build, num_classes=outputs)
     return Conversion(build, state, path)
 
 
@@ -168,23 +163,12 @@ def _build_timms(name: str, *, pretrained: bool = False, **options: Any) -> Any:
         if repo and (pretrained or source == "hf-hub"):
             hub.require_hub(repo, files)
         return timm.create_model(name, pretrained=pretrained, **options)
-    except (OSError, hub.HubError) as error:
-        raise hub.cannot_download(name, repo, error) if source != "local-dir" else _cannot_load(name, error) from error
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (OSError, hub.HubError, RuntimeError, ValueError, KeyError) as error:
+        if source != "local-dir" and isinstance(error, OSError | hub.HubError):
+            raise hub.cannot_download(name, repo, error) from error
         if source is None:
             raise
-        raise _cannot_load(name, error) from error
-
-
-def _cannot_load(name: str, error: Exception) -> UserError:
-    return UserError(f"cannot load model {name!r}: {shortened(error)}")
-
-
-def _require_positive(input_size: int) -> None:
-    if input_size < 1:
-        raise UserError(f"input_size must be at least 1 pixel, not {input_size}.")
-    if input_size > _LARGEST_INPUT:
-        raise UserError(f"input_size must be at most {_LARGEST_INPUT} pixels.")
+        raise UserError(f"cannot load model {name!r}: {shortened(error)}") from error
 
 
 def _require_vit(model: Any, name: str, input_size: int | None) -> None:
@@ -203,10 +187,8 @@ def _require_memory(skeleton: nn.Module, name: str) -> None:
     needed = sum(tensor.numel() * tensor.element_size() for tensor in skeleton.state_dict().values())
     there = psutil.virtual_memory().total
     if needed > there:
-        raise UserError(
-            f"the weights of model {name!r} would take {needed / 2**30:,.0f} GiB, and this machine has "
-            f"{there / 2**30:,.0f} GiB."
-        )
+        needed_gib, there_gib = f"{needed / 2**30:,.0f} GiB", f"{there / 2**30:,.0f} GiB"
+        raise UserError(f"the weights of model {name!r} would take {needed_gib}, and this machine has {there_gib}.")
 
 
 def _describe_input(model: Any) -> None:

@@ -7,18 +7,15 @@ load after `checkpoint_filter_fn`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from tokbench.models.stems import PATCH, Stem
+from tokbench.models.stems import PATCH, Stem, configurations, register
 
 
 class ConvStem(Stem):
@@ -76,25 +73,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "lvvit_l": dict(embed_dim=768, depth=24, num_heads=12, skip_lam=3.0, stem_width=128),
 }
 
-default_cfgs = generate_default_cfgs(
-    {
-        name: dict(
-            url="",
-            num_classes=1000,
-            input_size=(3, 224, 224),
-            crop_pct=0.9 if name in ("lvvit_t", "lvvit_s") else 1.0,
-            interpolation="bicubic",
-            mean=IMAGENET_DEFAULT_MEAN,
-            std=IMAGENET_DEFAULT_STD,
-            fixed_input_size=True,
-            first_conv="patch_embed.conv1",
-            classifier=("head", "head.aux"),
-            paper_ids="arXiv:2104.10858",
-            origin_url="https://github.com/zihangJiang/TokenLabeling",
-        )
-        for name in ARCHITECTURES
-    }
-)
+_configured = partial(
+    configurations, paper="2104.10858", origin="https://github.com/zihangJiang/TokenLabeling",
+    first_conv="patch_embed.conv1", classifier=("head", "head.aux"),
+)  # fmt: skip
+default_cfgs = _configured(["lvvit_t", "lvvit_s"]) | _configured(["lvvit_m", "lvvit_l"], crop_pct=1.0)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
@@ -118,17 +101,5 @@ def _build(stem_width: int = 64, skip_lam: float = 2.0, **options: Any) -> Visio
     return model
 
 
-def _entry(name: str) -> Callable[..., VisionTransformer]:
-    def build(pretrained: bool = False, **options: Any) -> VisionTransformer:
-        options = ARCHITECTURES[name] | options
-        model: VisionTransformer = build_model_with_cfg(
-            _build, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **options
-        )
-        return model
-
-    build.__name__ = name
-    return build
-
-
-for _name in ARCHITECTURES:
-    globals()[_name] = register_model(_entry(_name))
+for _name, _arguments in ARCHITECTURES.items():
+    register(_name, __name__, _build, _arguments)

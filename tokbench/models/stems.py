@@ -1,11 +1,41 @@
-"""What timm and tokbench ask of a patch embedding, for stems that end on a grid of 16 × 16 pixels."""
+"""What models share that timm has not: stems that end on a grid of 16 × 16 pixels, and their place among timm's."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 PATCH = 16
+
+
+def configurations(names: Iterable[str], paper: str, origin: str, **more: Any) -> Any:
+    """timm's `default_cfgs` of models whose authors' weights are files to be given."""
+    same: dict[str, Any] = dict(
+        url="", num_classes=1000, input_size=(3, 224, 224), crop_pct=0.9, interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, fixed_input_size=True, classifier="head",
+        paper_ids=f"arXiv:{paper}", origin_url=origin,
+    )  # fmt: skip
+    return generate_default_cfgs({name: same | more for name in names})
+
+
+def register(name: str, module: str, kind: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    """Register a model with timm as one of that module, which has `checkpoint_filter_fn` and `default_cfgs`."""
+    home = sys.modules[module]
+
+    def build(pretrained: bool = False, **options: Any) -> VisionTransformer:
+        options = {"pretrained_filter_fn": home.checkpoint_filter_fn, **arguments, **options}
+        model: VisionTransformer = build_model_with_cfg(kind, name, pretrained, **options)
+        return model
+
+    build.__name__, build.__module__ = name, module
+    setattr(home, name, register_model(build))
 
 
 class Stem(nn.Module):

@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm, Mlp
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tokbench.fusion.core import score_dtype
-from tokbench.models.stems import PATCH, Stem
+from tokbench.models.stems import PATCH, Stem, configurations, register
 
 NORM = partial(LayerNorm, eps=1e-5)
 WIDTH = 64  # of the tokens inside the stem
@@ -138,24 +136,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 ARCHITECTURES |= {f"t2t_vit_t_{size}": ARCHITECTURES[f"t2t_vit_{size}"] for size in ("14", "19", "24")}
 
-default_cfgs = generate_default_cfgs(
-    {
-        name: dict(
-            url="",
-            num_classes=1000,
-            input_size=(3, 224, 224),
-            crop_pct=0.9,
-            interpolation="bicubic",
-            mean=IMAGENET_DEFAULT_MEAN,
-            std=IMAGENET_DEFAULT_STD,
-            fixed_input_size=True,
-            first_conv=None,
-            classifier="head",
-            paper_ids="arXiv:2101.11986",
-            origin_url="https://github.com/yitu-opensource/T2T-ViT",
-        )
-        for name in ARCHITECTURES
-    }
+default_cfgs = configurations(
+    ARCHITECTURES, "2101.11986", "https://github.com/yitu-opensource/T2T-ViT", first_conv=None
 )
 
 
@@ -164,20 +146,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return {name.replace("tokens_to_token.", "patch_embed."): tensor for name, tensor in state_dict.items()}
 
 
-def _entry(name: str) -> Callable[..., VisionTransformer]:
-    def build(pretrained: bool = False, **options: Any) -> VisionTransformer:
-        stem = partial(TokensToToken, step=TransformerStep if "_t_" in name else PerformerStep)
-        options = (
-            dict(ARCHITECTURES[name], patch_size=PATCH, qkv_bias=False, norm_layer=NORM, embed_layer=stem) | options
-        )
-        model: VisionTransformer = build_model_with_cfg(
-            VisionTransformer, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **options
-        )
-        return model
-
-    build.__name__ = name
-    return build
-
-
-for _name in ARCHITECTURES:
-    globals()[_name] = register_model(_entry(_name))
+for _name, _shape in ARCHITECTURES.items():
+    _stem = partial(TokensToToken, step=TransformerStep if "_t_" in _name else PerformerStep)
+    _parts: dict[str, Any] = dict(patch_size=PATCH, qkv_bias=False, norm_layer=NORM, embed_layer=_stem)
+    register(_name, __name__, VisionTransformer, _shape | _parts)

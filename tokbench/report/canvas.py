@@ -20,7 +20,7 @@ from matplotlib.figure import Figure  # noqa: E402
 
 from tokbench.errors import UserError, nearest  # noqa: E402
 from tokbench.report.styles import Theme  # noqa: E402
-from tokbench.results.folder import replace_file  # noqa: E402
+from tokbench.results.folder import write_out  # noqa: E402
 
 if _backend is not None:
     os.environ["MPLBACKEND"] = _backend
@@ -60,8 +60,4 @@ def save(figure: Figure, out: Path, dpi: int) -> None:
     """Write a figure, folders included, as a whole. Raises UserError where the file cannot be written."""
     kind = out.suffix.lstrip(".").lower()
     dpi = min(dpi, int(_MOST_PIXELS / max(figure.get_size_inches())))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(out, lambda file: figure.savefig(file, format=kind, dpi=dpi, metadata=_NO_DATE.get(kind, {})))
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}.") from error
+    write_out(out, lambda file: figure.savefig(file, format=kind, dpi=dpi, metadata=_NO_DATE.get(kind, {})))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import shlex
+from contextlib import suppress
+from itertools import pairwise
 from keyword import iskeyword
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from tokbench.errors import UserError, printable
 from tokbench.report.styles import STYLES
 from tokbench.results.cell import Cell
 from tokbench.results.folder import RunFolder
-from tokbench.results.records import Manifest, Session
+from tokbench.results.records import Manifest
 
 _CAST = {None: "", "fp32": "", "bf16": ".bfloat16()", "fp16": ".half()"}
 
@@ -31,7 +34,9 @@ def python_of(cell: Cell, folder: RunFolder) -> tuple[str, list[str]]:
         paths, notes = _plugins(folder.manifest, cell.method)
         if paths:
             lines += ["from tokbench.plugins import load_plugins", f"load_plugins([{', '.join(map(_literal, paths))}])"]
-    lines.append(f"model = {_load_model(cell, folder.manifest)}")
+    words, named = loaded(cell, folder.manifest)
+    device = f".to({_literal(cell.device)})" if cell.device not in (None, "cpu") else ""
+    lines.append(f"model = tokbench.load_model({_arguments(*words, **named)}){device}{_CAST[cell.dtype]}")
     if not cell.is_baseline:
         schedule, params = applied(cell)
         lines.append(f"tokbench.apply(model, {_arguments(cell.method, schedule, **params)})")
@@ -58,12 +63,6 @@ def loaded(cell: Cell, manifest: Manifest) -> tuple[list[Any], dict[str, Any]]:
     return words, {key: spec[key] for key in ("input_size", "random_weights") if spec.get(key)}
 
 
-def _load_model(cell: Cell, manifest: Manifest) -> str:
-    words, named = loaded(cell, manifest)
-    device = f".to({_literal(cell.device)})" if cell.device not in (None, "cpu") else ""
-    return f"tokbench.load_model({_arguments(*words, **named)}){device}{_CAST[cell.dtype]}"
-
-
 def export_of(cell: Cell, folder: RunFolder) -> list[str]:
     """The command that writes a cell of this run to a file, and lines that run that file with ONNX Runtime."""
     paths = [] if cell.method in STYLES else _plugins(folder.manifest, cell.method)[0]
@@ -77,16 +76,12 @@ def export_of(cell: Cell, folder: RunFolder) -> list[str]:
 
 
 def _arguments(*values: Any, **named: Any) -> str:
-    """What stands between the parentheses of a call."""
+    """What stands between the parentheses of a call, also for names that cannot stand before =."""
+    plain = {name for name in named if name.isascii() and name.isidentifier() and not iskeyword(name)}
     words = [_literal(value) for value in values]
-    words += [f"{name}={_literal(value)}" for name, value in named.items() if _is_plain(name)]
-    odd = [f"{_literal(name)}: {_literal(value)}" for name, value in named.items() if not _is_plain(name)]
+    words += [f"{name}={_literal(value)}" for name, value in named.items() if name in plain]
+    odd = [f"{_literal(name)}: {_literal(value)}" for name, value in named.items() if name not in plain]
     return ", ".join([*words, f"**{{{', '.join(odd)}}}"] if odd else words)
-
-
-def _is_plain(name: str) -> bool:
-    """Whether a name can stand before = in a call."""
-    return name.isascii() and name.isidentifier() and not iskeyword(name)
 
 
 def _literal(value: Any) -> str:
@@ -101,7 +96,13 @@ def _plugins(manifest: Manifest, method: str) -> tuple[list[str], list[str]]:
     """The files with a run's own methods, as the command line named them; and what may be wrong with them now."""
     if not manifest.plugins:
         return [], [f"{method} is no method of tokbench, and the run loaded no plugin: register it before these lines"]
-    named = {Path(path).name: path for session in manifest.sessions for path in _plugin_words(session)}
+    named: dict[str, str] = {}
+    for session in manifest.sessions:
+        with suppress(ValueError):  # a command that was written by hand
+            words = shlex.split(session.command or "")
+            parts = [part for word in words for part in re.split(r"(?<=^--plugin)=", word, maxsplit=1)]
+            after = (word for option, word in pairwise(parts) if option == "--plugin")
+            named |= {Path(path).name: path for path in after}
     paths, notes = [], []
     for name, digest in manifest.plugins.items():
         path = named.get(name, name)
@@ -111,12 +112,3 @@ def _plugins(manifest: Manifest, method: str) -> tuple[list[str], list[str]]:
         elif hashlib.sha256(Path(path).read_bytes()).hexdigest() != digest:
             notes.append(f"the plugin {path!r} is no longer the file that the run loaded")
     return paths, notes
-
-
-def _plugin_words(session: Session) -> list[str]:
-    try:
-        words = shlex.split(session.command or "")
-    except ValueError:  # written by hand
-        return []
-    after = [word for option, word in zip(words, words[1:], strict=False) if option == "--plugin"]
-    return after + [word.partition("=")[2] for word in words if word.startswith("--plugin=")]

@@ -157,10 +157,8 @@ class _Group:
                 figure_text(cell, "throughput", unit=" images/s"),
             ]
             known, run = [value for value in values if value], f" in {cell.run}" if len(base) > 1 else ""
-            if known:
-                told.append(f"Unreduced, the model has{run} {listed(known)}.")
-            else:
-                told.append("Of the unreduced model no figures are known.")
+            has = known and f"Unreduced, the model has{run} {listed(known)}."
+            told.append(has or "Of the unreduced model no figures are known.")
         return " ".join(told) or "The unreduced model was not measured, so no drop and no speed-up is known."
 
     def _missing(self) -> list[str]:
@@ -170,9 +168,8 @@ class _Group:
         return told
 
     def _broken(self) -> list[str]:
-        names = [
-            f"{self.name(cell)} ({cell.nonfinite:,} of {_images([cell])})" for cell in self.cells if cell.is_broken
-        ]
+        broken = [cell for cell in self.cells if cell.is_broken]
+        names = [f"{self.name(cell)} ({cell.nonfinite:,} of {_images([cell])})" for cell in broken]
         left_out = "NaN or infinite logits, so left out of fronts and of what is said of reduced cells"
         return [f"{left_out}: {listed(names)}."] if names else []
 

@@ -16,7 +16,7 @@ from tokbench.report.styles import method_style
 from tokbench.report.tables import readable
 from tokbench.report.text import cell_name, group_title, interval, number, variant_name
 from tokbench.results.cell import Cell, Figure
-from tokbench.results.folder import RunFolder, replace_file
+from tokbench.results.folder import RunFolder, write_out
 from tokbench.results.metrics import GAINS, METRICS
 from tokbench.results.table import Rivals, comparable, load_shown, measured
 
@@ -35,19 +35,16 @@ def write_report(runs: Sequence[str | Path], out: str | Path, *, tell: Callable[
 
     tell: is told in a line which of several runs hold nothing.
 
-    Raises UserError without jinja2 and plotly, for a folder that is no run, for runs without records and where the
-    file cannot be written.
+    Raises UserError for a folder that is no run, for runs without records and where the file cannot be written.
     """
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
         name = f"{out.stem or 'report'}.html"
         raise UserError(f"cannot write the report to {out}: it is an HTML file, so call it {name}.")
-    try:
-        import jinja2
-        from markupsafe import Markup
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise UserError(f"the report needs a package that is not here: pip install jinja2 plotly ({error}).") from error
+    import jinja2
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
     cells = load_shown(runs, tell)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False}
@@ -61,11 +58,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path, *, tell: Callable[
         plotly=Markup(get_plotlyjs()),  # the library's own code, and ours
         script=Markup(_SCRIPT.read_text(encoding="utf-8")),
     )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(out, lambda file: file.write(page.encode(errors="backslashreplace")))
-    except OSError as error:
-        raise UserError(f"cannot write the report {out}: {error.strerror or error}.") from error
+    write_out(out, lambda file: file.write(page.encode(errors="backslashreplace")))
     return out
 
 
@@ -83,6 +76,10 @@ def plot_data(cells: Sequence[Cell]) -> dict[str, Any]:
         paced: [Rivals(own) for own in comparable(cells, *(name for name in names if METRICS[name].paced == paced))]
         for paced in (False, True)
     }
+    fronts = {
+        f"{x}|{y}": [rivals.front(x, y) for rivals in each[METRICS[x].paced or METRICS[y].paced]]
+        for x, y in combinations(names, 2)
+    }
     return {
         "metrics": {name: {"label": METRICS[name].label, "better": METRICS[name].better} for name in names},
         "axes": _axes(names),
@@ -91,14 +88,7 @@ def plot_data(cells: Sequence[Cell]) -> dict[str, Any]:
             for group in groups
         ],
         "cells": [_drawn(cell, runs[group_of[cell]], searched) | {"group": group_of[cell]} for cell in cells],
-        "fronts": {
-            f"{x}|{y}": [
-                [number_of[cell] for cell in front]
-                for rivals in each[METRICS[x].paced or METRICS[y].paced]
-                if (front := rivals.front(x, y))
-            ]
-            for x, y in combinations(names, 2)
-        },
+        "fronts": {pair: [[number_of[cell] for cell in own] for own in found if own] for pair, found in fronts.items()},
     }
 
 

@@ -61,6 +61,10 @@ class Size:
         return self.width, 0.7 + self.height * rows
 
     @property
+    def dpi(self) -> int:
+        return 200 if self.text else 300
+
+    @property
     def marker_share(self) -> float:
         """A marker's width as a share of that of a panel, roughly."""
         return 1.22 * self.marker / (72 * (self.panel or self.width) * 0.85)
@@ -87,7 +91,7 @@ class Art:
         for group in group_by(self.cells, lambda cell: cell.method):
             method = group[0].method
             changed = sorted({cell.variant for cell in group} - {method})
-            ranks |= {method: 0, **{variant: rank for rank, variant in enumerate(changed, 1)}}
+            ranks |= {variant: rank for rank, variant in enumerate([method, *changed])}
         return ranks
 
     def place(self, run: str) -> int:

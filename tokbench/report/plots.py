@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from tokbench.errors import UserError, nearest
+from tokbench.errors import UserError, require_known
 from tokbench.report.lines import DRAW_LINES
 from tokbench.report.panels import (
     DASHES,
@@ -34,7 +35,7 @@ from tokbench.report.panels import (
 from tokbench.report.published import PUBLISHED, Published, published_points
 from tokbench.report.scene import Scene, scene, side_by_side
 from tokbench.report.styles import find_theme, method_order
-from tokbench.report.text import capital, listed, plural, told_caveats, variant_name
+from tokbench.report.text import capital, listed, shared, told_caveats, variant_name
 from tokbench.results.cell import Cell
 from tokbench.results.metrics import METRICS, find_metric, metric_name
 from tokbench.results.table import PANEL, group_by, known_gain, measured_names, run_names
@@ -91,17 +92,15 @@ def plot_pareto(
     Raises UserError for an unknown metric, size, theme or suffix, when nothing was published that fits, and
     NothingToPlot when no cell has both metrics of a panel.
     """
-    out = Path(out)
-    require_format(out)
-    if size not in SIZES:
-        raise UserError(f"no size {size!r}; there are {', '.join(SIZES)}.{nearest(size, SIZES)}")
-    asked = [x] if isinstance(x, str) else x or ()
-    if alone := [name for name in asked if name in DRAW_LINES]:
-        if len(asked) > 1:
+    require_format(out := Path(out))
+    require_known(size, SIZES, "size")
+    x = [x] if isinstance(x, str) else x
+    if alone := [name for name in x or () if name in DRAW_LINES]:
+        if len(x or ()) > 1:
             raise UserError(f"--x {alone[0]} is a plot by itself: name no other --x")
         art = Art(SIZES[size], find_theme(theme), cells)
         with drawing(art.theme, art.settings):
-            save(DRAW_LINES[alone[0]](cells, y, art), out, dpi=200 if art.size.text else 300)
+            save(DRAW_LINES[alone[0]](cells, y, art), out, art.size.dpi)
         return out
     names, y = _axes(cells, x, y)
     groups = group_by(cells, attrgetter(*PANEL, "at"))
@@ -110,21 +109,21 @@ def plot_pareto(
     if published:
         _tell_unpublished(cells, names, y, tell)
     with drawing(art.theme, art.settings):
-        save(_draw(rows, y, art, published, linear), out, dpi=200 if art.size.text else 300)
+        save(_draw(rows, y, art, published, linear), out, art.size.dpi)
     if absent := _absent(cells, names, y):
         tell(f"left out of the plot: {', '.join(absent)} (no cell has that together with {y}).")
     return out
 
 
-def _axes(cells: Sequence[Cell], x: str | Sequence[str] | None, y: str | None) -> tuple[list[str], str]:
+def _axes(cells: Sequence[Cell], x: Sequence[str] | None, y: str | None) -> tuple[list[str], str]:
     """The metrics of the panels, as asked for or as far as they were measured."""
 
     def have(name: str, other: str) -> bool:
         return any(cell[name] and cell[other] for cell in cells)
 
-    asked = list(dict.fromkeys(map(metric_name, DEFAULT_X if x is None else [x] if isinstance(x, str) else x)))
-    y = metric_name(y) if y else y
-    for name in (*asked, *([y] if y else [])):
+    asked = list(dict.fromkeys(map(metric_name, DEFAULT_X if x is None else x)))
+    y = metric_name(y) if y else None
+    for name in filter(None, (*asked, y)):
         find_metric(name)
     if y is None:
         # What is kept of the model against what it costs; else one cost against the other.
@@ -146,10 +145,9 @@ def _axes(cells: Sequence[Cell], x: str | Sequence[str] | None, y: str | None) -
 
 def _art(rows: Sequence[Mapping[str, Scene]], size: Size, theme: str) -> Art:
     shown = [scene.cells for row in rows for scene in row.values()]
-    cells = list(dict.fromkeys(cell for part in shown for cell in part))
-    runs = [{cell.run for cell in part} for part in shown]
-    laid_over = {run for names in runs if len(names) > 1 for run in names}
-    return Art(size, find_theme(theme), cells, run_names([cell for cell in cells if cell.run in laid_over]))
+    laid_over = [cell for part in shown if len({cell.run for cell in part}) > 1 for cell in part]
+    cells = dict.fromkeys(cell for part in shown for cell in part)
+    return Art(size, find_theme(theme), [*cells], run_names(laid_over))
 
 
 def _absent(cells: Sequence[Cell], names: Sequence[str], y: str) -> list[str]:
@@ -177,36 +175,31 @@ def _tell_unpublished(cells: Sequence[Cell], names: Sequence[str], y: str, tell:
 
 def _unpublished(model: str, names: Sequence[str], y: str) -> str:
     """That nothing was printed for a model in these panels, and what was: for it, or else for which models."""
-    known = [name for name in METRICS if published_points(model, name)]
-    there = f"only {', '.join(known)}" if known else (
-        f"only for {', '.join(dict.fromkeys(row.models[0] for row in PUBLISHED))}"
-    )  # fmt: skip
+    known = ", ".join(name for name in METRICS if published_points(model, name))
+    there = known or f"for {', '.join(dict.fromkeys(row.models[0] for row in PUBLISHED))}"
     name, at, _ = model.partition("@")
     official = next((row.models[0] for row in PUBLISHED if at and name in row.models), "")
     # A file's hash would tell, but nobody publishes one; its owner can.
     hint = f"; if the checkpoint holds the official weights, run it with --label {official}" if official else ""
-    return f"no paper printed {y} against {' or '.join(names)} for {model}, {there}{hint}"
+    return f"no paper printed {y} against {' or '.join(names)} for {model}, only {there}{hint}"
 
 
 def _draw(rows: Sequence[Mapping[str, Scene]], y: str, art: Art, published: bool, linear: bool) -> Figure:
     """A figure of rows of panels, each given as what is shown for each x metric."""
     groups = [list(dict.fromkeys(cell for shown in row.values() for cell in shown.cells)) for row in rows]
-    lines = [
-        (number, line)
-        for number, row in enumerate(rows)
-        for line in ([[shown] for shown in row.values()] if art.size.stacked else [list(row.values())])
-    ]
-    columns = max(len(line) for _, line in lines)
+    lines: list[tuple[int, bool, list[Scene]]] = []  # its group, whether it is the group's first, its panels
+    for number, row in enumerate(rows):
+        parts = [[shown] for shown in row.values()] if art.size.stacked else [list(row.values())]
+        lines += [(number, part is parts[0], part) for part in parts]
+    columns = max(len(line) for *_, line in lines)
     figure = Figure(figsize=art.size.figure(len(lines), columns), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(lines), columns, squeeze=False, sharey=False if art.size.stacked else "row")
     jobs: list[tuple[Axes, Scene, list[Published]]] = []
-    titled: set[int] = set()
-    for panels, (number, line) in zip(axes, lines, strict=True):
+    for panels, (number, first, line) in zip(axes, lines, strict=True):
         for panel in panels[len(line) :]:
             panel.remove()
-        if number not in titled:
-            titled.add(number)
+        if first:
             _row_title(panels[0], groups[number], groups, columns, art)
         for panel, shown in zip(panels, line, strict=False):
             printed = published_points(shown.cells[0].model, shown.x, y) if published else []
@@ -249,28 +242,25 @@ def _row_title(panel: Axes, group: Sequence[Cell], groups: Sequence[Sequence[Cel
 
 def _conditions(group: Sequence[Cell], groups: Sequence[Sequence[Cell]]) -> list[str]:
     """What all cells of the group share, in words; what tells it from another group of the same model included."""
+    told = partial(shared, group)
 
-    def shared(name: str) -> Any:
-        values = {getattr(cell, name) for cell in group} - {None}
-        return values.pop() if len(values) == 1 else None
-
-    def differing(name: str) -> Any:
+    def differing(name: str, form: str) -> str:
         same_model = [other for other in groups if other[0].model == group[0].model]
-        return shared(name) if len({getattr(other[0], name) for other in same_model}) > 1 else None
+        return told(name, form) if len({getattr(other[0], name) for other in same_model}) > 1 else ""
 
-    device, machine, images = shared("device"), shared("machine"), shared("images")
+    device, machine = told("device"), told("machine")
     parts = [
-        ("data {}", shared("data")),
-        ("{} px", differing("input_size")),
-        ("weights {:.8}", differing("weights_sha256")),
-        ("{:,} " + plural(images or 0, "image"), images),
-        ("{}", f"{machine} ({device})" if machine and device else machine or device),
-        ("{}", shared("dtype")),
-        ("{}", shared("ran") or None),
-        ("random weights", "random" if shared("weights") == "random" else None),
-        ("batch {}", shared("batch_size")),
+        told("data", "data {}"),
+        differing("input_size", "{} px"),
+        differing("weights_sha256", "weights {:.8}"),
+        told("images", "{:,} images"),
+        f"{machine} ({device})" if machine and device else machine or device,
+        told("dtype"),
+        told("ran"),
+        "random weights" if told("weights") == "random" else "",
+        told("batch_size", "batch {}"),
     ]
-    return [text.format(value) for text, value in parts if value is not None]
+    return [part for part in parts if part]
 
 
 def _legend(figure: Figure, shown: Sequence[tuple[Scene, list[Published]]], art: Art) -> None:

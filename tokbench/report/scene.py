@@ -6,7 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from statistics import median
+from statistics import fmean, median
 
 from tokbench.report.styles import method_order
 from tokbench.results.cell import Cell, Figure
@@ -68,9 +68,8 @@ class Scene:
     def references(self) -> list[tuple[int, Figure]]:
         """The unreduced model of each run: (0, its y) for a horizontal line, (1, its x) for a vertical one."""
         runs = group_by((cell for cell in self.cells if cell.is_baseline), lambda cell: cell.run)
-        return [
-            (axis, figure) for cell, *_ in runs for axis, name in enumerate((self.y, self.x)) if (figure := cell[name])
-        ]
+        lines = [(axis, cell[name]) for cell, *_ in runs for axis, name in enumerate((self.y, self.x))]
+        return [(axis, figure) for axis, figure in lines if figure]
 
     def cut(self, axis: int, side: int) -> list[Point]:
         """The points whose error bars end too far along x (0) or y (1), at the low (0) or high (1) end."""
@@ -131,27 +130,19 @@ def side_by_side(shown: Scene, marker: float) -> Scene:
     ]
     every = [figure.value for cell in shown.cells if (figure := cell[shown.x])]
     levels = _levels(costs, tie)
-    # Costs all along the axis are no columns.
-    if not tie or 2 * len(crowded) <= len(costs) or any(level[-1] > level[0] * (1 + 5 * tie) for level in levels):
-        return shown
-    if max(every) == min(every):
+    columns = all(level[-1] <= level[0] * (1 + 5 * tie) for level in levels)  # and not costs all along the axis
+    if not tie or 2 * len(crowded) <= len(costs) or not columns or max(every) == min(every):
         return shown
     order = method_order(point.cell.method for point in moving)
     series = sorted({_series(point.cell) for point in moving}, key=lambda key: (order.index(key[0]), key))
-    middles = [sum(level) / len(level) for level in levels]
+    middles = [fmean(level) for level in levels]
     gap = min(0.36, 4 / len(series)) * marker * (max(every) - min(every))
     gap = min([gap, *(0.9 * (after - before) / len(series) for before, after in pairwise(middles))])
     steps = {key: gap * (place - (len(series) - 1) / 2) for place, key in enumerate(series)}
     half = gap * len(series) / 2
-    return replace(
-        shown,
-        points=[replace(point, x=_moved(point.x, steps.get(_series(point.cell), 0.0))) for point in shown.points],
-        equal=Equal(
-            [(min(level) - half, max(level) + half) for level in levels],
-            costs,
-            max(steps.values()),
-        ),
-    )
+    bands = [(min(level) - half, max(level) + half) for level in levels]
+    points = [replace(point, x=_moved(point.x, steps.get(_series(point.cell), 0.0))) for point in shown.points]
+    return replace(shown, points=points, equal=Equal(bands, costs, max(steps.values())))
 
 
 def _series(cell: Cell) -> tuple[str, str, str, bool]:
@@ -159,8 +150,7 @@ def _series(cell: Cell) -> tuple[str, str, str, bool]:
 
 
 def _moved(figure: Figure, step: float) -> Figure:
-    low, high = figure.interval or (None, None)
-    return Figure(figure.value + step, None if low is None else low + step, None if high is None else high + step)
+    return Figure(figure.value + step, *(end + step for end in figure.interval or ()))
 
 
 def _levels(ordered: Sequence[float], tie: float) -> list[list[float]]:

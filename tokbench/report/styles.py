@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tokbench.errors import UserError, nearest
+from tokbench.errors import require_known
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,7 @@ THEMES = {
 
 def find_theme(name: str) -> Theme:
     """The theme of that name. Raises UserError with the names there are."""
-    if name not in THEMES:
-        raise UserError(f"no theme {name!r}; there are {', '.join(THEMES)}.{nearest(name, THEMES)}")
+    require_known(name, THEMES, "theme")
     return THEMES[name]
 
 

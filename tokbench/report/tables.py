@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
 
 import rich
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tokbench.errors import UserError, nearest
+from tokbench.errors import UserError, nearest, require_known
 from tokbench.report.text import (
     capital,
     figure_text,
@@ -23,11 +24,12 @@ from tokbench.report.text import (
     interval,
     not_significant,
     number,
+    shared,
     short_schedule,
     told_caveats,
     variant_name,
 )
-from tokbench.results.cell import Cell, Setting
+from tokbench.results.cell import Cell, Figure, Setting
 from tokbench.results.metrics import GAINS, METRICS, metric_name, metric_of_column
 from tokbench.results.table import (
     COUNTS,
@@ -35,6 +37,7 @@ from tokbench.results.table import (
     columns_of,
     comparable,
     filter_cells,
+    find_column,
     frame,
     known_gain,
     measured_names,
@@ -42,8 +45,7 @@ from tokbench.results.table import (
     run_names,
 )
 
-Format = Literal["rich", "md", "csv", "tex", "json"]
-FORMATS: tuple[str, ...] = get_args(Format)
+FORMATS = ("rich", "md", "csv", "tex", "json")
 
 # The fronts that are marked: word in the table → x metric; y is top-1, or what stands in for it.
 FRONTS = {"FLOPs": "gflops", "speed": "throughput"}
@@ -90,15 +92,15 @@ class Fronts:
         return {**on, "front_by": self.gain[cell], "front": self.word(cell)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Column:
     head: str
-    text: Callable[[Cell], str]
+    texts: list[str]  # of each cell
     left: bool = False
     # Where a terminal is too narrow for all, the highest rank goes first; 0 never goes. Files get every column.
     rank: float = 0
-    # What sorts its cells, None where it is missing; without it the text does.
-    value: Callable[[Cell], float | None] | None = None
+    # What sorts its cells, None where it is missing; without it the texts do.
+    values: list[float | None] | None = None
     falls: bool = False  # whether the best is the highest
     metric: str = ""
 
@@ -107,58 +109,43 @@ class _Column:
         """The head, where no neighbor explains it."""
         return "Speed-up [95 %]" if self.head == "[95 %]" else self.head
 
+    @cached_property
+    def width(self) -> int:
+        """In characters."""
+        return max(map(len, (self.head, *self.texts)))
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True)
 class _Sheet:
     """The table for reading: its columns, and what stands in them."""
 
     cells: Sequence[Cell]
     fronts: Fronts
     columns: Sequence[_Column]
-    made: dict[_Column, list[str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, cells: Sequence[Cell], fronts: Fronts) -> _Sheet:
         """All columns that say something, in their order."""
-        sheet = cls(cells, fronts, _columns(cells, fronts))
-        return sheet.narrowed(
-            [
-                column
-                for column, texts in zip(sheet.columns, sheet.texts, strict=True)
-                if column.left or not {*texts} <= {"", "failed"}
-            ]
-        )
-
-    def narrowed(self, columns: Sequence[_Column]) -> _Sheet:
-        """With these columns only."""
-        return _Sheet(self.cells, self.fronts, columns, self.made)
-
-    @property
-    def texts(self) -> list[list[str]]:
-        """By column. Made once, also for sheets with fewer columns."""
-        self.made.update({own: [*map(own.text, self.cells)] for own in self.columns if own not in self.made})
-        return [self.made[column] for column in self.columns]
-
-    @cached_property
-    def widths(self) -> list[int]:
-        """Characters that each column takes."""
-        return [max(map(len, (column.head, *texts))) for column, texts in zip(self.columns, self.texts, strict=True)]
+        columns = [column for column in _columns(cells, fronts) if column.left or {*column.texts} - {"", "failed"}]
+        return cls(cells, fronts, columns)
 
     @property
     def width(self) -> int:
-        return sum(self.widths) + len(self.widths) - 1
+        """In characters, with one between columns."""
+        return sum(column.width + 1 for column in self.columns) - 1
 
     def fitting(self, width: int) -> _Sheet:
         """With the columns that there is room for, the lowest ranks first; those of rank 0 in any case."""
-        needed = dict(zip(self.columns, self.widths, strict=True))
-        chosen: list[_Column] = []
+        chosen = replace(self, columns=[])
         for column in sorted(self.columns, key=lambda column: column.rank):
-            if not column.rank or sum(needed[own] + 1 for own in (*chosen, column)) - 1 <= width:
-                chosen.append(column)
-        return self.narrowed([column for column in self.columns if column in chosen])
+            wider = replace(chosen, columns=[*chosen.columns, column])
+            if not column.rank or wider.width <= width:
+                chosen = wider
+        return replace(self, columns=[column for column in self.columns if column in chosen.columns])
 
-    def rows(self) -> list[tuple[Cell, tuple[str, ...]]]:
-        return list(zip(self.cells, zip(*self.texts, strict=True), strict=True))
+    def rows(self) -> Iterator[tuple[Cell, tuple[str, ...]]]:
+        """Each cell with its texts."""
+        return zip(self.cells, zip(*(column.texts for column in self.columns), strict=True), strict=True)
 
     def is_best(self, column: _Column, cell: Cell) -> bool:
         """Whether this is what puts the cell on a front."""
@@ -193,8 +180,7 @@ def render_table(
     Raises UserError for an unknown format, sort column, column or filter, for filters that no cell meets, and for a
     metric or a front that cells were to be chosen or sorted by, or that was to be shown, and that none has.
     """
-    if format not in FORMATS:
-        raise UserError(f"no table format {format!r}; there are {', '.join(FORMATS)}.{nearest(format, FORMATS)}")
+    require_known(format, FORMATS, "table format")
     fronts, chosen = Fronts(cells), list(cells)
     if pareto:
         if cells and not any(map(fronts.word, cells)):
@@ -207,24 +193,24 @@ def render_table(
     chosen = _sorted(filter_cells(chosen, filters), sort)
     if before and not chosen:
         raise UserError(f"no cell meets {' and '.join(filters)}; there are {_some_cells(before)}.")
-    names = None if columns is None else [_known_column(name, chosen) for name in columns]
-    match format:
-        case "csv":
-            more = {name: [fronts.columns(cell)[name] for cell in chosen] for name in fronts.names}
-            table = frame(chosen).assign(**more)
-            table = table.drop(columns="front") if names is None else table[names]
-            texts = [name for name in table.columns if table[name].dtype == object]
-            table[texts] = table[texts].map(for_sheet)
-            return table.to_csv(index=False, lineterminator="\n")
-        case "json":
-            rows = [columns_of(cell) | {"params": dict(cell.params)} | fronts.columns(cell) for cell in chosen]
-            kept = [name for name in rows[0] if name != "front"] if names is None and rows else names or ()
-            rows = [{name: row[name] for name in kept} for row in rows]
-            return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
+    names = None if columns is None else list(dict.fromkeys(find_column(n, chosen, Fronts.names) for n in columns))
+    if format == "csv":
+        more = {name: [fronts.columns(cell)[name] for cell in chosen] for name in fronts.names}
+        table = frame(chosen).assign(**more)
+        table = table.drop(columns="front") if names is None else table[names]
+        texts = [name for name in table.columns if table[name].dtype == object]
+        table[texts] = table[texts].map(for_sheet)
+        return table.to_csv(index=False, lineterminator="\n")
+    if format == "json":
+        rows = [columns_of(cell) | {"params": dict(cell.params)} | fronts.columns(cell) for cell in chosen]
+        kept = names or [name for name in (*all_columns(), *fronts.names) if name != "front"]
+        return json.dumps([{name: row[name] for name in kept} for row in rows], indent=2, ensure_ascii=False) + "\n"
     if names is None:
         sheet = _Sheet.of(chosen, fronts)
     else:
-        sheet = _Sheet(chosen, fronts, [_chosen_column(name, fronts, printed=format == "tex") for name in names])
+        printed = format == "tex"
+        names = list(dict.fromkeys("method" if printed and name == "variant" else name for name in names))
+        sheet = _Sheet(chosen, fronts, [_chosen_column(name, chosen, fronts, printed) for name in names])
     if format == "rich":
         fitting = sheet.fitting(width or rich.get_console().width)
         return _rich(fitting, [column.name for column in sheet.columns if column not in fitting.columns])
@@ -238,34 +224,25 @@ def readable(cells: Sequence[Cell]) -> dict[str, Any]:
     the order that puts the best first.
     """
     sheet = _Sheet.of(cells, Fronts(cells))
-    return {
-        "title": _title(cells),
-        "heads": [
-            {"text": column.head, "left": column.left, "first": "descending" if column.falls else "ascending"}
-            for column in sheet.columns
-        ],
-        "rows": [
-            {
-                "kind": _kind(cell, sheet.fronts),
-                "cells": [
-                    {"text": text, "left": column.left, "value": _sort_value(column, cell)}
-                    for column, text in zip(sheet.columns, texts, strict=True)
-                ],
-            }
-            for cell, texts in sheet.rows()
-        ],
-        "notes": _notes(sheet),
-    }
+    heads = [
+        {"text": column.head, "left": column.left, "first": "descending" if column.falls else "ascending"}
+        for column in sheet.columns
+    ]
+    rows = []
+    for place, (cell, texts) in enumerate(sheet.rows()):
+        told = [
+            {"text": text, "left": column.left, "value": column.values and _sort_value(column.values[place])}
+            for column, text in zip(sheet.columns, texts, strict=True)
+        ]
+        rows.append({"kind": _kind(cell, sheet.fronts), "cells": told})
+    return {"title": _title(cells), "heads": heads, "rows": rows, "notes": _notes(sheet)}
 
 
 def _kind(cell: Cell, fronts: Fronts) -> str:
     return "failed" if cell.error else "baseline" if cell.is_baseline else "front" if fronts.word(cell) else ""
 
 
-def _sort_value(column: _Column, cell: Cell) -> str | None:
-    if column.value is None:
-        return None
-    value = column.value(cell)
+def _sort_value(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
@@ -290,39 +267,21 @@ def print_table(
     console.print(table)
 
 
-def _known_column(name: str, cells: Sequence[Cell]) -> str:
-    """The column that a name stands for: a metric's, or that of the name itself."""
-    column = METRICS[name].columns[0] if name in METRICS else name
-    options = dict.fromkeys([*METRICS, *all_columns(), *Fronts.names])
-    if column not in options:
-        raise UserError(f"no column {name!r}.{nearest(name, options) or ' Try method, schedule, tokens_final, top1.'}")
-    metric = metric_of_column(column)
-    if metric and cells and not any(cell[metric] for cell in cells):
-        raise UserError(f"no cell here has {name}; measured: {measured_names(cells)}.")
-    return column
-
-
-def _chosen_column(name: str, fronts: Fronts, printed: bool) -> _Column:
+def _chosen_column(name: str, cells: Sequence[Cell], fronts: Fronts, printed: bool) -> _Column:
     """A column for reading that was asked for. printed: names as in plots."""
     if metric := metric_of_column(name):
-        return replace(_figures(metric)[0], rank=0)
-    if printed and name in ("method", "variant"):
-        return _Column("Method", lambda cell: variant_name(cell.method, cell.variant), left=True)
+        return replace(_figures(metric, cells)[0], rank=0)
+    if printed and name == "method":
+        return _Column("Method", [variant_name(cell.method, cell.variant) for cell in cells], left=True)
     if printed and name == "schedule":
-        return _Column("Schedule", lambda cell: short_schedule(cell.schedule), left=True)
+        return _Column("Schedule", [short_schedule(cell.schedule) for cell in cells], left=True)
     if name in _READ:
-        return _READ[name]
+        return _read(name, cells)
     row = fronts.columns if name in Fronts.names else columns_of
     interval_of = next((metric for metric in METRICS.values() if name in metric.columns), None)
-    digits = None if interval_of is None else interval_of.digits
-
-    def text(cell: Cell) -> str:
-        value = row(cell)[name]
-        if value is None:
-            return ""
-        return str(value) if digits is None else number(value, digits)
-
-    return _Column(name.replace("_", " "), text, left=name not in COUNTS and interval_of is None)
+    told: Callable[[Any], str] = str if interval_of is None else partial(number, digits=interval_of.digits)
+    texts = ["" if (value := row(cell)[name]) is None else told(value) for cell in cells]
+    return _Column(name.replace("_", " "), texts, left=name not in COUNTS and interval_of is None)
 
 
 def _sorted(cells: list[Cell], sort: str) -> list[Cell]:
@@ -350,85 +309,75 @@ def _some_cells(cells: Sequence[Cell]) -> str:
 
 def _columns(cells: Sequence[Cell], fronts: Fronts) -> list[_Column]:
     """All columns for reading, in their order."""
-    columns = [_READ[name] for name in ("run", "model") if len({getattr(cell, name) for cell in cells}) > 1]
-    columns += [_READ["method"], _READ["schedule"]]
-    columns += [_READ[name] for name in Setting._fields if any(getattr(cell.at, name) for cell in cells)]
-    placed = {metric.place: _figures(name) for name, metric in METRICS.items() if metric.place is not None}
-    placed[_TOKENS] = [replace(_READ["tokens_final"], rank=4)]
-    columns += [column for place in sorted(placed) for column in placed[place]]
-    return [*columns, _Column("Front", fronts.word, left=True, rank=0.4)]
+    names = [name for name in ("run", "model") if len({getattr(cell, name) for cell in cells}) > 1]
+    names += ["method", "schedule", *(name for name in Setting._fields if any(getattr(own.at, name) for own in cells))]
+    placed = {metric.place: _figures(name, cells) for name, metric in METRICS.items() if metric.place is not None}
+    placed[_TOKENS] = [replace(_read("tokens_final", cells), rank=4)]
+    columns = [_read(name, cells) for name in names] + [column for place in sorted(placed) for column in placed[place]]
+    return [*columns, _Column("Front", [*map(fronts.word, cells)], left=True, rank=0.4)]
 
 
-def _figures(name: str) -> list[_Column]:
+def _figures(name: str, cells: Sequence[Cell]) -> list[_Column]:
     """The columns of a metric."""
-    metric = METRICS[name]
-    head, text = metric.short, lambda cell: figure_text(cell, name) or _failed(cell)
-    if name == "drop":
-        head, text = "Drop [95 %]", _drop
-    elif name == "knn_drop":
-        head, text = "k-NN drop [95 %]", lambda cell: "" if cell.is_baseline else figure_text(cell, name, bounds=True)
-    elif name == "speedup":
-        head, text = metric.short, lambda cell: figure_text(cell, name, unit="×") or _failed(cell)
-    falls = metric.better == "higher"
-    column = _Column(head, text, rank=metric.rank, value=lambda cell: cell.value(name), falls=falls, metric=name)
+    metric, falls = METRICS[name], METRICS[name].better == "higher"
+    values, texts = [cell.value(name) for cell in cells], [_text(name, cell) for cell in cells]
+    column = _Column(metric.short, texts, rank=metric.rank, values=values, falls=falls, metric=name)
     if name != "speedup":
         return [column]
-    return [column, _Column("[95 %]", _speedup_interval, rank=8, value=_slowest, falls=True)]
+    figures = [cell[name] or Figure(math.nan) for cell in cells]
+    ends = [
+        "" if cell.is_baseline else interval(figure, metric.digits) for cell, figure in zip(cells, figures, strict=True)
+    ]
+    return [column, _Column("[95 %]", ends, rank=8, values=[figure.low for figure in figures], falls=True)]
+
+
+def _text(name: str, cell: Cell) -> str:
+    """A figure as its column has it: a loss with its interval, without which nobody should read it."""
+    is_loss = name in ("drop", "knn_drop")
+    if is_loss and cell.is_baseline:
+        return ""
+    text = figure_text(cell, name, bounds=is_loss, unit="×" if name == "speedup" else "") or _failed(cell)
+    return f"{text} n.s." if name == "drop" and not_significant(cell) else text
 
 
 def _failed(cell: Cell) -> str:
     return "failed" if cell.error else ""
 
 
-def _tokens(cell: Cell) -> str:
-    return f"{cell.tokens_final:,}" if cell.tokens else _failed(cell)
-
-
-_READ = {
-    "run": _Column("Run", lambda cell: cell.run, left=True),
-    "model": _Column("Model", lambda cell: cell.model, left=True),
-    "method": _Column("Method", lambda cell: cell.variant, left=True),
-    "schedule": _Column("Schedule", lambda cell: "" if cell.is_baseline else cell.schedule, left=True),
-    "batch_size": _Column("Batch", lambda cell: f"{cell.batch_size or ''}", value=lambda cell: cell.batch_size),
-    "runtime": _Column("Runtime", lambda cell: cell.at.runtime or "", left=True),
-    "tokens_final": _Column("Tokens", _tokens, value=lambda cell: cell.tokens_final),
+_Described = tuple[str, Callable[[Cell], str], Callable[[Cell], float | None] | None]
+# Columns that are no metrics: head, text, and the number that sorts; text is on the left.
+_READ: dict[str, _Described] = {
+    "run": ("Run", lambda cell: cell.run, None),
+    "model": ("Model", lambda cell: cell.model, None),
+    "method": ("Method", lambda cell: cell.variant, None),
+    "schedule": ("Schedule", lambda cell: "" if cell.is_baseline else cell.schedule, None),
+    "batch_size": ("Batch", lambda cell: f"{cell.batch_size or ''}", lambda cell: cell.batch_size),
+    "runtime": ("Runtime", lambda cell: cell.at.runtime or "", None),
+    "tokens_final": (
+        "Tokens",
+        lambda cell: f"{cell.tokens_final:,}" if cell.tokens else _failed(cell),
+        lambda cell: cell.tokens_final,
+    ),
 }
 
 
-def _drop(cell: Cell) -> str:
-    if cell.is_baseline:
-        return ""
-    text = figure_text(cell, "drop", bounds=True) or _failed(cell)
-    return f"{text} n.s." if not_significant(cell) else text
-
-
-def _speedup_interval(cell: Cell) -> str:
-    figure = cell["speedup"]
-    return "" if cell.is_baseline or figure is None else interval(figure, METRICS["speedup"].digits)
-
-
-def _slowest(cell: Cell) -> float | None:
-    figure = cell["speedup"]
-    return figure.low if figure else None
+def _read(name: str, cells: Sequence[Cell]) -> _Column:
+    head, text, value = _READ[name]
+    return _Column(head, [*map(text, cells)], left=value is None, values=value and [*map(value, cells)])
 
 
 def _title(cells: Sequence[Cell]) -> str:
     """What all rows share: model, data, images, hardware."""
-
-    def shared(name: str, form: str = "{}") -> str:
-        values = {getattr(cell, name) for cell in cells} - {None}
-        return form.format(values.pop()) if len(values) == 1 else ""
-
     parts = [
-        shared("model", "model {}"),
-        shared("data", "data {}"),
-        shared("images", "{:,} images"),
-        shared("machine") or shared("device"),
-        shared("dtype"),
-        shared("ran"),
-        shared("batch_size", "batch {}"),
+        shared(cells, "model", "model {}"),
+        shared(cells, "data", "data {}"),
+        shared(cells, "images", "{:,} images"),
+        shared(cells, "machine") or shared(cells, "device"),
+        shared(cells, "dtype"),
+        shared(cells, "ran"),
+        shared(cells, "batch_size", "batch {}"),
     ]
-    return ", ".join(part for part in parts if part)
+    return ", ".join(filter(None, parts))
 
 
 def _notes(sheet: _Sheet) -> list[str]:
@@ -438,7 +387,7 @@ def _notes(sheet: _Sheet) -> list[str]:
     runs = {run: name for run, name in run_names(cells).items() if run != name}
     if len(runs) > 1:
         notes.append(f"Runs: {', '.join(f'{run} ({name})' for run, name in runs.items())}.")
-    if "gflops" in shown and any(cell["gflops"] for cell in cells):
+    if "gflops" in shown:
         notes.append("FLOPs are multiply-adds, per image.")
     if "drop" in shown and any(cell["drop"] for cell in cells):
         notes.append(
@@ -479,33 +428,25 @@ def _cell_words(cell: Cell, several: Sequence[str]) -> str:
 
 
 def _rich(sheet: _Sheet, left_out: list[str]) -> Table:
-    notes = _notes(sheet)
+    title, caption = _title(sheet.cells), "\n".join(_notes(sheet))
     if left_out:
-        notes.append(f"Too narrow for: {', '.join(left_out)}.")
-    caption = "\n".join(notes)
+        caption += f"\nToo narrow for: {', '.join(left_out)}."
     table = Table(
-        title=Text(_title(sheet.cells)) if _title(sheet.cells) else None,
-        caption=Text(caption, style="dim") if caption else None,
-        title_justify="left",
-        caption_justify="left",
-        title_style="bold",
-        box=None,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-        header_style="bold",
-        min_width=sheet.width,
-    )
-    for column, width in zip(sheet.columns, sheet.widths, strict=True):
+        title=Text(title) if title else None, title_justify="left", title_style="bold",
+        caption=Text(caption.strip(), style="dim") if caption else None, caption_justify="left",
+        box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", min_width=sheet.width,
+    )  # fmt: skip
+    for column in sheet.columns:
         # Folded numbers cannot be read; long method parameters and `list:` schedules may fold.
         table.add_column(
             Text(column.head),
             justify="left" if column.left else "right",
             overflow="fold",
-            no_wrap=not column.left or width <= 16,
+            no_wrap=not column.left or column.width <= 16,
         )
-    styles = {"failed": "red", "baseline": "bold", "front": "green", "": ""}
+    styles = {"failed": "red", "front": "green"}
     for cell, texts in sheet.rows():
-        style = "bold" if cell.is_baseline else styles[_kind(cell, sheet.fronts)]
+        style = "bold" if cell.is_baseline else styles.get(_kind(cell, sheet.fronts))
         table.add_row(*map(Text, texts), style=style)
     return table
 

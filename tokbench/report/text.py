@@ -87,6 +87,12 @@ def told_caveats(cells: Sequence[Cell]) -> list[str]:
     return told
 
 
+def shared(cells: Iterable[Cell], name: str, form: str = "{}") -> str:
+    """What all cells say of that name that say anything, in this form; "" where they differ."""
+    values = {getattr(cell, name) for cell in cells} - {None}
+    return form.format(*values) if len(values) == 1 else ""
+
+
 def group_title(group: Sequence[Cell]) -> str:
     """Model and conditions of comparable cells in one line."""
     first = group[0]
@@ -100,7 +106,7 @@ def group_title(group: Sequence[Cell]) -> str:
         first.ran,
         "" if batch is None else f"batch {batch}",
     ]
-    return ", ".join(part for part in parts if part)
+    return ", ".join(filter(None, parts))
 
 
 def hardware(cell: Cell) -> str:

@@ -200,7 +200,8 @@ class RunFolder:
         if not (isinstance(known, dict) and all(isinstance(images, list) for images in known.values())):
             raise UserError(f"{path} holds no lists of images by model.")
         for image in itertools.chain(*known.values()):
-            if not isinstance(image, dict) or not _is_place(image.get("index")):
+            place = image.get("index") if isinstance(image, dict) else None
+            if type(place) is not int or not 0 <= place < 2**63:
                 raise UserError(f"{path}: an image must be an object with an index, not {shown(image)}.")
         return known
 
@@ -334,16 +335,20 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object], *, follow: boo
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force the names in a folder to disk, where the system can (not on Windows)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
+    if os.name == "posix":  # the name, too; Windows cannot
+        descriptor = os.open(path.parent, os.O_RDONLY)
         with suppress(OSError):  # some network file systems cannot
             os.fsync(descriptor)
         os.close(descriptor)
+
+
+def write_out(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file that somebody asked for, folders included, as a whole. Raises UserError where it cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, write)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
 
 
 def _cut_torn_line(file: BinaryIO) -> int:
@@ -359,10 +364,6 @@ def _cut_torn_line(file: BinaryIO) -> int:
     if kept < end:
         file.truncate(kept)
     return file.seek(kept)
-
-
-def _is_place(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _links(folder: Path) -> Iterator[Path]:

@@ -38,9 +38,9 @@ class Metric:
         unit: as it follows a number.
         scale: from the record's unit to that of the metric.
         column: of the table `load_table` gives; the field's name unless it says otherwise.
-        interval: columns of the 95 % interval's ends, drawn as error bars; () where there is none.
+        interval: columns of the 95 % interval's ends, drawn as error bars: with `bars` the fields of the same names.
         also: fields that files have beside it, in its unit.
-        bars: what the interval is of, as a plot's footnote says.
+        bars: what the interval is of, as a plot's footnote says; "" where there is none.
         tie: values closer than this share of each other count as equal on a Pareto front.
         paced: whether it follows the machine's pace, which is another in every run (see docs/measuring.md).
         of_images: whether it is a share of images, in percent or points: few images know it to fewer digits.
@@ -68,6 +68,10 @@ class Metric:
     rank: float = 0.0
     note: str = ""
     derive: Callable[[Fields], Figure | None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.bars and not self.interval:
+            object.__setattr__(self, "interval", self._ends)
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
@@ -111,20 +115,16 @@ def _method_share(fields: Fields) -> Figure | None:
     return Figure(100 * fields["flops_method"] / fields["flops"]) if "flops_method" in fields else None
 
 
-def _ends(column: str) -> tuple[str, str]:
-    return f"{column}_low", f"{column}_high"
-
-
 METRICS: dict[str, Metric] = {
     "gflops": Metric(
-        "GFLOPs per image", "GFLOPs", "lower", 3, "flops", " GFLOPs", 1e-9, "gflops", tie=_TIE, place=9, rank=0.3
+        "GFLOPs per image", "GFLOPs", "lower", 3, "flops", " GFLOPs", 1e-9, "gflops", tie=_TIE, place=9, rank=0.3,
     ),
     "gflops_attention": Metric(
         "GFLOPs of attention per image", "Attn GFLOPs", "lower", 3, "flops_attention", " GFLOPs", 1e-9,
         "gflops_attention", tie=_TIE,
     ),
     "gflops_mlp": Metric(
-        "GFLOPs of the MLPs per image", "MLP GFLOPs", "lower", 3, "flops_mlp", " GFLOPs", 1e-9, "gflops_mlp", tie=_TIE
+        "GFLOPs of the MLPs per image", "MLP GFLOPs", "lower", 3, "flops_mlp", " GFLOPs", 1e-9, "gflops_mlp", tie=_TIE,
     ),
     "gflops_method": Metric(
         "GFLOPs the method itself adds per image", "Method GFLOPs", "lower", 4, "flops_method", " GFLOPs", 1e-9,
@@ -139,47 +139,47 @@ METRICS: dict[str, Metric] = {
         place=11, rank=10, derive=_method_share,
     ),
     "flops_ratio": Metric(
-        "FLOPs relative to the unreduced model", "FLOPs ratio", "lower", 2, "flops_ratio", tie=_TIE, place=10, rank=5
+        "FLOPs relative to the unreduced model", "FLOPs ratio", "lower", 2, "flops_ratio", tie=_TIE, place=10, rank=5,
     ),
     "throughput": Metric(
-        "Throughput (images/s)", "Images/s", "higher", 0, "throughput", " images/s", interval=_ends("throughput"),
-        bars=_ROUNDS, tie=_TIE, paced=True, place=12, rank=1,
+        "Throughput (images/s)", "Images/s", "higher", 0, "throughput", " images/s", bars=_ROUNDS, tie=_TIE, paced=True,
+        place=12, rank=1,
     ),
     "speedup": Metric(
-        "Speed-up over the unreduced model (×)", "Speed-up", "higher", 2, "speedup", "×", interval=_ends("speedup"),
-        bars=_ROUNDS, tie=_TIE, place=13, rank=0.2,
+        "Speed-up over the unreduced model (×)", "Speed-up", "higher", 2, "speedup", "×", bars=_ROUNDS, tie=_TIE,
+        place=13, rank=0.2,
     ),
     "latency": Metric(
-        "Latency at batch 1 (ms)", "Latency ms", "lower", 2, "latency_ms", " ms",
-        interval=("latency_low_ms", "latency_high_ms"), bars=_MEDIAN, tie=_TIE, paced=True, place=15, rank=3,
+        "Latency at batch 1 (ms)", "Latency ms", "lower", 2, "latency_ms", " ms", bars=_MEDIAN, tie=_TIE, paced=True,
+        place=15, rank=3,
         note="Latency: of a single image, the median; p95: 95 % of the passes are faster.",
     ),
     "latency_p95": Metric(
-        "Latency at batch 1, 95th percentile (ms)", "p95 ms", "lower", 2, "latency_p95_ms", " ms", tie=_TIE,
-        paced=True, place=16, rank=9,
+        "Latency at batch 1, 95th percentile (ms)", "p95 ms", "lower", 2, "latency_p95_ms", " ms", tie=_TIE, paced=True,
+        place=16, rank=9,
     ),
     "latency_speedup": Metric(
-        "Speed-up at batch 1 (×)", "× at batch 1", "higher", 2, "latency_speedup", "×",
-        interval=_ends("latency_speedup"), bars=_ROUNDS, tie=_TIE, place=17, rank=6,
+        "Speed-up at batch 1 (×)", "× at batch 1", "higher", 2, "latency_speedup", "×", bars=_ROUNDS, tie=_TIE,
+        place=17, rank=6,
         note="× at batch 1: speed-up for a single image, by pairs of passes side by side.",
     ),
     "efficiency": Metric(
-        'Efficiency (speed relative to the control "free")', "Efficiency", "higher", 2, "efficiency",
-        interval=_ends("efficiency"), bars=_ROUNDS, tie=_TIE, place=14, rank=2,
+        'Efficiency (speed relative to the control "free")', "Efficiency", "higher", 2, "efficiency", bars=_ROUNDS,
+        tie=_TIE, place=14, rank=2,
         note="Efficiency: speed relative to the control `free`, which drops as many tokens without choosing.",
     ),
     "free_speedup": Metric(
-        "Speed-up of `free` with the same tokens (×)", "Speed-up of free", "higher", 2, "free_speedup", "×", tie=_TIE
+        "Speed-up of `free` with the same tokens (×)", "Speed-up of free", "higher", 2, "free_speedup", "×", tie=_TIE,
     ),
     "runtime_speedup": Metric(
         "Speed of the unreduced model over its speed in eager PyTorch (×)", "Runtime ×", "higher", 2, "runtime_speedup",
-        "×", interval=_ends("runtime_speedup"), bars=_ROUNDS, tie=_TIE, place=13.5, rank=0.25,
+        "×", bars=_ROUNDS, tie=_TIE, place=13.5, rank=0.25,
         note="Runtime ×: what the runtime itself gives, the unreduced model there over the one in eager PyTorch; "
         "speed-ups are over the unreduced model in the same runtime.",
     ),
     "same_answers": Metric(
         "Answers that are eager PyTorch's (%)", "As eager %", "higher", 2, "same_answers", " %", 100,
-        interval=_ends("same_answers"), bars=_IMAGES, of_images=True, place=7.5, rank=4,
+        bars=_IMAGES, of_images=True, place=7.5, rank=4,
         note="As eager: share of the images on which the cell answers in this runtime as it does in eager PyTorch.",
     ),
     "memory": Metric(
@@ -187,50 +187,47 @@ METRICS: dict[str, Metric] = {
         place=18, rank=7,
     ),
     "top1": Metric(
-        "Top-1 accuracy (%)", "Top-1 %", "higher", 2, "top1", " %", 100, interval=_ends("top1_paired"),
-        also=_ends("top1"), bars=_DIFFERENCE, of_images=True, place=1, derive=_top1,
+        "Top-1 accuracy (%)", "Top-1 %", "higher", 2, "top1", " %", 100,
+        interval=("top1_paired_low", "top1_paired_high"), also=("top1_low", "top1_high"), bars=_DIFFERENCE,
+        of_images=True, place=1, derive=_top1,
     ),
     "top5": Metric(
-        "Top-5 accuracy (%)", "Top-5 %", "higher", 2, "top5", " %", 100, interval=_ends("top5"), bars=_IMAGES,
-        of_images=True, place=2, rank=6,
+        "Top-5 accuracy (%)", "Top-5 %", "higher", 2, "top5", " %", 100, bars=_IMAGES, of_images=True, place=2, rank=6,
     ),
     "drop": Metric(
-        "Top-1 drop (points)", "Drop (points)", "lower", 2, "drop", interval=_ends("drop"), bars=_DIFFERENCE,
-        of_images=True, place=3, rank=0.1,
+        "Top-1 drop (points)", "Drop [95 %]", "lower", 2, "drop", bars=_DIFFERENCE, of_images=True, place=3, rank=0.1,
     ),
     "mcnemar_p": Metric("McNemar's p of the drop", "McNemar p", "higher", 3, "mcnemar_p"),
     "agreement": Metric(
-        "Agreement with the unreduced model (%)", "Agree %", "higher", 2, "agreement", " %", 100,
-        interval=_ends("agreement"), bars=_IMAGES, of_images=True, place=4, rank=2,
+        "Agreement with the unreduced model (%)", "Agree %", "higher", 2, "agreement", " %", 100, bars=_IMAGES,
+        of_images=True, place=4, rank=2,
         note="Agree: share of the images on which the answer is that of `none`, right or wrong.",
     ),
     "kl": Metric(
-        "KL divergence from the unreduced model (nats)", "KL nats", "lower", 4, "kl", interval=_ends("kl"),
-        bars=_IMAGES, place=5, rank=9,
+        "KL divergence from the unreduced model (nats)", "KL nats", "lower", 4, "kl", bars=_IMAGES, place=5, rank=9,
         note="KL: how far the class probabilities are from those of `none`; 0 is the same.",
     ),
     "similarity": Metric(
-        "Cosine of features to the unreduced model's", "Cosine", "higher", 4, "similarity",
-        interval=_ends("similarity"), bars=_IMAGES, place=6,
+        "Cosine of features to the unreduced model's", "Cosine", "higher", 4, "similarity", bars=_IMAGES, place=6,
         note="Cosine: of the features with those of `none`; 1 is the same direction.",
     ),
     "knn_top1": Metric(
-        "k-NN top-1 of the features (%)", "k-NN %", "higher", 2, "knn_top1", " %", 100, interval=_ends("knn_top1"),
-        bars=_IMAGES, of_images=True, place=6.1, rank=0.2,
+        "k-NN top-1 of the features (%)", "k-NN %", "higher", 2, "knn_top1", " %", 100, bars=_IMAGES, of_images=True,
+        place=6.1, rank=0.2,
         note="k-NN: top-1 by the 20 nearest other images, weighted by exp(cosine / 0.07).",
     ),
     "knn_drop": Metric(
-        "k-NN top-1 drop (points)", "k-NN drop", "lower", 2, "knn_drop", interval=_ends("knn_drop"), bars=_DIFFERENCE,
-        of_images=True, place=6.2, rank=0.3,
+        "k-NN top-1 drop (points)", "k-NN drop [95 %]", "lower", 2, "knn_drop", bars=_DIFFERENCE, of_images=True,
+        place=6.2, rank=0.3,
     ),
     "output_shift": Metric(
-        "Shift of the one output (standard deviations)", "Shift σ", "lower", 4, "output_shift",
-        interval=_ends("output_shift"), bars=_IMAGES, place=7, rank=8,
+        "Shift of the one output (standard deviations)", "Shift σ", "lower", 4, "output_shift", bars=_IMAGES, place=7,
+        rank=8,
         note="Shift: how far the model's one output moves on average, in standard deviations of `none`'s.",
     ),
     "output_correlation": Metric(
         "Correlation of the one output with the unreduced model's", "Correlation", "higher", 4, "output_correlation",
-        interval=_ends("output_correlation"), bars=_IMAGES, place=6.5,
+        bars=_IMAGES, place=6.5,
         note="Correlation: of the model's one output with that of `none`, over the images.",
     ),
 }  # fmt: skip

@@ -85,7 +85,11 @@ class FlopsRecord(Record):
 
 
 class AccuracyRecord(Record):
-    """Shares of images; `drop` in points. The ends of intervals, as `drop_low`, come from `running.figures`."""
+    """Shares of images; `drop` in points. The ends of intervals, as `drop_low`, come from `running.figures`.
+
+    pass_seconds: of the pass over the images for all cells in it, since it was last interrupted; reading_seconds: of
+    these, waiting for images.
+    """
 
     images: Count
     correct: Count | None = None
@@ -106,6 +110,8 @@ class AccuracyRecord(Record):
     output_shift: Number | None = None
     output_correlation: Number | None = None
     batch_size: Count | None = None
+    pass_seconds: Positive | None = None
+    reading_seconds: Number | None = None
 
 
 class SpeedRecord(Record):
@@ -242,12 +248,24 @@ S = TypeVar("S", bound=_Stored)
 
 def read_manifest(text: str, path: Path) -> Manifest:
     """Raises UserError where it is no manifest, naming the field."""
-    return _read(Manifest, _json_object(text, path), path)
+    return _made(Manifest, _json_object(text, path), path)
 
 
 def read_record(line: bytes, where: str) -> Record:
     """Raises UserError where it is no record, naming the field."""
     return make_record(_json_object(line, where), where)
+
+
+def make_record(fields: dict[str, Any], where: str = "record") -> Record:
+    """A record of its `kind` from its fields. Raises UserError for a field that cannot be."""
+    return _made(KINDS.get(str(fields.get("kind")), Record), fields, where)
+
+
+def _made(model: type[S], values: dict[str, Any], where: str | Path) -> S:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {first_fault(error)}.") from error
 
 
 def _json_object(text: str | bytes, where: str | Path) -> dict[str, Any]:
@@ -258,25 +276,9 @@ def _json_object(text: str | bytes, where: str | Path) -> dict[str, Any]:
         raise UserError(f"{where}: not valid JSON ({error}).") from error
     if not isinstance(found, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(found).__name__}.")
-    _require_schema(found, where)
-    return found
-
-
-def make_record(fields: dict[str, Any], where: str = "record") -> Record:
-    """A record of its `kind` from its fields. Raises UserError for a field that cannot be."""
-    return _read(KINDS.get(str(fields.get("kind")), Record), fields, where)
-
-
-def _read(model: type[S], values: dict[str, Any], where: str | Path) -> S:
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise UserError(f"{where}: {first_fault(error)}.") from error
-
-
-def _require_schema(holder: dict[str, Any], where: str | Path) -> None:
-    schema = holder.get("schema")
+    schema = found.get("schema")
     if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
         newer = isinstance(schema, int) and schema > SCHEMA
         hint = "a newer tokbench wrote it; upgrade to read it" if newer else "no tokbench wrote that"
         raise UserError(f"{where}: schema {schema!r}, and this tokbench reads up to schema {SCHEMA}: {hint}.")
+    return found

@@ -7,7 +7,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -73,6 +73,21 @@ def columns_of(cell: Cell) -> dict[str, Any]:
     return row | {name: get(cell) for name, get in _CONDITIONS.items()}
 
 
+def find_column(name: str, cells: Sequence[Cell], more: Collection[str] = ()) -> str:
+    """The column of `load_table`, or of `more`, that a name stands for: a metric's, or the one that is called so.
+
+    Raises UserError for a name that is neither, and for a metric that none of the cells has.
+    """
+    column, options = METRICS[name].columns[0] if name in METRICS else name, [*all_columns(), *more]
+    if column not in options:
+        hint = nearest(name, dict.fromkeys([*METRICS, *options])) or " Try model, method, schedule, run or a metric."
+        raise UserError(f"no column {name!r}.{hint}")
+    metric = metric_of_column(column)
+    if metric and cells and not any(cell[metric] for cell in cells):
+        raise UserError(f"no cell here has {name}; measured: {measured_names(cells)}.")
+    return column
+
+
 def load_table(*runs: str | Path) -> pd.DataFrame:
     """All cells of these runs, a row each, in the order they were first recorded.
 
@@ -100,12 +115,6 @@ def load_cells(runs: Iterable[str | Path]) -> list[Cell]:
     return [cell for cells in _cells_by_run(runs).values() for cell in cells]
 
 
-def _cells_by_run(runs: Iterable[str | Path]) -> dict[str, list[Cell]]:
-    """By the run as it was given."""
-    with _without_collecting():
-        return _read_runs(runs)
-
-
 @contextmanager
 def _without_collecting() -> Iterator[None]:
     """Leave out garbage collection, which goes through all records again and again: a third of the time of many."""
@@ -118,18 +127,17 @@ def _without_collecting() -> Iterator[None]:
             gc.enable()
 
 
-def _read_runs(runs: Iterable[str | Path]) -> dict[str, list[Cell]]:
+@_without_collecting()
+def _cells_by_run(runs: Iterable[str | Path]) -> dict[str, list[Cell]]:
+    """By the run as it was given."""
     given = {Path(run).resolve(): str(run) for run in runs}
     folders = [RunFolder.open(path) for path in given]
     names = [folder.path.name for folder in folders]
-    return {
-        run: cells_of(
-            folder.records(),
-            str(Path(folder.path.parent.name, name)) if names.count(name) > 1 else name,
-            folder.manifest.machine,
-        )
-        for run, folder, name in zip(given.values(), folders, names, strict=True)
-    }
+    found = {}
+    for run, folder, name in zip(given.values(), folders, names, strict=True):
+        called = str(Path(folder.path.parent.name, name)) if names.count(name) > 1 else name
+        found[run] = cells_of(folder.records(), called, folder.manifest.machine)
+    return found
 
 
 def load_shown(runs: Sequence[str | Path], tell: Callable[[str], None]) -> list[Cell]:
@@ -161,12 +169,7 @@ def _cell(key: CellKey, at: Setting, kinds: Mapping[str, Record], run: str, mach
         fields["batch_size"] = size
     first, failure = next(iter(kinds.values())), kinds.get("failure")
     named = {name: fields.get(name) for name in _CONDITIONS if name in Cell.__dataclass_fields__}
-    also = {
-        column: fields[column] * metric.scale
-        for metric in METRICS.values()
-        for column in metric.also
-        if column in fields
-    }
+    also = {column: metric.scale for metric in METRICS.values() for column in metric.also}
     figures = {name: metric.read(fields) for name, metric in METRICS.items()}
     values = named | {
         "id": first.cell + at.words,
@@ -182,7 +185,7 @@ def _cell(key: CellKey, at: Setting, kinds: Mapping[str, Record], run: str, mach
         key=replace(key, model=printable(key.model), method=printable(key.method)),
         params=first.params,
         figures={name: figure for name, figure in figures.items() if figure is not None},
-        also=also,
+        also={column: fields[column] * scale for column, scale in also.items() if column in fields},
         calibrated=fields.get("calibrated"),
         tokens=tuple(fields.get("tokens") or ()),
         kinds=frozenset(kinds),
@@ -195,26 +198,21 @@ def _cell(key: CellKey, at: Setting, kinds: Mapping[str, Record], run: str, mach
 
 def _share_conditions(cells: list[Cell]) -> list[Cell]:
     """A cell that failed early lacks the conditions that its model's other cells share: take them from those."""
-    shared: dict[str, dict[str, Any]] = {}
-    seen: dict[str, set[str | None]] = {}
+    whole: dict[Cell, Cell] = {}
     for mine in group_by(cells, operator.attrgetter("model")):
-        known = {
-            name: {getattr(cell, name) for cell in mine} - {None} for name in (*COMPARABLE[1:], "images", "batch_size")
-        }
+        names = (*COMPARABLE[1:], "images", "batch_size")
+        known = {name: {getattr(cell, name) for cell in mine} - {None} for name in names}
         # What was never timed goes with the first runtime.
-        runtimes = [cell.runtime for cell in mine if cell.runtime]
-        shared[mine[0].model] = {"runtime": runtimes[0] if runtimes else "eager"} | {
-            name: values.pop() for name, values in known.items() if len(values) == 1
-        }
-        seen[mine[0].model] = {cell.data_fingerprint for cell in mine if "accuracy" in cell.kinds}
-    whole = []
-    for cell in cells:
-        lacks = {name: value for name, value in shared[cell.model].items() if getattr(cell, name) is None}
-        if "accuracy" not in cell.kinds and len(seen[cell.model]) == 1:
-            # Where a run grew, what has no accuracy still names the fewer images.
-            lacks["data_fingerprint"], *_ = seen[cell.model]
-        whole.append(replace(cell, **lacks) if lacks else cell)
-    return whole
+        runtime = next((cell.runtime for cell in mine if cell.runtime), "eager")
+        shared = {"runtime": runtime} | {name: values.pop() for name, values in known.items() if len(values) == 1}
+        seen = {cell.data_fingerprint for cell in mine if "accuracy" in cell.kinds}
+        for cell in mine:
+            lacks = {name: value for name, value in shared.items() if getattr(cell, name) is None}
+            if "accuracy" not in cell.kinds and len(seen) == 1:
+                # Where a run grew, what has no accuracy still names the fewer images.
+                lacks["data_fingerprint"], *_ = seen
+            whole[cell] = replace(cell, **lacks) if lacks else cell
+    return [whole[cell] for cell in cells]
 
 
 def run_names(cells: Sequence[Cell]) -> dict[str, str]:
@@ -254,17 +252,15 @@ def filter_cells(cells: Sequence[Cell], conditions: Iterable[str]) -> list[Cell]
     """
     wanted: dict[str, list[Callable[[Any], bool]]] = {}
     for number, condition in enumerate(conditions):
-        name, sign, value = _split_condition(condition)
-        column = METRICS[name].columns[0] if name in METRICS else name
-        if column not in all_columns():
-            hint = (
-                nearest(name, dict.fromkeys([*METRICS, *all_columns()]))
-                or " Try model, method, schedule, run or a metric."
-            )
-            raise UserError(f"filter {condition!r}: no column {name!r}.{hint}")
-        metric = metric_of_column(column)
-        if metric and cells and not any(cell[metric] for cell in cells):
-            raise UserError(f"filter {condition!r}: no cell here has {name}; measured: {measured_names(cells)}.")
+        parts = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>|=)\s*(.+?)\s*", condition)
+        if parts is None:
+            form = "COLUMN=VALUE or METRIC<NUMBER, such as 'method=tome' or 'drop<1'"
+            raise UserError(f"filter {condition!r}: write {form}.")
+        name, sign, value = parts.groups()
+        try:
+            column = find_column(name, cells)
+        except UserError as error:
+            raise UserError(f"filter {condition!r}: {error}") from None
         key = column if sign == "=" else f"{column} {number}"
         wanted.setdefault(key, []).append(_test(column, sign, value, condition))
     tests = [(key.partition(" ")[0], alternatives) for key, alternatives in wanted.items()]
@@ -272,15 +268,6 @@ def filter_cells(cells: Sequence[Cell], conditions: Iterable[str]) -> list[Cell]
         return list(cells)
     rows = [(cell, columns_of(cell)) for cell in cells]
     return [cell for cell, row in rows if all(any(test(row[column]) for test in own) for column, own in tests)]
-
-
-def _split_condition(condition: str) -> tuple[str, str, str]:
-    parts = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>|=)\s*(.+?)\s*", condition)
-    if parts is None:
-        raise UserError(
-            f"filter {condition!r}: write COLUMN=VALUE or METRIC<NUMBER, such as 'method=tome' or 'drop<1'."
-        )
-    return parts[1], parts[2], parts[3]
 
 
 def _test(column: str, sign: str, value: str, condition: str) -> Callable[[Any], bool]:

@@ -66,11 +66,11 @@ class Cost:
         once = self._table[-1] * any(removals)
         return self._rest + once + sum(self.of_block(*step) for step in self.space.steps(removals))
 
-    def of_block(self, before: int, after: int) -> float:
+    def of_block(self, before: float, after: float) -> float:
         """A block's cost, FLOPs or seconds."""
         return float(_features(before, after) @ self._table)
 
-    def share_of_block(self, before: int, after: int) -> float:
+    def share_of_block(self, before: float, after: float) -> float:
         return self.correction * self.of_block(before, after) / self._whole
 
     def __call__(self, removals: Removals) -> float:
@@ -124,6 +124,6 @@ class Cost:
         return least[1:-1].tolist(), float(least.sum())
 
 
-def _features(n: int, m: int) -> np.ndarray:
+def _features(n: float, m: float) -> np.ndarray:
     leaves = float(m < n)
     return np.array([1, n, n * n, m, m * n, m * m, leaves, leaves * n, leaves * n * n, 0], dtype=float)

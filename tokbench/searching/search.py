@@ -11,7 +11,7 @@ import numpy as np
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from tokbench.calibrate import CALIBRATION_IMAGES, calibrate
+from tokbench.calibrate import CALIBRATION_IMAGES, COUNTED_IMAGES, calibrate
 from tokbench.errors import UserError
 from tokbench.fusion.core import Method, make_method
 from tokbench.progress import Progress
@@ -87,7 +87,7 @@ class Search:
         if self.method.needs_calibration:
             even = Schedule("list", (1,) * len(self.model.blocks))
             self.method = calibrate(self.model, self.method, even, self.images[:CALIBRATION_IMAGES])
-        self.space = Space(self.model, self.method, tuple(self.images.shape[1:]))
+        self.space = Space(self.model, self.method, self.images[:COUNTED_IMAGES])
         self.cost = Cost(self.space, self.budget, self.images, self.batch_size)
         self._require_reachable()
         self.usual = self._usual()
@@ -117,6 +117,8 @@ class Search:
 
     def guess(self) -> None:
         """Try the path through all blocks that what each block alone does to the answers suggests."""
+        if self.method.counts_by_image:  # tokens after a block do not follow from those before it
+            return
 
         def alone(removals: Removals) -> float:
             self._tell()
@@ -225,6 +227,10 @@ class Search:
             self.best = self.best._replace(removals=self.space.fit(weights, self.cost, share))
         # The dearest within the budget; where all were over it, the cheapest.
         cost, self.best = max(confirmed, key=lambda one: (one[0] <= share, one[0] if one[0] <= share else -one[0]))
+        if self.budget.kind == "flops" and cost > share:  # times are not exact; the table says what was confirmed
+            raise UserError(
+                f"no schedule of method '{self.method.name}' was found within {self.budget}: the nearest is {cost:.3f}"
+            )
         found = self.found()
         assert found is not None
         return replace(found, cost=cost)

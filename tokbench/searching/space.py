@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -11,12 +11,13 @@ from itertools import accumulate, pairwise
 import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from tokbench.fusion.anatomy import grid_for, has_class_token
 from tokbench.fusion.blocks import Fusion
 from tokbench.fusion.core import Method
 from tokbench.fusion.patch import fork, insert, remove, tokens_per_block
-from tokbench.measure._model import evaluation_mode, placement, resolve_input_size
+from tokbench.measure._model import evaluation_mode
 from tokbench.schedules import Schedule
 
 # Tokens that leave each block.
@@ -25,12 +26,13 @@ Removals = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Space:
-    """Removals of `method` in `model`, for images of `input_size`."""
+    """Removals of `method` in `model`, for images as those in `images` (B, C, H, W)."""
 
     model: VisionTransformer
     method: Method
-    input_size: tuple[int, ...] | None = None
+    images: Tensor
     _most: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
+    _counted: dict[Removals, list[float]] = field(default_factory=dict, repr=False)
 
     @property
     def depth(self) -> int:
@@ -43,22 +45,24 @@ class Space:
     @cached_property
     def tokens(self) -> int:
         """Tokens of the unreduced model, prefix included."""
-        return math.prod(grid_for(self.model, self.input_size)) + self.prefix
+        return math.prod(grid_for(self.model, tuple(self.images.shape[1:]))) + self.prefix
 
     @cached_property
     def returned(self) -> int:
         """Tokens that a block adds where it removes any: EViT's fused one. 0 where it depends on the image."""
         if self.method.counts_by_image:
             return 0
-        block, model = (
-            self.acting[0],
-            insert(remove(fork(self.model)), self.method, Schedule("list", (2,) * self.depth)),
-        )
-        size = resolve_input_size(model, self.input_size)
-        with torch.inference_mode(), evaluation_mode([model]):
-            device, dtype = placement(model)
-            model(torch.rand(1, *size, generator=torch.Generator().manual_seed(0)).to(device, dtype))
-        return round(tokens_per_block(model)[block]) - (self.tokens - 2)
+        return round(self._count((2,) * self.depth)[self.acting[0]]) - (self.tokens - 2)
+
+    def _count(self, removals: Removals) -> list[float]:
+        """Tokens after each block, their mean over the images."""
+        if removals not in self._counted:
+            images = self.images if self.method.counts_by_image else self.images[:1]
+            model = insert(remove(fork(self.model)), self.method, Schedule("list", removals))
+            with torch.inference_mode(), evaluation_mode([model]):
+                model(images)
+            self._counted[removals] = [float(tokens) for tokens in tokens_per_block(model)]
+        return self._counted[removals]
 
     @cached_property
     def acting(self) -> list[int]:
@@ -86,8 +90,10 @@ class Space:
         """Tokens after a block that removes so many."""
         return tokens - removed + self.returned if removed else tokens
 
-    def steps(self, removals: Removals) -> list[tuple[int, int]]:
+    def steps(self, removals: Removals) -> Sequence[tuple[float, float]]:
         """Tokens (before, after) each block."""
+        if self.method.counts_by_image:
+            return list(pairwise([self.tokens, *self._count(removals)]))
         return list(pairwise(accumulate(removals, self.after, initial=self.tokens)))
 
     def fit(self, weights: np.ndarray, cost: Callable[[Removals], float], most: float) -> Removals:

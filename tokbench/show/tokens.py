@@ -108,7 +108,8 @@ def _draw(rows: Sequence[TokenRow], heading: str, sizes: bool, theme: Theme) -> 
             _draw_regions(strip[column], row.image, grid, theme)
             _title(strip[column], grid.title, side)
             if sizes:
-                shown = _draw_sizes(axes[number * strips + 1, column], row.image, grid, scale, theme)
+                values, panel = np.ma.masked_invalid(grid.sizes()), axes[number * strips + 1, column]
+                shown = _fill(panel, row.image, grid, theme, values, norm=scale, cmap="viridis")
     if heading:
         figure.suptitle(heading, x=0.01, ha="left", fontsize=9, color=theme.muted)
     if shown is not None:
@@ -156,10 +157,6 @@ def _draw_regions(panel: Axes, image: np.ndarray, grid: TokenGrid, theme: Theme)
     edges = _borders(grid.token) * _patch_size(image, grid)
     rim = [withStroke(linewidth=1.1, foreground="black", alpha=0.55)]
     panel.add_collection(LineCollection(list(edges), colors="white", linewidths=0.5, path_effects=rim))
-
-
-def _draw_sizes(panel: Axes, image: np.ndarray, grid: TokenGrid, scale: LogNorm, theme: Theme) -> Any:
-    return _fill(panel, image, grid, theme, np.ma.masked_invalid(grid.sizes()), norm=scale, cmap="viridis")
 
 
 def _fill(panel: Axes, image: np.ndarray, grid: TokenGrid, theme: Theme, values: np.ndarray, **how: Any) -> Any:

@@ -8,12 +8,10 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm
 from torch import Tensor
 
 from tokbench.errors import UserError, shortened
@@ -80,11 +78,15 @@ class Repository:
             way_out = f"fetch its configuration and weights from PAGE elsewhere and give --model {library}:FOLDER"
             raise hub.cannot_download(self.name, self.place, error, way_out) from error
 
-    def read_json(self, *names: str) -> dict[str, Any]:
-        """The first of these files that there is. Raises UserError if there is none, or it is no JSON object."""
+    def _first(self, names: Sequence[str], hint: str = "") -> Path:
         path = next(filter(None, map(self.file, names)), None)
         if path is None:
-            raise UserError(f"model {self.name!r}: {self.place} has no {' or '.join(names)}.")
+            raise UserError(f"model {self.name!r}: {self.place} has no {' or '.join(names)}{hint}.")
+        return path
+
+    def read_json(self, *names: str) -> dict[str, Any]:
+        """The first of these files that there is. Raises UserError if there is none, or it is no JSON object."""
+        path = self._first(names)
         try:
             content = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
@@ -95,9 +97,7 @@ class Repository:
 
     def weights(self, *names: str) -> Path:
         """The first of these files that there is, with the shards that it names if it is an index."""
-        path = next(filter(None, map(self.file, names)), None)
-        if path is None:
-            raise UserError(f"model {self.name!r}: {self.place} has no {' or '.join(names)}; give --checkpoint FILE.")
+        path = self._first(names, "; give --checkpoint FILE")
         if not self.is_local and path.name.endswith(".index.json"):
             for shard in sorted(set(self.read_json(path.name)["weight_map"].values())):
                 self.file(shard)
@@ -166,10 +166,6 @@ def builder(
     return build
 
 
-def layer_norm(eps: float) -> Any:
-    return partial(LayerNorm, eps=eps)
-
-
 def mlp_ratio(hidden: int, width: int) -> float:
     """The ratio from which timm, which cuts off decimals, gets just this number of hidden units."""
     return (hidden + 0.5) / width if int(width * (hidden / width)) != hidden else hidden / width
@@ -178,11 +174,3 @@ def mlp_ratio(hidden: int, width: int) -> float:
 def crop(image: int, resized: int) -> float:
     """The part of a resized image that is kept, such that timm, which cuts off decimals, resizes to just that."""
     return image / resized if math.floor(image / (image / resized)) == resized else image / (resized + 0.5)
-
-
-def activation(name: str, model: str) -> str:
-    if name not in ACTIVATIONS:
-        raise UserError(
-            f"model {model!r} has the activation {name!r}; these can be converted: {', '.join(ACTIVATIONS)}."
-        )
-    return ACTIVATIONS[name]

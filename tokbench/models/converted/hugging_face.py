@@ -10,24 +10,25 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import LayerNorm
 from timm.layers.attention_pool import AttentionPoolLatent
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import SwiGLUPacked, VisionTransformer
 from torch import Tensor, nn
 
 from tokbench.errors import UserError
+from tokbench.models.checkpoints import count_outputs
 from tokbench.models.converted import common
 from tokbench.models.converted.common import Conversion, Repository, Rules
 
 WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 _NAMES: Rules = (
     (r"^(vit|deit|dinov2|dinov2_with_registers)\.", ""),
@@ -233,32 +234,26 @@ def _vision_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _outputs(known: Architecture, config: Mapping[str, Any], state: Mapping[str, Tensor] | None) -> int:
     if known.head == "labels":
-        head = (state or {}).get("head.weight")
-        if head is not None and head.ndim == 2:
-            return len(head)
-        return len(config.get("id2label") or ()) or config.get("num_labels", 2)
+        told = count_outputs(state or {})
+        return (len(config.get("id2label") or ()) or config.get("num_labels", 2)) if told is None else told
     return int(config.get(known.head, known.defaults[known.head])) if known.head else 0
 
 
 def _description(known: Architecture, config: Mapping[str, Any], outputs: int) -> dict[str, Any]:
     labels = {int(key): text for key, text in (config.get("id2label") or {}).items()}
+    classifier = ("head", "head_dist") if known.kind is VisionTransformerDistilled else "head"
+    told = dict(architecture=config["architectures"][0], num_classes=outputs, classifier=classifier)
     named = known.head == "labels" and set(labels) == set(range(outputs))
     if named and all(text != f"LABEL_{key}" for key, text in labels.items()):
-        names: dict[str, Any] = dict(label_names=[labels[key] for key in range(outputs)])
-    else:
-        names = {}
-    classifier = ("head", "head_dist") if known.kind is VisionTransformerDistilled else "head"
-    return dict(
-        names,
-        architecture=config["architectures"][0],
-        num_classes=outputs,
-        classifier=classifier,
-    )
+        told["label_names"] = [labels[key] for key in range(outputs)]
+    return told
 
 
 def _arguments(known: Architecture, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    width = settings["hidden_size"]
-    hidden = settings["intermediate_size"]
+    width, hidden, activation = settings["hidden_size"], settings["intermediate_size"], settings["hidden_act"]
+    if activation not in common.ACTIVATIONS:
+        known_ones = ", ".join(common.ACTIVATIONS)
+        raise UserError(f"model {name!r} has the activation {activation!r}; these can be converted: {known_ones}.")
     arguments = dict(
         img_size=settings["image_size"],
         patch_size=settings["patch_size"],
@@ -267,8 +262,8 @@ def _arguments(known: Architecture, settings: Mapping[str, Any], name: str) -> d
         depth=settings["num_hidden_layers"],
         num_heads=settings["num_attention_heads"],
         qkv_bias=settings["qkv_bias"],
-        norm_layer=common.layer_norm(settings["layer_norm_eps"]),
-        act_layer=common.activation(settings["hidden_act"], name),
+        norm_layer=partial(LayerNorm, eps=settings["layer_norm_eps"]),
+        act_layer=common.ACTIVATIONS[activation],
     )
     if "mlp_ratio" in known.defaults:  # DINOv2
         hidden = int(width * settings["mlp_ratio"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
+from timm.layers import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 
 from tokbench.errors import UserError, nearest
@@ -105,7 +107,7 @@ def _own_tower(
         global_pool="avg" if pools else "token",
         fc_norm=norm_last,
         num_classes=model["embed_dim"],
-        norm_layer=common.layer_norm((tower.get("norm_kwargs") or {}).get("eps", 1e-5)),
+        norm_layer=partial(LayerNorm, eps=(tower.get("norm_kwargs") or {}).get("eps", 1e-5)),
         act_layer=activation,
     )
     names = (*_NAMES, *_NORM_AFTER_POOLING) if norm_last else _NAMES

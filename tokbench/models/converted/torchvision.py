@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from timm.data import ImageNetInfo
+from timm.layers import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
 
 from tokbench.errors import UserError, nearest
+from tokbench.models.checkpoints import count_outputs
 from tokbench.models.converted import common
 from tokbench.models.converted.common import Conversion, Rules
 
@@ -78,47 +80,26 @@ def convert(name: str, architecture: str, checkpoint: Path | None, with_weights:
         )
     patch, depth, heads, width = ARCHITECTURES[architecture]
     state = common.read_weights(checkpoint, _NAMES, _NOTHING) if checkpoint else None
-    side, outputs = patch * (224 // patch), 1000
-    if state is not None:
-        side, outputs = _image_size(state, patch) or side, _outputs(state)
+    positions = (state or {}).get("pos_embed")
+    patches = positions.shape[1] - 1 if positions is not None and positions.ndim == 3 else 0
+    side, outputs = patch * (math.isqrt(max(0, patches)) or 224 // patch), count_outputs(state or {}) or 1000
     arguments = dict(
-        img_size=side,
-        patch_size=patch,
-        embed_dim=width,
-        depth=depth,
-        num_heads=heads,
-        num_classes=outputs,
-        norm_layer=common.layer_norm(1e-6),
-    )
-    cfg = _preprocessing(checkpoint, architecture, side) | dict(
-        architecture=architecture,
-        input_size=(3, side, side),
-        num_classes=outputs,
-        classifier="head",
-    )
+        img_size=side, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, num_classes=outputs,
+        norm_layer=partial(LayerNorm, eps=1e-6),
+    )  # fmt: skip
+    told = dict(architecture=architecture, input_size=(3, side, side), num_classes=outputs, classifier="head")
+    cfg = _preprocessing(checkpoint, architecture, side) | told
     return Conversion(common.builder(name, VisionTransformer, arguments, cfg), state, checkpoint)
-
-
-def _image_size(state: dict[str, Tensor], patch: int) -> int | None:
-    positions = state.get("pos_embed")
-    return patch * math.isqrt(max(0, positions.shape[1] - 1)) if positions is not None and positions.ndim == 3 else None
-
-
-def _outputs(state: dict[str, Tensor]) -> int:
-    head = state.get("head.weight")
-    return len(head) if head is not None and head.ndim == 2 else 1000
 
 
 def _preprocessing(checkpoint: Path | None, architecture: str, side: int) -> dict[str, Any]:
     mean_std: dict[str, Any] = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_mode="center")
-    known = OFFICIAL.get(_sha256(checkpoint)[:8]) if checkpoint else None
+    known = None
+    if checkpoint:
+        with checkpoint.open("rb") as file:
+            known = OFFICIAL.get(hashlib.file_digest(file, "sha256").hexdigest()[:8])
     if known is None or known[0] != architecture:
         return mean_std | dict(crop_pct=0.875, interpolation="bilinear")
     _, resized, interpolation = known
     crop_pct = common.crop(side, resized)
     return mean_std | dict(crop_pct=crop_pct, interpolation=interpolation, label_names=class_names())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
