@@ -31,7 +31,7 @@ from tokbench.report.published import published_points
 from tokbench.report.scene import Equal, Scene, bar_reach, scene, side_by_side
 from tokbench.report.styles import STYLES, find_theme, method_style
 from tokbench.report.text import short_schedule
-from tokbench.results.cell import Cell, CellKey, Figure
+from tokbench.results.cell import Cell, CellKey, Figure, Setting
 from tokbench.results.table import load_cells
 
 HOSTILE = "a$b$ $\\b$ _x_ {y} ^2 <b> \\frac"
@@ -470,7 +470,7 @@ def test_official_weights_that_came_as_a_file_are_asked_to_be_named(cells: list[
 
 def test_speed_by_batch_size_is_a_line_for_each_cell(cells: list[Cell]) -> None:
     swept = [
-        replace(changed([cell], {"speedup": Figure(gain * cell.figures["speedup"].value, 0.5, 3)})[0], at_batch=size)
+        replace(changed([cell], {"speedup": Figure(gain * cell.figures["speedup"].value, 0.5, 3)})[0], at=Setting(size))
         for size, gain in ((1, 0.6), (8, 0.9), (32, 1.0))
         for cell in cells
     ]

@@ -367,7 +367,7 @@ def test_conditions_that_changed_are_told(make_run):
          ["as GPU decides", "on a machine with G"], ["CPU decide"]),
         ({}, {"dtype": "bf16"}, ["dtype"], ["another dtype by itself changes answers"], ["near-ties"]),
         ({}, {"cpu": "B"}, ["cpu"], ["near-ties"], ["tokbench check --baseline"]),
-        ({}, {"compile": True}, ["compile"], ["compile off → on", "not compared: speed-ups"], ["with care"]),
+        ({}, {"compile": True}, ["runtime"], ["runtime eager → compile", "not compared: speed-ups"], ["with care"]),
     ],
 )  # fmt: skip
 def test_what_other_conditions_leave_to_compare_is_said(make_run, then, now, settings, said, unsaid):

@@ -83,12 +83,12 @@ def test_error_bars_of_top1_are_the_paired_interval(cells: list[Cell]) -> None:
 
 
 def test_models_timed_compiled_are_said_to_be_and_not_compared_with_others(cells: list[Cell]) -> None:
-    assert {cell.compiled for cell in cells} == {"no"} and "compiled" not in render_table(cells, "md")
-    other = changed(cells, compiled="yes", run="compiled")
+    assert {cell.runtime for cell in cells} == {"eager"} and "compiled" not in render_table(cells, "md")
+    other = changed(cells, runtime="compile", run="compiled")
     assert ", compiled, batch 32" in render_table(other, "md")
     assert len(comparable([*cells, *other])) == 2
     timed = make_record(flops().plain() | {"kind": "speed", "compiled": True})
-    assert [cell.compiled for cell in cells_of([timed, flops("tome", "8")])] == ["yes", "yes"]
+    assert [cell.runtime for cell in cells_of([timed, flops("tome", "8")])] == ["compile", "compile"]
 
 
 def test_speed_at_one_batch_size_is_not_compared_with_speed_at_another(cells: list[Cell]) -> None:

@@ -28,6 +28,7 @@ from tokbench.config import Grid, MethodSpec, ModelSpec, PlannedCell, RunOptions
 from tokbench.data import load_batches
 from tokbench.data.labels import DataWarning
 from tokbench.errors import RunStopped, UserError
+from tokbench.exporting import writing
 from tokbench.fusion.core import METHODS, Method
 from tokbench.fusion.patch import tokens_per_block
 from tokbench.measure import environment, speed
@@ -647,7 +648,7 @@ def test_a_backbone_is_compared_by_its_features(source, tmp_path, monkeypatch):
 def test_compiled_models_are_timed_and_eager_ones_judged(source, tmp_path, monkeypatch):
     compiled, judged = [], []
     real = answers.evaluate
-    monkeypatch.setattr(timing, "compile_model", compiled.append)
+    monkeypatch.setattr(writing, "compile_model", lambda model: compiled.append(model) or model)
     monkeypatch.setattr(
         answers, "evaluate", lambda *args, **kwargs: judged.append(len(compiled)) or real(*args, **kwargs)
     )
@@ -658,8 +659,8 @@ def test_compiled_models_are_timed_and_eager_ones_judged(source, tmp_path, monke
     assert ("phase", "tiny: compiling", 5) in listener.told
     assert judged == [0] and len(compiled) == 3  # the unreduced model, the cell and its speed limit
     folder = RunFolder.open(tmp_path / "run")
-    assert [record["compiled"] for record in plain_records(folder.path) if record["kind"] == "speed"] == [True, True]
-    with pytest.raises(UserError, match="compile was on and is off"):
+    assert {record["runtime"] for record in plain_records(folder.path) if record["kind"] == "speed"} == {"compile"}
+    with pytest.raises(UserError, match="runtime was compile and is eager"):
         runner.run(small_grid(MethodSpec("tome", ("8",)), MethodSpec("tofu", ("8",))), tmp_path / "run")
 
 
@@ -752,7 +753,7 @@ def test_a_cell_that_cannot_be_compiled_fails_alone(source, tmp_path, monkeypatc
             raise RuntimeError("no compiler")
         return model
 
-    monkeypatch.setattr(timing, "compile_model", refuse)
+    monkeypatch.setattr(writing, "compile_model", refuse)
     table = runner.run(small_grid(only=("flops", "speed"), compile=True), tmp_path / "run").set_index("cell")
     assert table["error"].dropna().to_dict() == {"tiny/tome/8": "RuntimeError: no compiler"}
     assert table["throughput"].notna().to_dict() == {"tiny/none": True, "tiny/tome/8": False, "tiny/random/8": True}
@@ -820,7 +821,7 @@ def test_cells_added_to_a_run_are_timed_on_its_batches(source, tmp_path, small_m
 def test_smaller_batches_are_compiled_anew(source, tmp_path, monkeypatch, small_memory):
     # torch compiles the same code for eight shapes, and refuses the ninth.
     compiled = []
-    monkeypatch.setattr(timing, "compile_model", compiled.append)
+    monkeypatch.setattr(writing, "compile_model", lambda model: compiled.append(model) or model)
     small_memory("tome", 3)
     runner.run(small_grid(MethodSpec("tome", ("8",)), only=("speed",), compile=True), tmp_path / "run")
     assert len(compiled) == 3 * 3  # the unreduced model, the cell and its limit, for batches of 10, 5 and 3
@@ -890,7 +891,6 @@ def test_every_cell_is_timed_at_each_batch_size_and_the_run_goes_on_with_what_it
 @pytest.fixture
 def processes_here(monkeypatch):
     """Fresh processes are played by this one."""
-    monkeypatch.setattr(fresh, "Watch", lambda device: timing.Watch(device))
     told = []
 
     def in_process(job, tell):
@@ -951,7 +951,7 @@ def test_what_fails_in_a_process_is_recorded_as_it_would_be_here(source, tmp_pat
 
 def test_a_real_process_tells_what_it_comes_to():
     job = fresh.Job(ModelSpec(), Grid(), RunOptions(device="cpu", rounds=6, seconds=0.01, processes=2), "cpu",
-                    [(PlannedCell("bundled", MethodSpec("none")), "")], 1, 0, 1, [])  # fmt: skip
+                    [(PlannedCell("bundled", MethodSpec("none")), "", "eager")], 1, 0, 1, [])  # fmt: skip
     told = []
     timed = fresh.in_process(job, lambda *what: told.append(what))
     assert len(timed.speed["bundled/none"].rounds) == 3 and timed.memory == {"bundled/none": None}

@@ -172,7 +172,13 @@ def run(
     processes: Annotated[
         int | None, _option("N", "Time in N fresh processes in turn; intervals are over them.")
     ] = None,
-    compile: Annotated[bool | None, _flag("--compile", "Time models compiled by torch.compile.")] = None,
+    runtime: Annotated[
+        str | None, _option("NAMES", "Time in each of eager,compile,onnxruntime,openvino,tensorrt (default: eager).")
+    ] = None,
+    compile: Annotated[bool | None, _flag("--compile", "The same as --runtime compile.")] = None,
+    check_answers: Annotated[
+        bool | None, _flag("--check-answers", "Compare the answers in other runtimes with eager's.")
+    ] = None,
     limit: Annotated[
         int | None,
         _option("N", "Measure accuracy on N images; may grow later (default: 1,000 bundled ones, else all)."),
@@ -215,7 +221,9 @@ def run(
         seconds=seconds,
         rounds=rounds,
         processes=processes,
+        runtimes=runtime,
         compile=compile,
+        check_answers=check_answers,
         limit=limit,
         only=only,
         workers=workers,

@@ -11,7 +11,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import InitVar, asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,11 +19,13 @@ from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictI
 from pydantic.dataclasses import dataclass
 
 from tokbench.errors import UserError, nearest, shortened
-from tokbench.results.cell import CellKey, RecordIndex
+from tokbench.results.cell import CellKey, RecordIndex, Setting
 from tokbench.schedules import GRAMMAR, parse_schedule
 from tokbench.validation import FORBID, told, validated
 
 MEASURES: tuple[Literal["flops", "accuracy", "speed"], ...] = ("flops", "accuracy", "speed")
+# What runs a model while it is timed; see exporting.runtimes. In this order, so that eager is what others are told by.
+RUNTIMES = ("eager", "compile", "onnxruntime", "openvino", "tensorrt")
 DEFAULT_LIMIT = 1000
 # What a grid has when it names no methods; the names are here as well so that --help need not import torch.
 DEFAULT_METHODS = ("tome", "tofu", "mctf", "mstm", "evit", "pitome", "topk", "random")
@@ -72,6 +74,14 @@ def _as_batch_size(value: Any) -> Any:
     if not value or any(type(size) is not int or size < 1 for size in value):
         raise ValueError(f"several must be whole numbers of at least 1, not {list(value)}")
     return tuple(sorted(set(value))) if len(set(value)) > 1 else value[0]
+
+
+def _known_runtimes(names: tuple[str, ...]) -> tuple[str, ...]:
+    """In their order, each once."""
+    for name in names:
+        if name not in RUNTIMES:
+            raise ValueError(f"unknown runtime {name!r}; use {', '.join(RUNTIMES)}.{nearest(name, RUNTIMES)}")
+    return tuple(name for name in RUNTIMES if name in names)
 
 
 def _known_device(device: str) -> str:
@@ -203,7 +213,9 @@ class RunOptions:
         cache: a folder to keep prepared images in, and to take them from in later runs.
         labels: a file that says what each image of a folder shows.
         max_bad: per cent of the images that may be skipped because they cannot be decoded.
-        compile: time models that `torch.compile` compiled; accuracy is measured without.
+        runtimes: which of RUNTIMES to time every cell in; accuracy is measured in eager PyTorch.
+        check_answers: compare what the models of other runtimes answer with what they answer in eager PyTorch.
+        compile: the same as runtimes=("compile",).
         seconds: timing for each model that is timed; None for the usual, and longer while an interval is wide.
         rounds: in which every model has a turn, None for as many as fit.
         processes: fresh ones to share the rounds between, in turn; intervals are then over processes.
@@ -218,13 +230,21 @@ class RunOptions:
     cache: StrictStr | None = None
     labels: StrictStr | None = None
     max_bad: Annotated[float, Field(ge=0, le=100)] = 1.0
-    compile: StrictBool = False
+    runtimes: Annotated[tuple[StrictStr, ...], Field(min_length=1), AfterValidator(_known_runtimes)] = ("eager",)
+    check_answers: StrictBool = False
     seconds: Annotated[float, Field(gt=0, le=1e6)] | None = None
     rounds: AtLeast1 | None = None
     processes: AtLeast1 = 1
+    compile: InitVar[StrictBool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, compile: bool) -> None:
         object.__setattr__(self, "only", tuple(measure for measure in MEASURES if measure in self.only))
+        if compile and self.runtimes not in (("eager",), ("compile",)):
+            raise ValueError("compile and runtimes contradict each other: name 'compile' among the runtimes")
+        if compile:
+            object.__setattr__(self, "runtimes", ("compile",))
+        if self.check_answers and ("speed" not in self.only or self.runtimes == ("eager",)):
+            raise ValueError("check_answers compares what is timed in other runtimes: name some, and speed in `only`")
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -236,6 +256,11 @@ class RunOptions:
         if isinstance(self.batch_size, int):
             return self.batch_size
         return max(self.sizes, default=128 if device == "cuda" else 16)
+
+    @property
+    def settings(self) -> list[Setting]:
+        """The ways in which every cell is timed."""
+        return [Setting(size, runtime) for size in self.sizes or (None,) for runtime in self.runtimes]
 
 
 @told
@@ -360,8 +385,8 @@ class Grid:
         """A grid from command line flags, on top of `base` (a grid file, say) where one is given.
 
         Each kind of flag replaces what `base` says on that matter; schedules replace those of every method.
-        `options` are the fields of RunOptions, None where the flag was not given; `only` is text with commas, and
-        `batch_size` text.
+        `options` are the fields of RunOptions, None where the flag was not given; `only` and `runtimes` are text with
+        commas, and `batch_size` text.
         """
         grid = base or cls.default()
         for flag, value in (("--checkpoint", checkpoint), ("--label", label)):
@@ -402,7 +427,8 @@ class Grid:
         images = f"{options.limit:,} images of {self.data}" if options.limit else f"all images of {self.data}"
         how = f"{len(cells)} cells: {', '.join(options.only)} on {images}, device {options.device}, {options.dtype}"
         sizes = ", ".join(map(str, options.sizes)) or options.batch_size
-        return "\n".join([f"{how}, batch size {sizes}", *(f"  {cell}" for cell in cells)])
+        runtimes = "" if self.options.runtimes == ("eager",) else f", timed in {', '.join(options.runtimes)}"
+        return "\n".join([f"{how}, batch size {sizes}{runtimes}", *(f"  {cell}" for cell in cells)])
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, for the manifest of a run."""
@@ -422,8 +448,13 @@ def _every_method() -> tuple[MethodSpec, ...]:
 def _read_options(flags: dict[str, Any]) -> dict[str, Any]:
     """Flags that arrive as text, as RunOptions wants them."""
     read = dict(flags)
-    if "only" in flags:
-        read["only"] = tuple(word.strip() for word in flags["only"].split(","))
+    if read.pop("compile", False):
+        if "runtimes" in flags:
+            raise UserError("--compile and --runtime contradict each other: --runtime alone can name compile, too")
+        read["runtimes"] = ("compile",)
+    for name in ("only", "runtimes"):
+        if name in flags:
+            read[name] = tuple(word.strip() for word in flags[name].split(","))
     text = str(flags.get("batch_size", ""))
     if re.fullmatch(r" *\d{1,18} *(, *\d{1,18} *)*", text):
         read["batch_size"] = tuple(map(int, text.split(",")))

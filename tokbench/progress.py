@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from tokbench.errors import printable
-from tokbench.results.cell import Cell
+from tokbench.results.cell import Cell, Setting
 from tokbench.results.folder import RECORDS, RunFolder
 from tokbench.results.records import FailureRecord, Record
 
@@ -171,9 +171,7 @@ class LiveProgress(Progress):
 
     def _count(self) -> str:
         measured = {
-            (record.cell, record.kind, record.kind == "speed" and getattr(record, "batch_size", None))
-            for record in self._records
-            if record.kind != "failure"
+            (record.cell, record.kind, Setting.of(record)) for record in self._records if record.kind != "failure"
         }
         return f"{len(measured)} of {self._measurements} measurements"
 

@@ -37,7 +37,8 @@ def how_to_measure(baseline: Run, *, with_speed: bool, limit: int | None, device
         if not kinds:
             continue
         place = device or (known.device or "auto" if own.device == "auto" else own.device)
-        options = replace(own, only=kinds, limit=limit or own.limit, device=place)
+        answers = own.check_answers and "speed" in kinds
+        options = replace(own, only=kinds, check_answers=answers, limit=limit or own.limit, device=place)
         try:
             found = runner.find_device(place)
         except UserError as error:

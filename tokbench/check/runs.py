@@ -69,7 +69,7 @@ class Run:
                     )
         index = RecordIndex(records)
         self.cells = []
-        told: set[CellKey] = set()  # a cell that was timed at several batch sizes has one accuracy
+        told: set[CellKey] = set()  # a cell that was timed in several settings has one accuracy
         cells = cells_of(records, machine=self.folder.manifest.machine)
         for cell, (key, _, found) in zip(cells, index.rows(), strict=True):
             kinds = frozenset(MEASURES if key not in told else ["speed"]) & found.keys()
@@ -134,14 +134,14 @@ def matched(before: Run, after: Run) -> list[tuple[Measured, Measured | None]]:
     UserError where no cell has a partner.
     """
     alone = len(before.models) == len(after.models) == 1
-    swept = all(any(own.cell.at_batch for own in run.cells) for run in (before, after))
+    swept = [axis for axis in range(2) if all(any(own.cell.at[axis] for own in run.cells) for run in (before, after))]
 
-    def by_meaning(run: Run) -> dict[tuple[CellKey, int | None], Measured]:
-        """Its cells, the first where only the batch size is another and the other run has but one."""
-        found: dict[tuple[CellKey, int | None], Measured] = {}
+    def by_meaning(run: Run) -> dict[tuple[Any, ...], Measured]:
+        """Its cells, the first where only the setting is another and the other run has but one."""
+        found: dict[tuple[Any, ...], Measured] = {}
         for own in run.cells:
             key = replace(own.cell.key, model="") if alone else own.cell.key
-            found.setdefault((key, own.cell.at_batch if swept else None), own)
+            found.setdefault((key, *(own.cell.at[axis] for axis in swept)), own)
         return found
 
     known = by_meaning(after)

@@ -80,7 +80,7 @@ def _of_cell(cell: Cell, folder: RunFolder) -> tuple[Any, dict[str, Any]]:
         schedule, params = applied(cell)
         apply(model, cell.method, schedule, **params)
     row = columns_of(cell)
-    measured = {name: row[name] for name in ("images", "batch_size", "device", "machine", "dtype", "compiled", "data")}
+    measured = {name: row[name] for name in ("images", "batch_size", "device", "machine", "dtype", "runtime", "data")}
     measured |= {name: row[name] for name in figure_columns()}
     return model, {
         "model": cell.model,

@@ -23,9 +23,10 @@ from tokbench.data.labels import model_names
 from tokbench.data.preparing import data_config
 from tokbench.errors import RunStopped, UserError, shortened
 from tokbench.exporting.formats import FORMATS, find_format
-from tokbench.exporting.runtimes import INPUT, OUTPUT
+from tokbench.exporting.runtimes import INPUT, OUTPUT, RUNTIMES, Run
 from tokbench.fusion.patch import fork, require_supported
 from tokbench.measure._model import placement, resolve_input_size
+from tokbench.measure.compiled import compile_model
 from tokbench.measure.environment import package_versions
 from tokbench.models import weights_sha256
 
@@ -110,13 +111,10 @@ def export(
     model = fork(model).eval()
     with TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, torch.no_grad():
         file = Path(folder, path.name)
-        with _quiet():
-            try:
-                kind.write(_trace(model, batch), file)
-                opened = kind.open(file)
-                found = torch.cat([opened(part) for part in shown])
-            except Exception as error:
-                raise UserError(f"{_called(model)} cannot be exported as {name}: {_reason(error)}") from error
+        with _refusing(model, name):
+            kind.write(_trace(model, batch), file)
+            opened = kind.open(file)
+            found = torch.cat([opened(part) for part in shown])
         compared = _compare(model, found, shown, path)
         described = describe(model, name, batch) | dict(about or {}) | {"compared": asdict(compared)}
         description = _description(path)
@@ -124,6 +122,48 @@ def export(
         for part in Path(folder).iterdir():  # weights of more than 2 GB are a file of their own
             os.replace(part, path.with_name(part.name))
     return Exported(path, description, compared)
+
+
+@contextmanager
+def _refusing(model: nn.Module, name: str) -> Iterator[None]:
+    """Raise UserError for what cannot be exported to that format."""
+    with _quiet():
+        try:
+            yield
+        except Exception as error:
+            raise UserError(f"{_called(model)} cannot be exported as {name}: {_reason(error)}") from error
+
+
+class Opened(nn.Module):
+    """What a runtime made of a model, called as the model is: images (B, C, H, W) to outputs (B, D)."""
+
+    def __init__(self, run: Run, model: nn.Module) -> None:
+        super().__init__()
+        device, dtype = placement(model)
+        self.run = run
+        self.place = nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.run(images)
+
+
+def in_runtime(model: nn.Module, name: str, files: Path) -> nn.Module:
+    """A model as one of `RUNTIMES` runs it; the model stays as it is. files: a folder for what is exported meanwhile.
+
+    Raises UserError for a model that cannot be exported, and what the runtime raises.
+    """
+    runtime = RUNTIMES[name]
+    if name == "compile":
+        return compile_model(fork(model))
+    if runtime.open is None:
+        return model
+    file = files / f"{id(model)}.onnx"
+    if not file.exists():  # else another runtime has opened it
+        with _refusing(model, "onnx"), torch.no_grad():
+            FORMATS["onnx"].write(_trace(fork(model).eval(), "dynamic"), file)
+    device, _ = placement(model)
+    with _quiet():
+        return Opened(runtime.open(file, device, runtime.provider(device)), model)
 
 
 def describe(model: nn.Module, format: str, batch: int | Literal["dynamic"]) -> dict[str, Any]:

@@ -40,10 +40,11 @@ def python_of(cell: Cell, folder: RunFolder) -> tuple[str, list[str]]:
     if not cell.is_baseline:
         schedule, params = applied(cell)
         lines.append(f"tokbench.apply(model, {_arguments(cell.method, schedule, **params)})")
-    conditions = folder.manifest.conditions
-    if conditions and conditions.compile and cell["speedup"]:
+    if cell.runtime == "compile" and cell["speedup"]:
         lines.append("model.compile(dynamic=False, fullgraph=True)")
         notes.append("speed is that of the compiled model, for one batch size")
+    elif cell.runtime not in (None, "eager") and cell["speedup"]:
+        notes.append(f"speed is that of {cell.runtime}: export it, and run the file there")
     return "\n".join(lines), notes
 
 

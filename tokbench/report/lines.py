@@ -29,7 +29,7 @@ def draw_sweep(cells: Sequence[Cell], y: str | None, art: Art) -> Figure:
     """
     name = metric_name(y or "speedup")
     find_metric(name)
-    timed = [cell for cell in cells if cell.at_batch]
+    timed = [cell for cell in cells if cell.at.batch_size]
     if not timed:
         raise UserError(
             "nothing to plot: no run here was timed at several batch sizes; tokbench run --batch-size 1,8,32"
@@ -101,7 +101,7 @@ def _draw_sweep(panel: Axes, group: Sequence[Cell], name: str, art: Art) -> None
         dashes = schedules.setdefault(first.variant, [])
         dashes += [] if first.schedule in dashes else [first.schedule]
         # A little beside each other, so that no bar covers another.
-        across = [(cell.at_batch or 0) * 2 ** (0.03 * (place - (len(lines) - 1) / 2)) for cell in line]
+        across = [(cell.at.batch_size or 0) * 2 ** (0.03 * (place - (len(lines) - 1) / 2)) for cell in line]
         marks = art.marks(first) | {"linestyle": DASHES[dashes.index(first.schedule) % len(DASHES)]}
         up, label = bars_within(figures, reach), broken(cell_name(first, several), 28)
         panel.errorbar(across, [figure.value for figure in figures], yerr=up, label=label, elinewidth=0.9, **marks)
@@ -115,7 +115,7 @@ def _draw_sweep(panel: Axes, group: Sequence[Cell], name: str, art: Art) -> None
             panel.plot(cut, [limit] * len(cut), head, color=marks["color"], markersize=5)
     if METRICS[name].unit == "×":
         panel.axhline(1, color=art.theme.muted, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1.5)
-    sizes = sorted({cell.at_batch or 0 for cell in group})
+    sizes = sorted({cell.at.batch_size or 0 for cell in group})
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_locator(FixedLocator(sizes))
     panel.xaxis.set_minor_locator(NullLocator())

@@ -103,7 +103,7 @@ def plot_pareto(
             save(DRAW_LINES[alone[0]](cells, y, art), out, art.size.dpi)
         return out
     names, y = _axes(cells, x, y)
-    groups = group_by(cells, attrgetter(*PANEL, "at_batch"))
+    groups = group_by(cells, attrgetter(*PANEL, "at"))
     rows = [row for group in groups if (row := {x: shown for x in names if (shown := scene(group, x, y))})]
     art = _art(rows, SIZES[size], theme)
     if published:
@@ -256,7 +256,7 @@ def _conditions(group: Sequence[Cell], groups: Sequence[Sequence[Cell]]) -> list
         told("images", "{:,} images"),
         f"{machine} ({device})" if machine and device else machine or device,
         told("dtype"),
-        "compiled" if told("compiled") == "yes" else "",
+        told("ran"),
         "random weights" if told("weights") == "random" else "",
         told("batch_size", "batch {}"),
     ]

@@ -29,7 +29,7 @@ from tokbench.report.text import (
     told_caveats,
     variant_name,
 )
-from tokbench.results.cell import Cell, Figure
+from tokbench.results.cell import Cell, Figure, Setting
 from tokbench.results.metrics import GAINS, METRICS, metric_name, metric_of_column
 from tokbench.results.table import (
     COUNTS,
@@ -310,7 +310,7 @@ def _some_cells(cells: Sequence[Cell]) -> str:
 def _columns(cells: Sequence[Cell], fronts: Fronts) -> list[_Column]:
     """All columns for reading, in their order."""
     names = [name for name in ("run", "model") if len({getattr(cell, name) for cell in cells}) > 1]
-    names += ["method", "schedule", *(["batch_size"] if any(cell.at_batch for cell in cells) else [])]
+    names += ["method", "schedule", *(name for name in Setting._fields if any(getattr(own.at, name) for own in cells))]
     placed = {metric.place: _figures(name, cells) for name, metric in METRICS.items() if metric.place is not None}
     placed[_TOKENS] = [replace(_read("tokens_final", cells), rank=4)]
     columns = [_read(name, cells) for name in names] + [column for place in sorted(placed) for column in placed[place]]
@@ -352,6 +352,7 @@ _READ: dict[str, _Described] = {
     "method": ("Method", lambda cell: cell.variant, None),
     "schedule": ("Schedule", lambda cell: "" if cell.is_baseline else cell.schedule, None),
     "batch_size": ("Batch", lambda cell: f"{cell.batch_size or ''}", lambda cell: cell.batch_size),
+    "runtime": ("Runtime", lambda cell: cell.at.runtime or "", None),
     "tokens_final": (
         "Tokens",
         lambda cell: f"{cell.tokens_final:,}" if cell.tokens else _failed(cell),
@@ -373,7 +374,7 @@ def _title(cells: Sequence[Cell]) -> str:
         shared(cells, "images", "{:,} images"),
         shared(cells, "machine") or shared(cells, "device"),
         shared(cells, "dtype"),
-        "compiled" if shared(cells, "compiled") == "yes" else "",
+        shared(cells, "ran"),
         shared(cells, "batch_size", "batch {}"),
     ]
     return ", ".join(filter(None, parts))

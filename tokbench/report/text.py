@@ -123,7 +123,7 @@ def group_title(group: Sequence[Cell]) -> str:
         "" if images is None else f"{images:,} {plural(images, 'image')} of {first.data}",
         hardware(first),
         first.dtype or "",
-        "compiled" if first.compiled == "yes" else "",
+        first.ran,
         "" if batch is None else f"batch {batch}",
     ]
     return ", ".join(filter(None, parts))

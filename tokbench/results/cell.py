@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokbench.errors import printable
 from tokbench.results.records import Record
@@ -45,50 +45,77 @@ def _by_value(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-class RecordIndex:
-    """The records of a run by cell and kind, in the order in which cells first came; speed by batch size, too.
+class Setting(NamedTuple):
+    """A way in which a run times its cells, where it times them in several. What is None is not told apart."""
 
-    A later record replaces an earlier one of its cell and kind, and a failure to measure it.
+    batch_size: int | None = None
+    runtime: str | None = None
+
+    @classmethod
+    def of(cls, record: Record) -> Setting:
+        """Of a timing, or of a failure to time it; other records have none."""
+        if record.kind not in ("speed", "failure"):
+            return cls()
+        return cls(getattr(record, "batch_size", None), getattr(record, "runtime", None))
+
+    def fits(self, other: Setting) -> bool:
+        """Whether both are the same as far as both are told."""
+        return all(mine is None or its is None or mine == its for mine, its in zip(self, other, strict=True))
+
+    @property
+    def words(self) -> str:
+        """As it follows the name of a cell."""
+        size, runtime = self
+        return (f" at batch {size}" if size else "") + (f" in {runtime}" if runtime else "")
+
+
+ANYHOW = Setting()
+
+
+class RecordIndex:
+    """The records of a run by cell and kind, in the order in which cells first came; speed by setting, too.
+
+    A later record replaces an earlier one of its cell, kind and setting, and a failure to measure it.
     """
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
-        self.cells: dict[CellKey, dict[str, Record]] = {}
+        self.cells: dict[CellKey, dict[tuple[str, Setting], Record]] = {}
         for record in records:
             self.add(record)
 
     def add(self, record: Record) -> None:
         """Take one more record."""
-        kinds = self.cells.setdefault(key_of(record), {})
-        failure = kinds.get("failure")
-        if failure is not None and getattr(failure, "phase", None) in (record.kind, "setup"):
-            del kinds["failure"]
-        kinds[_slot(record.kind, getattr(record, "batch_size", None))] = record
+        kinds, at = self.cells.setdefault(key_of(record), {}), Setting.of(record)
+        for slot, other in [*kinds.items()]:
+            if getattr(other, "phase", None) in (record.kind, "setup") and slot[1].fits(at):
+                del kinds[slot]
+        kinds[record.kind, at] = record
 
-    def find(self, key: CellKey, kind: str, batch_size: int | None = None) -> Any:
-        """The last record of that kind for the cell, of speed also at that batch size; None where there is none."""
+    def find(self, key: CellKey, kind: str, at: Setting = ANYHOW) -> Any:
+        """The last record of that kind for the cell, of speed also in that setting; None where there is none."""
         kinds = self.cells.get(key, {})
-        if kind != "speed" or batch_size is not None:
-            return kinds.get(_slot(kind, batch_size))
-        return next((record for record in reversed(kinds.values()) if record.kind == kind), None)
+        return next((kinds[slot] for slot in reversed(kinds) if slot[0] == kind and slot[1].fits(at)), None)
 
-    def rows(self) -> list[tuple[CellKey, int | None, dict[str, Record]]]:
-        """Each cell with its records by kind; once for each batch size where cells were timed at several, and that
-        size."""
-        rows: list[tuple[CellKey, int | None, dict[str, Record]]] = []
-        speeds = {
-            key: {getattr(one, "batch_size", None): one for one in kinds.values() if one.kind == "speed"}
-            for key, kinds in self.cells.items()
-        }
-        swept = any(len(own) > 1 for own in speeds.values())
+    def rows(self) -> list[tuple[CellKey, Setting, dict[str, Record]]]:
+        """Each cell with its records by kind; once for each setting where cells were timed in several, and that."""
+        told = {key: [slot[1] for slot in kinds if slot[1] != ANYHOW] for key, kinds in self.cells.items()}
+        several = [
+            any(len({setting[axis] for setting in own} - {None}) > 1 for own in told.values()) for axis in range(2)
+        ]
+        rows: list[tuple[CellKey, Setting, dict[str, Record]]] = []
         for key, kinds in self.cells.items():
-            rest = {record.kind: record for record in kinds.values()}
-            sizes = sorted(speeds[key], key=lambda size: size or 0) if swept else []
-            rows += [(key, size, {**rest, "speed": speeds[key][size]}) for size in sizes] or [(key, None, rest)]
-        return sorted(rows, key=lambda row: row[1] or 0)
-
-
-def _slot(kind: str, batch_size: int | None) -> str:
-    return f"{kind} {batch_size}" if kind == "speed" else kind
+            apart = [Setting(at[0] if several[0] else None, at[1] if several[1] else None) for at in told[key]]
+            settings = [
+                at
+                for at in dict.fromkeys(apart)
+                if not any(at.fits(other) and at.count(None) > other.count(None) for other in apart)
+            ]
+            rows += [
+                (key, at, {slot[0]: record for slot, record in kinds.items() if slot[1].fits(at)})
+                for at in settings or [ANYHOW]
+            ]
+        runtimes = [*dict.fromkeys(at.runtime for _, at, _ in rows)]
+        return sorted(rows, key=lambda row: (row[1].batch_size or 0, runtimes.index(row[1].runtime)))
 
 
 @dataclass(frozen=True)
@@ -117,12 +144,12 @@ class Cell:
         figures: by the names in `results.metrics.METRICS`, those that were measured.
         also: figures that are no metrics, by their columns.
         weights: "trained" or "random".
-        compiled: "yes" or "no".
+        runtime: what ran it while it was timed: "eager", "compile", "onnxruntime", …
         error: why it failed.
         kinds: of records that it has, such as "accuracy".
         caveats: by kind, what was warned of while it was measured.
         calibrated: the parameters that were measured on images.
-        at_batch: the batch size it was timed at, where the run timed it at several: there is a cell for each.
+        at: the batch size and the runtime it was timed in, where the run timed it in several: there is a cell for each.
         processes: that timed it.
     """
 
@@ -146,14 +173,14 @@ class Cell:
     device: str | None = None
     machine: str | None = None
     dtype: str | None = None
-    compiled: str | None = None
+    runtime: str | None = None
     weights_sha256: str | None = None
     fused_attention: str | None = None
     weights: str | None = None
     error: str | None = None
     kinds: frozenset[str] = frozenset()
     caveats: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    at_batch: int | None = None
+    at: Setting = ANYHOW
     processes: int = 1
 
     def __getitem__(self, metric: str) -> Figure | None:
@@ -183,6 +210,11 @@ class Cell:
     def tokens_final(self) -> int | None:
         """Tokens left after the last block, in whole ones."""
         return round(self.tokens[-1]) if self.tokens else None
+
+    @property
+    def ran(self) -> str:
+        """The runtime as titles have it; "" for eager PyTorch where the run has no other."""
+        return {"eager": self.at.runtime or "", "compile": "compiled"}.get(runtime := self.runtime or "eager", runtime)
 
     @property
     def is_baseline(self) -> bool:

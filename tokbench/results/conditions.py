@@ -11,10 +11,10 @@ from typing import Any
 from tokbench.errors import UserError
 from tokbench.results.records import Conditions, Manifest, ModelConditions
 
-_MOVES_SPEED = ("device", "gpu", "cpu", "threads", "dtype", "batch_size", "compile")
+_MOVES_SPEED = ("device", "gpu", "cpu", "threads", "dtype", "batch_size", "runtime")
 _HARDWARE = ("gpu", "cpu", "threads")
 # What predictions and speed may depend on, so that one run has one version of each.
-_VERSIONS = ("tokbench", "torch", "torchvision", "timm")
+_VERSIONS = ("tokbench", "torch", "torchvision", "timm", "onnx", "onnxruntime", "openvino")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Differences:
 
     Attributes:
         told: one clause each, such as "torch 2.9.0 → 2.10.0".
-        settings: which of device, hardware, dtype, batch_size and compile are others; speed-ups are not comparable
+        settings: which of device, hardware, dtype, batch_size and runtime are others; speed-ups are not comparable
             where any is.
         caveats: what can be compared all the same, what cannot, and what to do about it, a sentence each.
     """
@@ -60,7 +60,7 @@ def agreed(before: Manifest, now: Manifest, what: str, grown: Collection[str] = 
     hardware = ("gpu",) if here["device"] == "cuda" else ("cpu", "threads")
     found = [
         f"{name.replace('_', ' ')} was {then.get(name)} and is {here.get(name)}"
-        for name in ("dtype", "device", "batch_size", "compile", *hardware, *_VERSIONS)
+        for name in ("dtype", "device", "batch_size", "runtime", *hardware, *_VERSIONS)
         if then.get(name) != here.get(name)
     ]
     found += [
@@ -116,7 +116,7 @@ def _described(manifest: Manifest, asked: bool = False) -> dict[str, Any]:
         "device": device.partition(":")[0] if device else None,
         **{name: getattr(machine, name, None) for name in ("gpu", "cuda", "cpu", "threads")},
         **{name: how.get(name) for name in ("dtype", "batch_size")},
-        "compile": "on" if how.get("compile") else "off",
+        "runtime": ", ".join(how.get("runtimes") or ["compile" if how.get("compile") else "eager"]),
     }
 
 
@@ -135,7 +135,7 @@ def _caveats(settings: list[str], then: Mapping[str, Any], baseline: Path, has_s
         caveats.append(
             "compared with care: top-1 and flips, as another dtype by itself changes answers: what fails may be that"
         )
-    elif settings != ["compile"]:
+    elif settings != ["runtime"]:
         caveats.append(
             "compared with care: top-1 and flips, as near-ties may fall otherwise: a few flips are no change"
         )

@@ -171,6 +171,17 @@ METRICS: dict[str, Metric] = {
     "free_speedup": Metric(
         "Speed-up of `free` with the same tokens (×)", "Speed-up of free", "higher", 2, "free_speedup", "×", tie=_TIE,
     ),
+    "runtime_speedup": Metric(
+        "Speed of the unreduced model over its speed in eager PyTorch (×)", "Runtime ×", "higher", 2, "runtime_speedup",
+        "×", bars=_ROUNDS, tie=_TIE, place=13.5, rank=0.25,
+        note="Runtime ×: what the runtime itself gives, the unreduced model there over the one in eager PyTorch; "
+        "speed-ups are over the unreduced model in the same runtime.",
+    ),
+    "same_answers": Metric(
+        "Answers that are eager PyTorch's (%)", "As eager %", "higher", 2, "same_answers", " %", 100,
+        bars=_IMAGES, of_images=True, place=7.5, rank=4,
+        note="As eager: share of the images on which the cell answers in this runtime as it does in eager PyTorch.",
+    ),
     "memory": Metric(
         "Peak memory (MiB)", "Memory MiB", "lower", 0, "peak_memory_bytes", " MiB", 2**-20, "memory_mib", tie=_TIE,
         place=18, rank=7,

@@ -26,6 +26,11 @@ _LOW_HIGH = ("_low", "_high")
 _ENDS = TypeAdapter(dict[str, Number], config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
+def _known_runtime(compiled: Any) -> str:
+    """What ran the models of a run that knows only whether they were compiled."""
+    return "compile" if compiled else "eager"
+
+
 class _Stored(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, populate_by_name=True)
 
@@ -110,8 +115,15 @@ class AccuracyRecord(Record):
 
 
 class SpeedRecord(Record):
-    """Seconds of every round and pass, in a list for each process where there were several, and what follows."""
+    """Seconds of every round and pass, in a list for each process where there were several, and what follows.
 
+    provider: what computes inside the runtime, such as ONNX Runtime's "CPUExecutionProvider". same_answers: the share
+    of `compared_images` on which the answer is eager's.
+    """
+
+    runtime: str
+    provider: str | None = None
+    threads: Count | None = None
     batch_size: Count | None = None
     processes: Count | None = None
     seconds: Timings | None = None
@@ -120,7 +132,6 @@ class SpeedRecord(Record):
     latency_seconds: Timings | None = None
     reference_latency_seconds: Timings | None = None
     iterations: Count | None = None
-    compiled: bool | None = None
     throughput: Positive | None = None
     speedup: Positive | None = None
     latency_ms: Positive | None = None
@@ -128,17 +139,26 @@ class SpeedRecord(Record):
     latency_speedup: Positive | None = None
     efficiency: Positive | None = None
     free_speedup: Positive | None = None
+    runtime_speedup: Positive | None = None
+    same_answers: Share | None = None
+    compared_images: Count | None = None
     peak_memory_bytes: Count | None = None
     reserved_memory_bytes: Count | None = None
     attention_kernels: list[str] | None = None
     other_cpu: Number | None = None
     gpu_state: dict[str, Any] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _before_there_were_runtimes(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        return {"runtime": _known_runtime(fields.get("compiled")), **fields}
+
 
 class FailureRecord(Record):
-    """A cell that failed in a phase: "setup", "accuracy" or "speed"."""
+    """A cell that failed in a phase: "setup", "accuracy" or "speed", and there in one runtime."""
 
     phase: str
+    runtime: str | None = None
     message: str
     traceback: str | None = None
 
@@ -164,8 +184,13 @@ class Conditions(_Stored):
     dtype: str | None = None
     device: str | None = None
     batch_size: Count | list[Count] | None = None
-    compile: bool = False
+    runtimes: list[str] = ["eager"]
     models: dict[str, ModelConditions] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _before_there_were_runtimes(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        return {"runtimes": [_known_runtime(fields.get("compile"))], **fields}
 
 
 class GridAsked(_Stored):

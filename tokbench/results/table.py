@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokbench.errors import UserError, nearest, printable
-from tokbench.results.cell import Cell, CellKey, RecordIndex
+from tokbench.results.cell import Cell, CellKey, RecordIndex, Setting
 from tokbench.results.folder import RunFolder
 from tokbench.results.metrics import GAINS, METRICS, find_metric, metric_of_column
 from tokbench.results.records import Machine, Record
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # Cells that agree in all of these may be compared with each other, whichever run they come from.
 COMPARABLE = (
-    "model", "weights_sha256", "input_size", "data", "data_fingerprint", "device", "machine", "dtype", "compiled",
+    "model", "weights_sha256", "input_size", "data", "data_fingerprint", "device", "machine", "dtype", "runtime",
 )  # fmt: skip
 # Cells that agree in these lie in the same panel of a plot, so that machines can be laid over each other.
 PANEL = ("model", "weights_sha256", "input_size", "data", "data_fingerprint")
@@ -45,7 +45,7 @@ _CONDITIONS: dict[str, Callable[[Cell], Any]] = {
         name: operator.attrgetter(name)
         for name in (
             "images", "batch_size", "skipped", "nonfinite", "input_size", "data", "data_fingerprint", "device",
-            "machine", "dtype", "compiled", "weights_sha256", "fused_attention", "weights",
+            "machine", "dtype", "runtime", "weights_sha256", "fused_attention", "weights",
         )
     },
     "cell": operator.attrgetter("id"),
@@ -155,10 +155,10 @@ def load_shown(runs: Sequence[str | Path], tell: Callable[[str], None]) -> list[
 def cells_of(records: Iterable[Record], run: str = "", machine: Machine | None = None) -> list[Cell]:
     """The cells of one run from its records, as they also are while the run is going on."""
     index = RecordIndex(records)
-    return _share_conditions([_cell(key, at_batch, kinds, run, machine) for key, at_batch, kinds in index.rows()])
+    return _share_conditions([_cell(key, at, kinds, run, machine) for key, at, kinds in index.rows()])
 
 
-def _cell(key: CellKey, at_batch: int | None, kinds: Mapping[str, Record], run: str, machine: Machine | None) -> Cell:
+def _cell(key: CellKey, at: Setting, kinds: Mapping[str, Record], run: str, machine: Machine | None) -> Cell:
     fields: dict[str, Any] = {}
     for record in kinds.values():
         given = vars(record) | (record.model_extra or {})
@@ -172,13 +172,12 @@ def _cell(key: CellKey, at_batch: int | None, kinds: Mapping[str, Record], run: 
     also = {column: metric.scale for metric in METRICS.values() for column in metric.also}
     figures = {name: metric.read(fields) for name, metric in METRICS.items()}
     values = named | {
-        "id": first.cell + (f" at batch {at_batch}" if at_batch else ""),
+        "id": first.cell + at.words,
         "run": run,
         "schedule": first.schedule,
         "resolved": fields.get("resolved"),
         "input_size": "x".join(map(str, fields.get("input_size") or ())) or None,
         "machine": machine.name(fields.get("device")) if machine else None,
-        "compiled": ("yes" if fields["compiled"] else "no") if "compiled" in fields else None,
         "error": getattr(failure, "message", None),
     }
     told: dict[str, Any] = {name: printable(own) if isinstance(own, str) else own for name, own in values.items()}
@@ -190,7 +189,7 @@ def _cell(key: CellKey, at_batch: int | None, kinds: Mapping[str, Record], run: 
         calibrated=fields.get("calibrated"),
         tokens=tuple(fields.get("tokens") or ()),
         kinds=frozenset(kinds),
-        at_batch=at_batch,
+        at=at,
         processes=fields.get("processes", 1),
         caveats={kind: tuple(map(printable, record.caveats)) for kind, record in kinds.items() if record.caveats},
         **told,
@@ -203,8 +202,9 @@ def _share_conditions(cells: list[Cell]) -> list[Cell]:
     for mine in group_by(cells, operator.attrgetter("model")):
         names = (*COMPARABLE[1:], "images", "batch_size")
         known = {name: {getattr(cell, name) for cell in mine} - {None} for name in names}
-        # Of what was never timed "compiled" says nothing.
-        shared = {"compiled": "no"} | {name: values.pop() for name, values in known.items() if len(values) == 1}
+        # What was never timed goes with the first runtime.
+        runtime = next((cell.runtime for cell in mine if cell.runtime), "eager")
+        shared = {"runtime": runtime} | {name: values.pop() for name, values in known.items() if len(values) == 1}
         seen = {cell.data_fingerprint for cell in mine if "accuracy" in cell.kinds}
         for cell in mine:
             lacks = {name: value for name, value in shared.items() if getattr(cell, name) is None}
@@ -216,14 +216,19 @@ def _share_conditions(cells: list[Cell]) -> list[Cell]:
 
 
 def run_names(cells: Sequence[Cell]) -> dict[str, str]:
-    """What tells runs apart, in words: machine, dtype, batch size, two of them, or the folder."""
+    """What tells runs apart, in words: machine, dtype, batch size, runtime, two of them, or the folder."""
     first = {cell.run: cell for cell in reversed(cells)}
     runs = {run: first[run] for run in dict.fromkeys(cell.run for cell in cells)}
     words = {
-        run: {"machine": cell.machine, "dtype": cell.dtype, "batch": cell.batch_size and f"batch {cell.batch_size}"}
+        run: {
+            "machine": cell.machine, "dtype": cell.dtype, "batch": cell.batch_size and f"batch {cell.batch_size}",
+            "runtime": cell.runtime,
+        }
         for run, cell in runs.items()
-    }
-    for names in (["machine"], ["dtype"], ["batch"], ["machine", "dtype"], ["dtype", "batch"], ["machine", "batch"]):
+    }  # fmt: skip
+    for names in (
+        ["machine"], ["dtype"], ["batch"], ["runtime"], ["machine", "dtype"], ["dtype", "batch"], ["machine", "batch"],
+    ):  # fmt: skip
         told = {run: [known[name] for name in names] for run, known in words.items()}
         if all(map(all, told.values())) and len({tuple(parts) for parts in told.values()}) == len(told):
             return {run: ", ".join(map(str, parts)) for run, parts in told.items()}
@@ -288,19 +293,19 @@ def group_by(items: Iterable[T], key: Callable[[T], Any]) -> list[list[T]]:
 
 
 def comparable(cells: Sequence[Cell], *metrics: str) -> list[list[Cell]]:
-    """The cells split into sets that may be compared: same model, weights, input size, data, device and dtype, and one
-    batch size where several were timed.
+    """The cells split into sets that may be compared: same model, weights, input size, data, device, dtype and runtime,
+    and one batch size where several were timed.
 
     In these metrics; one run each where one of them is `paced`.
     """
     paced = any(find_metric(name).paced for name in metrics)
     timed_at = _timed_at(cells)
     for cell in cells:  # what was timed at several sizes has cells for each; what was not timed goes with the first
-        if cell.at_batch:
-            timed_at.setdefault((cell.run, cell.model), cell.at_batch)
+        if cell.at.batch_size:
+            timed_at.setdefault((cell.run, cell.model), cell.at.batch_size)
 
     def key(cell: Cell) -> tuple[Any, ...]:
-        size = cell.at_batch or timed_at.get((cell.run, cell.model))
+        size = cell.at.batch_size or timed_at.get((cell.run, cell.model))
         return _conditions(cell), size, cell.run if paced else None
 
     return group_by(cells, key)

@@ -6,7 +6,7 @@ import itertools
 import math
 import traceback
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from tokbench.calibrate import CALIBRATION_IMAGES, COUNTED_IMAGES, wants_images
 from tokbench.config import Grid, ModelSpec, PlannedCell, RunOptions, Searched
 from tokbench.data import ImageSource, ImageStream, load_batches
 from tokbench.errors import BaselineFailed, RunStopped, one_line
+from tokbench.exporting.runtimes import RUNTIMES
 from tokbench.fusion.anatomy import grid_for
 from tokbench.fusion.core import METHODS, make_method
 from tokbench.fusion.patch import fork, rehearse, tokens_per_block, watch
@@ -26,9 +27,9 @@ from tokbench.measure.flops import count_flops
 from tokbench.measure.kernels import attention_kernels
 from tokbench.progress import Progress
 from tokbench.resolve import FlopsWarning, apply
-from tokbench.results.cell import CellKey, RecordIndex
+from tokbench.results.cell import ANYHOW, CellKey, RecordIndex, Setting
 from tokbench.results.folder import RunFolder
-from tokbench.results.records import FailureRecord, Record
+from tokbench.results.records import FailureRecord, Record, SpeedRecord
 from tokbench.running.figures import flops_fields
 from tokbench.schedules import parse_schedule
 
@@ -74,7 +75,7 @@ class Runnable:
     """A cell as a model that runs, its speed limit, and what all its records have in common.
 
     attention_kernels: see `measure.kernels`. limit: the control `free` with the cell's own tokens per block; None for
-    cells that remove nothing, and for `free`.
+    cells that remove nothing, and for `free`. runtime: in which it is to be timed; the models are eager ones.
     """
 
     cell: PlannedCell
@@ -82,11 +83,26 @@ class Runnable:
     identity: dict[str, Any]
     attention_kernels: list[str]
     limit: nn.Module | None = None
+    runtime: str = "eager"
+
+    @property
+    def name(self) -> str:
+        """The cell's, and the runtime's where it is not eager PyTorch."""
+        return self.cell.id + self._where
 
     @property
     def limit_name(self) -> str:
         """The same for cells with the same limit, so that it is timed once."""
-        return f"free/{cast(Any, self.model).fusion.method.place}/{self.identity['tokens']}"
+        return f"free/{cast(Any, self.model).fusion.method.place}/{self.identity['tokens']}{self._where}"
+
+    @property
+    def _where(self) -> str:
+        return "" if self.runtime == "eager" else Setting(runtime=self.runtime).words
+
+    def timed_in(self, runtime: str) -> Runnable:
+        """The same cell to time in that runtime."""
+        kernels = self.attention_kernels if RUNTIMES[runtime].open is None else []
+        return replace(self, runtime=runtime, identity=self.identity | {"runtime": runtime}, attention_kernels=kernels)
 
     def require_same_tokens(self) -> None:
         """Raise ValueError unless the last forward pass had the tokens that the cell's records tell, or their mean."""
@@ -128,18 +144,21 @@ class Bench:
         """What a cell's `searched:` schedule stands for; None for other schedules."""
         return self.subject.searched.get(cell.key)
 
-    def lacks(self, cell: PlannedCell, kind: str, batch_size: int | None = None) -> bool:
-        """Whether a cell has to be measured. batch_size: at this one, where it is timed at several; None: at any."""
+    def lacks(self, cell: PlannedCell, kind: str, at: Setting = ANYHOW) -> bool:
+        """Whether a cell has to be measured. at: timed in this setting, without one in any that was asked for."""
         if kind == "accuracy" and not cell.is_baseline and METHODS[cell.method.name].speed_only:
             return False
-        if kind == "speed" and batch_size is None and self.options.sizes:
-            return any(self.lacks(cell, kind, size) for size in self.options.sizes)
-        record = self.index.find(cell.key, kind, batch_size)
+        if kind == "speed" and at == ANYHOW:
+            return any(self.lacks(cell, kind, setting) for setting in self.options.settings)
+        record = self.index.find(cell.key, kind, at)
         return kind in self.options.only and (record is None or not self.holds(cell, record))
 
     def holds(self, cell: PlannedCell, record: Record) -> bool:
         """Whether a cell's record says what would be measured now: its answers are there, and of all images."""
         if record.kind == "accuracy" and not self.folder.prediction_path(record.cell).is_file():
+            return False
+        unasked = isinstance(record, SpeedRecord) and record.runtime != "eager" and record.same_answers is None
+        if unasked and self.options.check_answers:
             return False
         source = self.subject.source
         grown = source is not None and record.data_fingerprint not in (None, source.fingerprint)
@@ -177,6 +196,8 @@ class Bench:
                 raise
             except Exception as error:
                 self._record_failure(cell, identity, "setup", error)
+                if cell.is_baseline:
+                    raise BaselineFailed from error
             else:
                 self.running.append(runnable)
             self.progress.advance(done)
@@ -271,12 +292,28 @@ class Bench:
         """Record what failed for no cell in particular as the unreduced model's failure. Raises BaselineFailed."""
         baseline = self.subject.cells[0]
         self._record_failure(baseline, self.identity(baseline), phase, error)
+        raise BaselineFailed from error
 
-    def drop(self, cell_id: str, phase: str, error: Exception) -> None:
-        """Take a cell that failed out of the running ones."""
-        failed = next(runnable for runnable in self.running if runnable.cell.id == cell_id)
-        self.running.remove(failed)
-        self._record_failure(failed.cell, failed.identity, phase, error)
+    def drop(self, name: str, phase: str, error: Exception) -> None:
+        """Take what failed out of the running ones: a cell, or with the unreduced model all that run as it does.
+
+        Raises BaselineFailed where nothing is left.
+        """
+        for failed in [runnable for runnable in self.running if runnable.name == name]:
+            self._record_failure(failed.cell, failed.identity, phase, error)
+            self.running[:] = [
+                other
+                for other in self.running
+                if other.name != name and not (failed.cell.is_baseline and other.runtime == failed.runtime)
+            ]
+            if not failed.cell.is_baseline:
+                continue
+            if not self.running:
+                raise BaselineFailed from error
+            self.progress.warn(
+                f"{self.subject.spec.label}: the unreduced model failed in {failed.runtime}, and there is nothing to "
+                "compare its cells there with"
+            )
 
     def record(self, runnable: Runnable, kind: str, **measured: Any) -> None:
         record = self.folder.append({"kind": kind, **runnable.identity, **measured})
@@ -291,12 +328,10 @@ class Bench:
             message=one_line(error),
             traceback="".join(traceback.format_exception(error)),
         )
-        before = self.index.find(cell.key, "failure")
+        before = self.index.find(cell.key, "failure", Setting.of(record))
         if not before or (before.phase, before.message) != (record.phase, record.message):
             self.folder.append(record.plain())
         self.progress.recorded(record)
-        if cell.is_baseline:
-            raise BaselineFailed from error
 
     def phase(self, name: str, total: int | None) -> None:
         self.progress.phase(f"{self.subject.spec.label}: {name}", total)

@@ -117,14 +117,17 @@ def speed_fields(
     results: Sequence[SpeedResult],
     *,
     references: Sequence[SpeedResult],
-    limits: Sequence[SpeedResult],
-    memory: tuple[int, int] | None,
-    compiled: bool,
+    limits: Sequence[SpeedResult] = (),
+    eager: Sequence[SpeedResult] = (),
+    memory: tuple[int, int] | None = None,
+    answers: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """The speed part of a record: every timing, and what follows from them.
 
-    results: of each process. references: the unreduced model in the same rounds. limits: the cell's own `free` in the
-    same rounds, if it has one. memory: peak bytes, allocated and reserved.
+    results: of each process. references: the unreduced model in the same runtime and rounds. limits: the cell's own
+    `free` there, if it has one. eager: the unreduced model in eager PyTorch in the same rounds, where the runtime is
+    another. memory: peak bytes, allocated and reserved. answers: of how many images the answer is eager PyTorch's, and
+    of how many it was asked.
     """
     rounds, latencies = [own.rounds for own in results], [own.latency for own in results]
     pace, quick, slow = typical(rounds)
@@ -134,7 +137,6 @@ def speed_fields(
         "processes": len(results),
         "seconds": by_process(rounds),
         "iterations": results[0].iterations,
-        "compiled": compiled,
         **_with_ends("throughput", size / pace, size / slow, size / quick),
         **_with_ends("speedup", *typical([*map(ratios, below, rounds)])),
         "latency_seconds": by_process(latencies),
@@ -143,6 +145,12 @@ def speed_fields(
     }
     # Pass by pass; none of them are missing, as a model that raises once is out.
     fields |= _with_ends("latency_speedup", *typical([*map(ratios, (own.latency for own in references), latencies)]))
+    if eager:
+        paces = [*map(ratios, (own.rounds for own in eager), below)]
+        fields |= _with_ends("runtime_speedup", *typical(paces))
+    if answers:
+        same, asked = answers
+        fields |= _with_ends("same_answers", same / asked, *wilson(same, asked)) | {"compared_images": asked}
     if memory:
         fields |= {"peak_memory_bytes": memory[0], "reserved_memory_bytes": memory[1]}
     if limits:

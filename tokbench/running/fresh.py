@@ -23,7 +23,7 @@ import torch
 from tokbench.config import Grid, ModelSpec, PlannedCell, RunOptions
 from tokbench.errors import RunStopped, UserError, one_line
 from tokbench.measure._model import is_out_of_memory
-from tokbench.measure.environment import Disturbance, Watch
+from tokbench.measure.environment import Disturbance
 from tokbench.measure.speed import SpeedResult
 from tokbench.plugins import load_plugins, loaded_paths
 from tokbench.progress import Progress
@@ -36,23 +36,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Timed:
-    """What one process timed, by cell id; among the speeds are those of speed limits, by their names."""
+    """What one process timed, by the names of cells; among the speeds are those of speed limits, by theirs.
+
+    answers: of how many images a cell's answer is eager PyTorch's, and of how many it was asked, where it was.
+    """
 
     speed: dict[str, SpeedResult]
     memory: dict[str, tuple[int, int] | None]
+    answers: dict[str, tuple[int, int]]
     disturbance: Disturbance
     failed: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a process is to time: cells of a model, the unreduced one first, with their schedules as resolved."""
+    """What a process is to time: cells of a model, the unreduced one first, with their schedules as resolved, and in
+    which runtime."""
 
     spec: ModelSpec
     grid: Grid
     options: RunOptions
     device: str
-    cells: list[tuple[PlannedCell, str]]
+    cells: list[tuple[PlannedCell, str, str]]
     size: int
     number: int
     threads: int
@@ -74,7 +79,7 @@ def time_in_fresh_processes(bench: Bench, members: list[Runnable], size: int) ->
         running = [member for member in members if member in bench.running]
         job = Job(
             bench.subject.spec, bench.grid, bench.options, str(bench.device),
-            [(member.cell, member.identity.get("resolved") or "") for member in running],
+            [(member.cell, member.identity.get("resolved") or "", member.runtime) for member in running],
             size, number, torch.get_num_threads(), loaded_paths(),
         )  # fmt: skip
         try:
@@ -82,8 +87,8 @@ def time_in_fresh_processes(bench: Bench, members: list[Runnable], size: int) ->
         except ProcessDied as death:
             bench.progress.warn(f"timing process {number + 1} of {of} {death}")
             continue
-        for cell_id, message in one.failed.items():
-            bench.drop(cell_id, "speed", UserError(message))
+        for name, message in one.failed.items():
+            bench.drop(name, "speed", UserError(message))
         timed.append(one)
     if not timed:
         raise RunStopped("no process came to the end of timing; what was measured before is kept.")
@@ -148,11 +153,14 @@ class _Bench(Bench):
 
     failed: dict[str, str] = field(default_factory=dict)
 
-    def drop(self, cell_id: str, phase: str, error: Exception) -> None:
-        if cell_id == self.running[0].cell.id:
+    def drop(self, name: str, phase: str, error: Exception) -> None:
+        if name == self.running[0].name:
             raise error
-        self.running[:] = [own for own in self.running if own.cell.id != cell_id]
-        self.failed[cell_id] = one_line(error)
+        self.failed[name] = one_line(error)
+        super().drop(name, phase, error)
+
+    def _record_failure(self, cell: PlannedCell, identity: dict[str, Any], phase: str, error: Exception) -> None:
+        pass
 
 
 class _Relay(Progress):
@@ -179,12 +187,13 @@ def work(job: Job, tell: Callable[..., None]) -> Timed:
     folder = cast("RunFolder", None)
     bench = _Bench(subject, folder, options, device, _Relay(tell), RecordIndex(), job.size, job.grid)
     base = subject.model.to(bench.device, bench.dtype)
-    for cell, resolved in job.cells:
-        made = bench.make(replace(cell, schedule=resolved), base, bench.identity(cell))
-        bench.running.append(replace(made, cell=cell))
-    watch = Watch(device)
-    speed, memory = time_members(bench, list(bench.running), job.size, watch, seed=job.number)
-    return Timed(speed, memory, watch.stop(), bench.failed)
+    made: dict[str, Runnable] = {}
+    for cell, resolved, runtime in job.cells:
+        if cell.id not in made:
+            made[cell.id] = bench.make(replace(cell, schedule=resolved), base, bench.identity(cell))
+        bench.running.append(replace(made[cell.id], cell=cell).timed_in(runtime))
+    timed = time_members(bench, list(bench.running), job.size, seed=job.number)
+    return replace(timed, failed=bench.failed)
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from tokbench.config import Grid, ModelSpec, RunOptions, require_data
 from tokbench.data import ImageStream, open_dataset
 from tokbench.errors import BaselineFailed, RunStopped, UserError
+from tokbench.exporting.runtimes import require_runtimes, runtime_versions
 from tokbench.fusion.core import make_method
 from tokbench.fusion.patch import require_supported
 from tokbench.measure._model import resolve_input_size
@@ -78,10 +79,11 @@ def run(
         path = fresh_path(path)
     if not is_run(path):
         require_free(path)  # before any model is downloaded
-    if "accuracy" in options.only:
+    if "accuracy" in options.only or options.check_answers:
         require_data(grid.data)
     device = find_device(options.device)
     if "speed" in options.only:
+        require_runtimes(options.runtimes, device, options.dtype)
         for warning in thread_warnings(device):
             progress.warn(warning)
     with RunFolder.held(path):
@@ -96,7 +98,7 @@ def run(
         records = folder.records()
         index = RecordIndex(records)
         count = sum(len(subject.cells) for subject in subjects)
-        speeds = max(1, len(options.sizes)) if "speed" in options.only else 0
+        speeds = len(options.settings) if "speed" in options.only else 0
         progress.started(folder, count, count * (len({*options.only} - {"speed"}) + speeds))
         for text in grown.values():
             progress.note(text)
@@ -183,7 +185,9 @@ def load_subject(spec: ModelSpec, grid: Grid, options: RunOptions) -> Subject:
             check_schedule(parse_schedule(cell.schedule), len(model.blocks))
         if not cell.is_baseline:
             make_method(cell.method.name, **cell.method.params).require_depth(len(model.blocks))
-    wants_images = "accuracy" in options.only or any(looks_at_images(cell) for cell in cells)
+    if options.check_answers and model.num_classes < 2:
+        raise UserError(f"--check-answers compares classes, and model {spec.label!r} has none")
+    wants_images = "accuracy" in options.only or options.check_answers or any(map(looks_at_images, cells))
     source = open_dataset(grid.data, model, limit=options.limit, labels=options.labels) if wants_images else None
     if source and options.cache:
         if isinstance(source, ImageStream):
@@ -210,11 +214,11 @@ def _manifest(
             "dtype": options.dtype,
             "device": device.type,
             "batch_size": list(options.sizes) or batch_size,
-            "compile": options.compile,
+            "runtimes": list(options.runtimes),
             "models": {subject.spec.label: subject.conditions() for subject in subjects},
         },
         "machine": describe_machine(device),
-        "packages": package_versions(),
+        "packages": package_versions() | runtime_versions(options.runtimes),
         "git": git_state() or installed_commit(),
         "command": shlex.join(["tokbench", *sys.argv[1:]])
         if Path(sys.argv[0]).stem in ("tokbench", "__main__")

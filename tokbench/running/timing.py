@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from math import ceil
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+from torch import nn
+
 from tokbench.errors import BaselineFailed, RunStopped, one_line
+from tokbench.exporting.runtimes import RUNTIMES
+from tokbench.exporting.writing import in_runtime
 from tokbench.measure._model import is_out_of_memory, release_memory
-from tokbench.measure.compiled import compile_model
+from tokbench.measure.accuracy import evaluate
 from tokbench.measure.environment import Watch, thread_warnings, together
 from tokbench.measure.speed import SpeedResult, largest_batch, measure_memory, measure_speed
+from tokbench.results.cell import Setting
+from tokbench.running.answers import readers
 from tokbench.running.bench import Bench, Runnable, counts_by_image
 from tokbench.running.figures import (
     VAGUE,
@@ -23,6 +31,8 @@ from tokbench.running.figures import (
     vague_speedups,
 )
 from tokbench.running.fresh import Timed, time_in_fresh_processes
+from tokbench.running.half_pass import HalfPass
+from tokbench.running.reader import Reader
 
 # A budget for all rounds together; slow cells exceed it, because each makes eight rounds at least. On a noisy machine
 # rounds go on until every interval is useful, for so many times as long at most.
@@ -34,8 +44,9 @@ def time_cells(bench: Bench) -> None:
     """Time the cells that lack it in turns with the unreduced model, at each batch size that was asked for."""
     if not bench.is_fused and bench.waiting():
         bench.progress.warn("fused attention is off (TIMM_FUSED_ATTN?): speed-ups are over a slower model than timm's")
+    bench.running[:] = [member.timed_in(runtime) for runtime in bench.options.runtimes for member in bench.running]
     for size in bench.options.sizes or (None,):
-        lacking = [runnable for runnable in bench.running if bench.lacks(runnable.cell, "speed", size)]
+        lacking = [own for own in bench.running if bench.lacks(own.cell, "speed", Setting(size, own.runtime))]
         if lacking and not _time_lacking(bench, lacking, size):
             bench.progress.warn(f"memory does not allow batches of {size}: no cell is timed at that size or above")
             return
@@ -43,21 +54,30 @@ def time_cells(bench: Bench) -> None:
 
 def _time_lacking(bench: Bench, lacking: list[Runnable], wanted: int | None) -> bool:
     """Time them on `wanted` images, or on as many as all have memory for; False where it is too small for `wanted`."""
-    reference, size = bench.running[0], wanted or _batch_size(bench)
+    size = wanted or _batch_size(bench)
     asked, began = size, time.monotonic()
     timed: list[Timed] = []
     while not timed:
-        members = [reference, *(member for member in bench.running[1:] if member in lacking)]
+        lacking = [member for member in lacking if member in bench.running]
+        if not lacking:
+            return True
+        runtimes = {"eager", *(member.runtime for member in lacking)}
+        members = [
+            member
+            for member in bench.running
+            if member in lacking or (member.cell.is_baseline and member.runtime in runtimes)
+        ]
         try:
             timed = _time_in_each_process(bench, members, size)
         except (RunStopped, BaselineFailed):
             raise
         except Exception as error:  # the unreduced model's, or nobody's in particular: no speed-up can be told
             if not is_out_of_memory(error) or size == 1:
-                bench.drop(reference.cell.id, "speed", error)
-            if wanted:
+                bench.drop(members[0].name, "speed", error)
+            elif wanted:
                 return False
-            size = (size + 1) // 2
+            else:
+                size = (size + 1) // 2
         release_memory(bench.device)
     _record(bench, [one for one in lacking if one in bench.running], timed, asked, time.monotonic() - began)
     return True
@@ -66,70 +86,91 @@ def _time_lacking(bench: Bench, lacking: list[Runnable], wanted: int | None) -> 
 def _time_in_each_process(bench: Bench, members: list[Runnable], size: int) -> list[Timed]:
     if bench.options.processes > 1:
         return time_in_fresh_processes(bench, members, size)
-    watch = Watch(bench.device)
-    speed, memory = time_members(bench, members, size, watch)
-    return [Timed(speed, memory, watch.stop())]
+    return [time_members(bench, members, size)]
+
+
+def _references(bench: Bench, timed: list[Timed]) -> dict[str, list[SpeedResult]]:
+    """The unreduced model's timings, of each process, by runtime."""
+    names = {member.runtime: member.name for member in bench.running if member.cell.is_baseline}
+    return {
+        runtime: [one.speed[name] for one in timed]
+        for runtime, name in names.items()
+        if all(name in one.speed for one in timed)
+    }
 
 
 def _figures(bench: Bench, timed: list[Timed]) -> dict[str, dict[str, Any]]:
-    """The speed part of the record of each cell that every process timed, by cell id."""
-    base = [one.speed[bench.running[0].cell.id] for one in timed]
-    return {
-        name: speed_fields(
-            [one.speed[name] for one in timed],
-            references=base,
-            limits=[one.speed[limit] for one in timed] if all(limit in one.speed for one in timed) else [],
-            memory=max(filter(None, (one.memory[name] for one in timed)), default=None),
-            compiled=bench.options.compile,
-        )
-        for name, limit in (
-            (member.cell.id, "" if member.limit is None else member.limit_name) for member in bench.running
-        )
-        if all(name in one.memory for one in timed)
-    }
+    """The speed part of the record of each cell that every process timed, by name."""
+    base, fields = _references(bench, timed), {}
+    for member in bench.running:
+        name, limit = member.name, "" if member.limit is None else member.limit_name
+        if all(name in one.memory for one in timed):
+            fields[name] = speed_fields(
+                [one.speed[name] for one in timed],
+                references=base[member.runtime],
+                limits=[one.speed[limit] for one in timed] if all(limit in one.speed for one in timed) else [],
+                eager=base.get("eager", []) if member.runtime != "eager" else [],
+                memory=max(filter(None, (one.memory[name] for one in timed)), default=None),
+                answers=next((one.answers[name] for one in timed if name in one.answers), None),
+            )
+    return fields
 
 
 def _record(bench: Bench, lacking: list[Runnable], timed: list[Timed], asked: int, seconds: float) -> None:
     """Warn of what may spoil these timings, and write them down. seconds: how long they took."""
-    reference, processes, fields = bench.running[0], len(timed), _figures(bench, timed)
-    base = [one.speed[reference.cell.id] for one in timed]
+    processes, fields, bases = len(timed), _figures(bench, timed), _references(bench, timed)
+    some = next(iter(bases.values()))
     disturbance = together([one.disturbance for one in timed], bench.device)
-    vague = vague_speedups({name: figures for name, figures in fields.items() if name != reference.cell.id})
+    reduced = {
+        member.name: bases[member.runtime]
+        for member in bench.running
+        if member.name in fields and not member.cell.is_baseline
+    }
+    vague = vague_speedups({name: fields[name] for name in reduced})
     warnings = list(disturbance.warnings)
     if vague:
-        needed = {name: needed_for_speedup(fields[name], [one.speed[name] for one in timed], base) for name in vague}
-        done, unit = (processes, "processes") if processes > 1 else (len(base[0].rounds), "rounds")
-        warnings.append(vague_sentence(needed, len(fields) - 1, done, seconds, unit))
+        needed = {
+            name: needed_for_speedup(fields[name], [one.speed[name] for one in timed], reduced[name]) for name in vague
+        }
+        done, unit = (processes, "processes") if processes > 1 else (len(some[0].rounds), "rounds")
+        warnings.append(vague_sentence(needed, len(reduced), done, seconds, unit))
     for sentence in warnings:
         if sentence not in thread_warnings(bench.device):  # said at the start
             bench.progress.warn(sentence)
     caveats = [sentence.partition(": ")[0] for sentence in disturbance.warnings]  # without what to do about it
-    size, earlier = base[0].batch_size, _timed_before(bench)
+    size, earlier = some[0].batch_size, _timed_before(bench)
     if size < asked:
         caveats.append(f"memory allowed batches of {size} only, where {asked} were asked for")
     if processes < bench.options.processes:
         caveats.append(f"only {processes} of {bench.options.processes} processes came to the end of timing")
-    # Added to a run, the cells ran beside an unreduced model whose own record is an earlier session's.
-    again = {} if reference in lacking else {
-        "reference_seconds": by_process([one.rounds for one in base]),
-        "reference_latency_seconds": by_process([one.latency for one in base]),
-    }  # fmt: skip
+    # Added to a run, cells ran beside an unreduced model whose own record is an earlier session's.
+    known = {member.runtime for member in bench.running if member.cell.is_baseline and member not in lacking}
+    again = {
+        runtime: {
+            "reference_seconds": by_process([one.rounds for one in base]),
+            "reference_latency_seconds": by_process([one.latency for one in base]),
+        }
+        for runtime, base in bases.items()
+        if runtime in known
+    }
     if not bench.options.sizes and earlier not in (None, size):
         bench.progress.warn(
             f"memory allows batches of {size} only, and the cells timed before had {earlier}: "
             "their speeds are no match; --fresh times all on the same"
         )
     for runnable in lacking:
-        if runnable.cell.id in fields:
+        if runnable.name in fields:
             bench.record(
                 runnable,
                 "speed",
-                **fields[runnable.cell.id],
-                **again,
+                **fields[runnable.name],
+                **again.get(runnable.runtime, {}),
+                provider=RUNTIMES[runnable.runtime].provider(bench.device),
+                threads=torch.get_num_threads(),
                 attention_kernels=runnable.attention_kernels,
                 other_cpu=disturbance.other_cpu,
                 gpu_state=disturbance.gpu,
-                caveats=caveats + [VAGUE] * (runnable.cell.id in vague),
+                caveats=caveats + [VAGUE] * (runnable.name in vague),
             )
 
 
@@ -148,34 +189,32 @@ def _batch_size(bench: Bench) -> int:
     bench.phase("finding the largest batch", None)
     size = LARGEST_BATCH
     for member in list(bench.running):
-        with _dropping(bench, member):
-            size = largest_batch([member.model], input_size=bench.subject.input_size, most=size)
+        try:
+            if member.runtime == bench.running[0].runtime:
+                size = largest_batch([member.model], input_size=bench.subject.input_size, most=size)
+        except Exception as error:
+            bench.drop(member.name, "speed", error)
     return size
 
 
-def time_members(
-    bench: Bench, members: list[Runnable], size: int, watch: Watch, seed: int = 0
-) -> tuple[dict[str, SpeedResult], dict[str, tuple[int, int] | None]]:
-    """(speeds by cell id and by name of a speed limit, memory by cell id) of a process's share of the rounds."""
-    if bench.options.compile:
-        # For each size anew: torch compiles the same code for eight shapes only.
-        for member in members:
-            with _dropping(bench, member):
-                for model in (model for model in (member.model, member.limit) if model):
-                    compile_model(model)
-        members = [member for member in members if member in bench.running]
-    limits = {member.limit_name: member.limit for member in members if member.limit is not None}
-    # A model is compiled as it is first shown a batch, and those of cells again for a single image.
-    bench.phase("compiling" if bench.options.compile else "warming up for speed", 2 * len(members) + len(limits))
+def time_members(bench: Bench, members: list[Runnable], size: int, seed: int = 0) -> Timed:
+    """A process's share of the rounds."""
 
     def fail(name: str, error: Exception) -> None:
         if is_out_of_memory(error) and size > 1:
             raise error
-        if name in limits:
+        if name in {member.limit_name for member in members if member.limit is not None}:
             bench.progress.warn(f"no speed limit for the cells of {name}: {one_line(error)}")
         else:
             bench.drop(name, "speed", error)
 
+    models = _ready(bench, members, fail)
+    watch = Watch(bench.device)
+    members = [member for member in members if member in bench.running]
+    limits = dict.fromkeys(own.limit_name for own in members if own.limit is not None and own.limit_name in models)
+    # A model is compiled as it is first shown a batch, and those of cells again for a single image.
+    compiling = any(member.runtime == "compile" for member in members)
+    bench.phase("compiling" if compiling else "warming up for speed", 2 * len(members) + len(limits))
     expected = 0
 
     def advance(done: int, planned: int) -> None:
@@ -192,37 +231,80 @@ def time_members(
     # What was asked for is exact, and of several processes no one knows how far apart they lie.
     usual = options.seconds is None and options.processes == 1
     results = measure_speed(
-        {**{member.cell.id: member.model for member in members}, **limits},
+        {name: models[name] for name in [*(member.name for member in members), *limits]},
         batch_size=size,
         input_size=bench.subject.input_size,
         images=images,
         rounds=options.rounds and ceil(options.rounds / options.processes),
         seconds=seconds,
         longest=PATIENCE * seconds if usual else None,
-        latency_of=[member.cell.id for member in members],
+        latency_of=[member.name for member in members],
         seed=seed,
         on_warm=bench.progress.advance,
         on_round=advance,
         on_failure=fail,
     )
     speed = {result.name: result for result in results}
-    memory = {}
-    for member in (member for member in members if member.cell.id in speed):
+    memory: dict[str, tuple[int, int] | None] = {}
+    for member in (member for member in members if member.name in speed):
         try:
-            if not bench.options.compile:  # a compiled model need not say
+            if member.runtime == "eager":  # others need not say
                 member.require_same_tokens()
-            memory[member.cell.id] = measure_memory(
-                member.model, batch_size=size, input_size=bench.subject.input_size, images=images
-            )
+            # What another runtime takes, torch does not know.
+            memory[member.name] = None if RUNTIMES[member.runtime].open else measure_memory(
+                models[member.name], batch_size=size, input_size=bench.subject.input_size, images=images
+            )  # fmt: skip
         except Exception as error:
-            fail(member.cell.id, error)
-    return speed, memory
+            fail(member.name, error)
+    disturbance = watch.stop()
+    members = [member for member in members if member.name in memory and member in bench.running]
+    answers = _same_answers(bench, members, models, size) if options.check_answers and not seed else {}
+    return Timed(speed, memory, answers, disturbance)
 
 
-@contextmanager
-def _dropping(bench: Bench, member: Runnable) -> Iterator[None]:
-    """Take a cell out of the running ones if it fails inside the block, before it is timed."""
-    try:
-        yield
-    except Exception as error:
-        bench.drop(member.cell.id, "speed", error)
+def _ready(bench: Bench, members: list[Runnable], fail: Callable[[str, Exception], None]) -> dict[str, nn.Module]:
+    """The members' models by name, and their speed limits' by theirs, each in its runtime.
+
+    For each batch size anew: torch compiles the same code for eight shapes only.
+    """
+    models: dict[str, nn.Module] = {}
+    if any(RUNTIMES[member.runtime].open for member in members):
+        bench.phase("exporting", len(members))
+    with TemporaryDirectory() as folder:
+        for done, member in enumerate(members, start=1):
+            both = {member.name: member.model}
+            if member.limit is not None:
+                both[member.limit_name] = member.limit
+            for name, model in both.items():
+                if name not in models and member in bench.running:
+                    try:
+                        models[name] = in_runtime(model, member.runtime, Path(folder))
+                    except Exception as error:
+                        fail(name, error)
+            if RUNTIMES[member.runtime].open:
+                bench.progress.advance(done)
+    return models
+
+
+def _same_answers(
+    bench: Bench, members: list[Runnable], models: dict[str, nn.Module], size: int
+) -> dict[str, tuple[int, int]]:
+    """By the names of those in other runtimes: of how many images the answer is eager's, and of how many."""
+    source = bench.subject.source
+    assert source is not None
+    others = [member for member in members if member.runtime != "eager"]
+    reader = Reader(source, size, readers(source, bench.options, bench.device), HalfPass(), None, bench.options.max_bad)
+    bench.phase("comparing answers", len(source))
+    shown = {member.cell.id: member.model for member in others} | {own.name: models[own.name] for own in others}
+    unlabelled = ((images, torch.full_like(labels, -1)) for images, labels in reader.batches())
+    found = evaluate(
+        shown, unlabelled, device=bench.device, dtype=bench.dtype, among=source.among,
+        on_batch=lambda _: bench.progress.advance(reader.end),
+        on_failure=lambda name, error: bench.drop(name, "speed", error),
+    )  # fmt: skip
+    pairs = {
+        own.name: (found[own.name].predicted, found[own.cell.id].predicted)
+        for own in others
+        if {own.name, own.cell.id} <= found.keys()
+    }
+    return {name: (int(((there == eager) & (eager >= 0)).sum()), len(eager)) for name, (there, eager) in pairs.items()}

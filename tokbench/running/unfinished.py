@@ -8,7 +8,7 @@ from pathlib import Path
 from tokbench.config import Grid
 from tokbench.errors import UserError
 from tokbench.fusion.core import METHODS
-from tokbench.results.cell import RecordIndex
+from tokbench.results.cell import ANYHOW, RecordIndex
 from tokbench.results.folder import RESULTS, RunFolder, runs_in
 
 
@@ -40,11 +40,11 @@ def _progress(folder: RunFolder, grid: Grid) -> Unfinished:
     """How far a run is. What failed was measured."""
     index = RecordIndex(folder.records())
     done = [
-        bool(index.find(cell.key, "failure") or index.find(cell.key, kind, size))
+        bool(index.find(cell.key, "failure", at) or index.find(cell.key, kind, at))
         for model in grid.models
         for cell in grid.cells(model)
         for kind in grid.options.only
-        for size in ((kind == "speed" and grid.options.sizes) or (None,))
+        for at in (grid.options.settings if kind == "speed" else [ANYHOW])
         if kind != "accuracy" or cell.is_baseline or not METHODS[cell.method.name].speed_only
     ]
     return Unfinished(folder.path, sum(done), len(done))
