@@ -180,6 +180,9 @@ def run(
     only: Annotated[str | None, _option("MEASURES", "Some of flops,accuracy,speed (default: all).")] = None,
     max_bad: Annotated[float | None, _option("PERCENT", "Stop if more images cannot be decoded (default: 1).")] = None,
     workers: Annotated[int | None, _option("N", "Processes that read images.")] = None,
+    cache: Annotated[
+        str | None, _option("DIR", "Keep prepared images there, so that no later run decodes them again.")
+    ] = None,
     labels: Annotated[
         str | None, _option("FILE", "What each image of a folder shows: lines of file name,class.")
     ] = None,
@@ -216,6 +219,7 @@ def run(
         limit=limit,
         only=only,
         workers=workers,
+        cache=cache,
         labels=labels,
         max_bad=max_bad,
     )

@@ -200,6 +200,7 @@ class RunOptions:
         limit: images measured for accuracy, None for all.
         only: which of MEASURES.
         workers: processes that read images, None to choose; no more than there are cores.
+        cache: a folder to keep prepared images in, and to take them from in later runs.
         labels: a file that says what each image of a folder shows.
         max_bad: per cent of the images that may be skipped because they cannot be decoded.
         compile: time models that `torch.compile` compiled; accuracy is measured without.
@@ -214,6 +215,7 @@ class RunOptions:
     limit: AtLeast1 | None = None
     only: Annotated[tuple[Literal["flops", "accuracy", "speed"], ...], Field(min_length=1)] = MEASURES
     workers: Annotated[StrictInt, Field(ge=0)] | None = None
+    cache: StrictStr | None = None
     labels: StrictStr | None = None
     max_bad: Annotated[float, Field(ge=0, le=100)] = 1.0
     compile: StrictBool = False

@@ -118,7 +118,8 @@ def open_folder(folder: Path, model: nn.Module, limit: int | None, labels: Path 
         ]
         labelling = _unlabelled(tree, folder, model) if tree.is_flat else label_classes([*tree.classes], model, what)
     chosen = choose(len(files), limit)
-    sizes = "".join(f"{files[i][0]} {_size(root / files[i][0])}\n" for i in chosen)
+    stats = [_size_and_time(root / files[i][0]) for i in chosen]
+    sizes = "".join(f"{files[i][0]} {size}\n" for i, (size, _) in zip(chosen, stats, strict=True))
     listed = [] if labels is None else ["labels", *(labelling.name(files[i][1]) for i in chosen)]
     return ImageSource(
         printable(f"{given.parent.name}/{given.name}" if given.name in SPLITS else given.resolve().name),
@@ -126,6 +127,7 @@ def open_folder(folder: Path, model: nn.Module, limit: int | None, labels: Path 
         chosen,
         preparation(model, labelling),
         fingerprint("folder", sizes, *listed),
+        version=" ".join(str(time) for _, time in stats),
     )
 
 
@@ -180,9 +182,10 @@ def _identity(folder: Path) -> tuple[int, int]:
     return stat.st_dev, stat.st_ino
 
 
-def _size(path: Path) -> int:
-    """Bytes, −1 for a file that is not to be had: it is going to be skipped."""
+def _size_and_time(path: Path) -> tuple[int, int]:
+    """Bytes, and when it last changed; (−1, 0) for a file that is not to be had: it is going to be skipped."""
     try:
-        return path.stat().st_size
+        stat = path.stat()
     except OSError:
-        return -1
+        return -1, 0
+    return stat.st_size, stat.st_mtime_ns

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data.config import resolve_model_data_config
+from timm.data.transforms import MaybeToTensor
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
@@ -20,7 +21,13 @@ from tokbench.measure._model import resolve_input_size
 def preparation(model: nn.Module, labelling: Labelling) -> Preparation:
     """How images and labels become what the model takes."""
     config = data_config(model)
-    return Preparation(image_mode(config), create_transform(**config, is_training=False), labelling)
+    whole: Any = create_transform(**config, is_training=False)
+    compose, steps = type(whole), whole.transforms
+    tensor = next(place for place, step in enumerate(steps) if isinstance(step, MaybeToTensor))
+    channels, height, width = config["input_size"]
+    return Preparation(
+        image_mode(config), (height, width, channels), compose(steps[:tensor]), compose(steps[tensor:]), labelling
+    )
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:

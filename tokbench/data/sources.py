@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import PIL
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from tokbench.data.cache import PixelCache
 from tokbench.data.decoding import ImageError, Skipped, unreadable
 from tokbench.data.labels import Labelling
 from tokbench.errors import shortened
@@ -33,14 +37,24 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Preparation:
-    """From an image and its data set's label to what the model takes, and how the model numbers its classes."""
+    """From an image and its data set's label to what the model takes, and how the model numbers its classes.
+
+    mode: Pillow's. shape: (H, W, C) of what `crop` makes of an image, of which `to_tensor` makes floats.
+    """
 
     mode: str
-    transform: Any
+    shape: tuple[int, int, int]
+    crop: Any
+    to_tensor: Any
     labelling: Labelling
 
     def __call__(self, image: Image.Image, label: int | str | None) -> tuple[Tensor, int]:
-        return self.transform(image.convert(self.mode)), self.labelling(label)
+        return self.to_tensor(self.pixels(image)), self.labelling(label)
+
+    def pixels(self, image: Image.Image) -> Image.Image:
+        """The part of an image that the model sees, at its size."""
+        cropped: Image.Image = self.crop(image.convert(self.mode))
+        return cropped
 
 
 class _Prepared:
@@ -64,15 +78,36 @@ class ImageSource(_Prepared, Dataset[tuple[Tensor, int]]):
     the data has (the model's, where the data does not tell). warnings: why figures read off these images may not mean
     what they seem to. among: the model's classes that answers are chosen from, None for all. indices: (n,), their
     places in the whole data set, ascending. streaming: False. images: `Images`, all that `indices` choose from.
+    version: what else changes with the images, as the times of files.
     """
 
     streaming = False
 
+    def __init__(
+        self, name: str, images: Any, indices: np.ndarray, prepare: Preparation, fingerprint: str, version: str = ""
+    ) -> None:
+        super().__init__(name, images, indices, prepare, fingerprint)
+        self._version = version
+        self._cache: PixelCache | None = None
+
+    def keep_in(self, folder: Path) -> None:
+        """Keep prepared images in a file in `folder`, and take them from there. Raises UserError where it cannot be."""
+        how = self._prepare
+        parts = (how.mode, how.shape, how.crop, how.labelling, PIL.__version__)
+        key = fingerprint(self.fingerprint, self._version, *map(repr, parts))[:16]
+        name = re.sub(r"[^\w.-]+", "_", self.name)[-60:]
+        self._cache = PixelCache(folder / f"{name}-{key}.pixels", len(self), how.shape)
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        place = int(self.indices[index])
+        if self._cache and (kept := self._cache.get(index)):
+            return self._prepare.to_tensor(Image.fromarray(kept[0].squeeze())), kept[1]
+        place, prepare = int(self.indices[index]), self._prepare
         try:
-            image, label = self._images[place]
-            return self._prepare(image, label)
+            image, given = self._images[place]
+            pixels, label = prepare.pixels(image), prepare.labelling(given)
+            if self._cache:
+                self._cache.put(index, np.asarray(pixels).reshape(prepare.shape), label)
+            return prepare.to_tensor(pixels), label
         except ImageError:
             raise
         except Exception as error:  # whatever a data set's own reader stumbles over is about this image only

@@ -80,7 +80,11 @@ class FlopsRecord(Record):
 
 
 class AccuracyRecord(Record):
-    """Shares of images; `drop` in points. The ends of intervals, as `drop_low`, come from `running.figures`."""
+    """Shares of images; `drop` in points. The ends of intervals, as `drop_low`, come from `running.figures`.
+
+    pass_seconds: of the pass over the images for all cells in it, since it was last interrupted; reading_seconds: of
+    these, waiting for images.
+    """
 
     images: Count
     correct: Count | None = None
@@ -101,6 +105,8 @@ class AccuracyRecord(Record):
     output_shift: Number | None = None
     output_correlation: Number | None = None
     batch_size: Count | None = None
+    pass_seconds: Positive | None = None
+    reading_seconds: Number | None = None
 
 
 class SpeedRecord(Record):

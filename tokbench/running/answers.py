@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import time
 from dataclasses import asdict
 
 import numpy as np
@@ -22,6 +23,8 @@ from tokbench.running.figures import accuracy_fields, at_chance_level
 from tokbench.running.half_pass import HalfPass, PassFile
 from tokbench.running.reader import Reader
 from tokbench.searching.images import Overlap
+
+MUCH_READING = 0.2  # of a pass over the images
 
 
 def measure_accuracy(bench: Bench) -> None:
@@ -76,6 +79,7 @@ def _pass_over_images(
     overlap = Overlap(searched)
     overlap.read_again(source, half.end)
     batches = overlap.watching(reader.batches())
+    began = time.monotonic()
     first = next(batches, None)
     if first is None and not half.answers:
         raise RunStopped(f"none of the {len(source):,} images of {source.name} can be decoded: nothing to measure.")
@@ -103,7 +107,18 @@ def _pass_over_images(
         results = {name: join([half.answers[name], own] if half.answers else [own]) for name, own in rest.items()}
     thinned = neighbors is not None and neighbors.step > 1
     caveats = [f"k-NN is of one in {neighbors.step} images, as features fill memory"] if neighbors and thinned else []
-    _record_answers(bench, source, members, results, reader, batch_sizes, caveats, overlap)
+    seconds = time.monotonic() - began
+    _tell_where_time_went(bench, reader, seconds)
+    _record_answers(bench, source, members, results, reader, batch_sizes, caveats, overlap, seconds)
+
+
+def _tell_where_time_went(bench: Bench, reader: Reader, seconds: float) -> None:
+    share = reader.waited / seconds
+    text = f"{bench.subject.spec.label}: the pass over the images took {seconds:.1f} s, {share:.0%} of it to read them"
+    if share > MUCH_READING and seconds > 10:
+        bench.progress.warn(f"{text}: more --workers would save time, and in later runs --cache DIR")
+    else:
+        bench.progress.note(text)
 
 
 def _record_answers(
@@ -115,6 +130,7 @@ def _record_answers(
     batch_sizes: dict[str, int],
     caveats: list[str],
     overlap: Overlap,
+    seconds: float,
 ) -> None:
     label, reference = bench.subject.spec.label, members[0]
     baseline = results[reference.cell.id]
@@ -154,6 +170,8 @@ def _record_answers(
             **accuracy_fields(predictions, baseline),
             skipped=len(reader.skipped),
             batch_size=min(bench.batch_size, batch_sizes.get(member.cell.id, bench.batch_size)),
+            pass_seconds=seconds,
+            reading_seconds=reader.waited,
             caveats=caveats + own,
         )
         if wrong := predictions.nonfinite():

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 from torch import Tensor
 
-from tokbench.data import ImageSource, ImageStream, load_batches
+from tokbench.data import Batch, ImageSource, ImageStream, load_batches
 from tokbench.data.decoding import Skipped
 from tokbench.errors import RunStopped, one_line
 from tokbench.running.half_pass import HalfPass
 
 
 class Reader:
-    """The rest of a source in batches, from where `half` ends. Knows how far it is, and which images it skipped.
+    """The rest of a source in batches, from where `half` ends. Knows how far it is, which images it skipped, and for
+    how many seconds they were `waited` for.
 
     expected: places of the images that an earlier session skipped in the whole source, None when there was none.
     max_bad: per cent of the source that may be skipped.
@@ -32,11 +34,13 @@ class Reader:
         self._batch_size, self._workers, self._expected = batch_size, workers, expected
         self._max_bad = max_bad
         self._told = len(self.skipped)
+        self.waited = 0.0
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels. Raises RunStopped when images cannot be read at all, or others than before are bad."""
         try:
-            for batch in load_batches(self.source, self._batch_size, workers=self._workers, start=self.end):
+            batches = load_batches(self.source, self._batch_size, workers=self._workers, start=self.end)
+            while batch := self._next(batches):
                 self.end = batch.end
                 self.skipped += batch.skipped
                 self._require_same_skips()
@@ -47,6 +51,12 @@ class Reader:
             raise
         except Exception as error:
             raise RunStopped(f"the images of {self.source.name} cannot be read: {one_line(error)}") from error
+
+    def _next(self, batches: Iterator[Batch]) -> Batch | None:
+        began = time.monotonic()
+        batch = next(batches, None)
+        self.waited += time.monotonic() - began
+        return batch
 
     def skipped_since(self) -> list[Skipped]:
         """What was skipped since this was last asked."""

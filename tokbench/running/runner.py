@@ -20,7 +20,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from tokbench.config import Grid, ModelSpec, RunOptions, require_data
-from tokbench.data import open_dataset
+from tokbench.data import ImageStream, open_dataset
 from tokbench.errors import BaselineFailed, RunStopped, UserError
 from tokbench.fusion.core import make_method
 from tokbench.fusion.patch import require_supported
@@ -185,6 +185,10 @@ def load_subject(spec: ModelSpec, grid: Grid, options: RunOptions) -> Subject:
             make_method(cell.method.name, **cell.method.params).require_depth(len(model.blocks))
     wants_images = "accuracy" in options.only or any(looks_at_images(cell) for cell in cells)
     source = open_dataset(grid.data, model, limit=options.limit, labels=options.labels) if wants_images else None
+    if source and options.cache:
+        if isinstance(source, ImageStream):
+            raise UserError(f"--cache: {source.name} is a stream, of which images cannot be kept by place")
+        source.keep_in(Path(options.cache).expanduser())
     return Subject(spec, model, weights_sha256(model), resolve_input_size(model, None), source, cells)
 
 

@@ -229,7 +229,7 @@ class Search:
         cost, self.best = max(confirmed, key=lambda one: (one[0] <= share, one[0] if one[0] <= share else -one[0]))
         if self.budget.kind == "flops" and cost > share:  # times are not exact; the table says what was confirmed
             raise UserError(
-                f"no schedule of method '{self.method.name}' was found within {self.budget}; the nearest takes {cost:.3f}"
+                f"no schedule of method '{self.method.name}' was found within {self.budget}: the nearest is {cost:.3f}"
             )
         found = self.found()
         assert found is not None
