@@ -269,7 +269,9 @@ def _legend(figure: Figure, shown: Sequence[tuple[Scene, list[Published]]], art:
     lines, font, height = (1 + any(":" in name for name in names)), art.size.font, 72 * figure.get_figheight()
     if art.size.text:
         place: dict[str, Any] = {"loc": "outside right center", "handlelength": 2.2, "labelspacing": 0.75}
-        room = int(height / (font * (1.2 * lines + 0.75)))
+        per_column = int(height / (font * (1.2 * lines + 0.75)))
+        room, per_row = 2 * per_column, 1 + (len(set(names)) + len(marks) > per_column)
+        figure.set_figwidth(figure.get_figwidth() + 1.5 * (per_row - 1))
         notes = "\n".join(_footnotes([scene for scene, _ in shown], art))
         figure.supxlabel(notes, x=0.01, ha="left", fontsize=8, color=art.theme.muted)
     else:
@@ -279,10 +281,8 @@ def _legend(figure: Figure, shown: Sequence[tuple[Scene, list[Published]]], art:
         place = {"loc": "outside lower center", "handlelength": 1.8, "labelspacing": 0.35, "columnspacing": 1.2,
                  "handletextpad": 0.5}  # fmt: skip
     entries = _method_entries(art, max(room - len(marks), 1)) + marks
-    if not art.size.text:
-        place["ncols"] = min(per_row, len(entries))
     handles, labels = zip(*entries, strict=True)
-    legend = figure.legend(handles, labels, frameon=False, **place)
+    legend = figure.legend(handles, labels, frameon=False, ncols=min(per_row, len(entries)), **place)
     further = list(art.runs.values())[1:]
     for text in legend.get_texts():
         if text.get_text() in further:

@@ -145,8 +145,8 @@ def side_by_side(shown: Scene, marker: float) -> Scene:
     return replace(shown, points=points, equal=Equal(bands, costs, max(steps.values())))
 
 
-def _series(cell: Cell) -> tuple[str, str, str, bool]:
-    return cell.method, cell.variant, cell.run, cell.is_searched
+def _series(cell: Cell) -> tuple[str, str, str]:
+    return cell.method, cell.variant, cell.run
 
 
 def _moved(figure: Figure, step: float) -> Figure:
