@@ -76,11 +76,14 @@ def stop_at(monkeypatch, source: Source, index: int, grid: Grid, out: Path) -> N
     source.read.clear()
 
 
+UNLIKE = ("traceback", "pass_seconds", "reading_seconds")  # from session to session
+
+
 def figures(run: Path) -> dict:
     """What must not depend on interruptions: records without timings, and every prediction."""
     folder = RunFolder.open(run)
     kept = {
-        (record["cell"], record["kind"]): {key: value for key, value in record.items() if key != "traceback"}
+        (record["cell"], record["kind"]): {key: value for key, value in record.items() if key not in UNLIKE}
         for record in plain_records(folder.path)
         if record["kind"] != "speed"
     }
