@@ -64,7 +64,8 @@ def figures(run: Path) -> dict[str, Any]:
 
 
 def strip(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if record["kind"] != "speed" or key in TIMELESS}
+    timed = {"pass_seconds", "reading_seconds"} if record["kind"] != "speed" else record.keys() - TIMELESS
+    return {key: value for key, value in record.items() if key not in timed}
 
 
 def kill_and_resume(folder: Path, words: list[str], kills: int, seed: int = 0, save_seconds: float = 0.2) -> list[str]:
