@@ -189,7 +189,9 @@ class Conditions(_Stored):
 
     @model_validator(mode="before")
     @classmethod
-    def _before_there_were_runtimes(cls, fields: dict[str, Any]) -> dict[str, Any]:
+    def _before_there_were_runtimes(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):  # as a damaged manifest has it
+            return fields
         return {"runtimes": [_known_runtime(fields.get("compile"))], **fields}
 
 
