@@ -262,7 +262,7 @@ def test_the_headline_prefers_speeds_that_are_known_and_the_list_agrees(cells: l
     assert finding.answer.startswith("Top-k at keep 0.7@3,6,9 makes bundled 1.80 times as fast")
     (finding,) = findings(doubted(kept, "topk"))
     assert finding.answer.startswith("ToMe at r=13 makes bundled 1.70 times as fast")
-    passed = "Passed over, as their speed is known less well: top-k at keep 0.7@3,6,9 (1.80×)."
+    passed = "Passed over, as their speed is known less well: top-k at keep 0.7@3,6,9 (1.80× [1.78, 1.82])."
     assert finding.answer.endswith(passed)
     text = "\n".join(finding.sentences)
     assert "The fastest of the 4 with no significant loss is ToMe at r=13: on this CPU" in text

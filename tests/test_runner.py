@@ -847,6 +847,25 @@ def test_the_unreduced_model_is_no_speedup_to_doubt(source, tmp_path, monkeypatc
     assert told == ["tiny/tome/8", "tiny/random/8"]
 
 
+def test_rounds_go_on_only_where_no_time_was_asked_for_and_the_bar_starts_anew(source, tmp_path, monkeypatch):
+    real, allowed = timing.measure_speed, []
+
+    def measure(models, *, on_round, **how):
+        allowed.append(how["longest"] and how["longest"] / how["seconds"])
+        for done, planned in ((1, 2), (2, 2), (3, 9)):
+            on_round(done, planned)
+        return real(models, on_round=None, **how)
+
+    monkeypatch.setattr(timing, "measure_speed", measure)
+    listener = Listener()
+    runner.run(small_grid(only=("speed",)), tmp_path / "usual", progress=listener)
+    runner.run(small_grid(only=("speed",), seconds=0.001), tmp_path / "asked")
+    assert allowed == [timing.PATIENCE, None]
+    start = listener.told.index(("phase", "tiny: speed", 2))
+    longer = ("phase", "tiny: speed, for longer, as it is not known well yet", 9)
+    assert listener.told[start + 1 : start + 5] == [("advance", 1), ("advance", 2), longer, ("advance", 3)]
+
+
 def test_every_cell_is_timed_at_each_batch_size_and_the_run_goes_on_with_what_it_lacks(source, tmp_path):
     grid = small_grid(MethodSpec("tome", ("8",)), only=("flops", "accuracy", "speed"))
     swept = dataclasses.replace(grid, options=dataclasses.replace(grid.options, batch_size=(4, 1)))

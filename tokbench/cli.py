@@ -165,7 +165,9 @@ def run(
     batch_size: Annotated[
         str | None, _option("N", "Images, 'auto' (the default), or several to time at each: 1,8,32.")
     ] = None,
-    seconds: Annotated[float | None, _option("S", "Time each model for so long in all (default: 1.5).")] = None,
+    seconds: Annotated[
+        float | None, _option("S", "Time each model so long in all (default: 1.5, up to 6 on a noisy machine).")
+    ] = None,
     rounds: Annotated[int | None, _option("N", "Rounds of timing, however long (default: as many as fit).")] = None,
     processes: Annotated[
         int | None, _option("N", "Time in N fresh processes in turn; intervals are over them.")

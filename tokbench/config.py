@@ -216,7 +216,7 @@ class RunOptions:
         runtimes: which of RUNTIMES to time every cell in; accuracy is measured in eager PyTorch.
         check_answers: compare what the models of other runtimes answer with what they answer in eager PyTorch.
         compile: the same as runtimes=("compile",).
-        seconds: timing for each model that is timed, None for the usual; more gives narrower intervals.
+        seconds: timing for each model that is timed; None for the usual, and longer while an interval is wide.
         rounds: in which every model has a turn, None for as many as fit.
         processes: fresh ones to share the rounds between, in turn; intervals are then over processes.
     """
@@ -250,6 +250,12 @@ class RunOptions:
     def sizes(self) -> tuple[int, ...]:
         """The batch sizes to time every cell at; none where it is timed at one only."""
         return self.batch_size if isinstance(self.batch_size, tuple) else ()
+
+    def images_at_once(self, device: str) -> int:
+        """What was asked for, the largest of several sizes, or the usual on a device of this type."""
+        if isinstance(self.batch_size, int):
+            return self.batch_size
+        return max(self.sizes, default=128 if device == "cuda" else 16)
 
     @property
     def settings(self) -> list[Setting]:

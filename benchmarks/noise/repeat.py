@@ -65,7 +65,7 @@ def main() -> None:
     print(f"times whose interval begins below the fastest pass that was seen: {', '.join(early) or 'none'}")
     for best, alike in picks:
         print(f"pick --max-drop {asked.max_drop:g}: {best}{f', not told from {alike}' if alike else ''}")
-    named = {best for best, _ in picks}
+    named = {best for best, _ in picks} - {"nothing"}
     agree = all(named <= {best, *alike} for best, alike in picks)
     print(f"the picks {'agree, or say which they cannot tell apart' if agree else 'contradict each other'}")
     if differing:

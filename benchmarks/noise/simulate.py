@@ -8,16 +8,20 @@ models has a turn of one pass, in random order, on a machine whose pace is known
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from functools import partial
 from math import log, sqrt
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.stats import bootstrap, mstats, norm, quantile_test
+from scipy.special import ndtr
+from scipy.stats import bootstrap, mstats, quantile_test
 from scipy.stats import t as student
 
-from tokbench.measure.stats import median_interval, typical
+from tokbench.measure.speed import FEWEST_ROUNDS, SHARP_WIDTH, VAGUE_WIDTH
+from tokbench.measure.stats import median_interval, typical, widest
+from tokbench.running.timing import PATIENCE
 
 MODELS, NOISE, SPEEDUP, BURST = 12, 0.03, 1.5, log(5)
 Interval = tuple[float, float]
@@ -67,16 +71,34 @@ def _switching(moments: np.ndarray, generator: np.random.Generator, off: float, 
     return (np.searchsorted(ends, moments) + begin_on) % 2.0
 
 
-def measurement(scenario: str, rounds: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
-    """(seconds of the unreduced model, of a cell, the cell's typical pass): a value a round, and what is true."""
+def measurement(
+    scenario: str, rounds: int, generator: np.random.Generator, noise: float = NOISE
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(seconds of the unreduced model, of a cell, the pace at each turn): the first two have a value a round."""
     pace = SCENARIOS[scenario](np.arange(rounds * MODELS) / (rounds * MODELS), generator)
     turns = generator.permuted(np.tile(np.arange(MODELS), (rounds, 1)), axis=1) + MODELS * np.arange(rounds)[:, None]
-    noise = NOISE * generator.standard_normal((2, rounds))
-    unreduced, cell = (np.exp(pace[turns[:, own]] + noise[own]) for own in (0, 1))
+    passes = noise * generator.standard_normal((2, rounds))
+    unreduced, cell = (np.exp(pace[turns[:, own]] + passes[own]) for own in (0, 1))
+    return SPEEDUP * unreduced, cell, pace
+
+
+def typical_pass(scenario: str, pace: np.ndarray, noise: float = NOISE) -> float:
+    """The seconds of the cell's median pass while the pace was this."""
     if scenario == "bursts":  # every pass has the same chance
         pace = np.repeat([0.0, BURST], [4, 1])
-    middle = brentq(lambda at: norm.cdf((at - pace) / NOISE).mean() - 0.5, pace.min() - 1, pace.max() + 1)
-    return SPEEDUP * unreduced, cell, float(np.exp(middle))
+    middle = brentq(lambda at: ndtr((at - pace) / noise).mean() - 0.5, pace.min() - 1, pace.max() + 1)
+    return float(np.exp(middle))
+
+
+def rounds_made(unreduced: np.ndarray, cell: np.ndarray, usual: int) -> int:
+    """How many of these rounds `measure_speed` makes: fewer than usual where all is sharp, more while it is vague."""
+    done = FEWEST_ROUNDS
+    for end, enough in ((usual, SHARP_WIDTH), (len(cell), VAGUE_WIDTH)):
+        while done < end:
+            if widest([unreduced[:done], cell[:done]]) <= enough:
+                return done
+            done = min(end, done + max(1, done // 8))
+    return done
 
 
 def batch_means(values: np.ndarray, clipped: bool = False) -> Interval:
@@ -125,7 +147,8 @@ def coverage(candidate: Callable[[np.ndarray], Interval], rounds: int, measureme
     for scenario in SCENARIOS:
         generator, rows = np.random.default_rng(0), []
         for _ in range(measurements):
-            unreduced, cell, truth = measurement(scenario, rounds, generator)
+            unreduced, cell, pace = measurement(scenario, rounds, generator)
+            truth = typical_pass(scenario, pace)
             (low, high), (least, most) = candidate(cell), candidate(unreduced / cell)
             rows.append(
                 [low <= truth <= high, least <= SPEEDUP <= most, (high - low) / truth, (most - least) / SPEEDUP]
@@ -160,14 +183,34 @@ def print_processes(measurements: int) -> None:
             for _ in range(measurements):
                 samples, truths = [], []
                 for pace in np.exp(0.05 * generator.standard_normal(processes)):
-                    _, cell, truth = measurement(scenario, 10, generator)
+                    _, cell, machine = measurement(scenario, 10, generator)
                     samples.append((pace * cell).tolist())
-                    truths.append(truth)
+                    truths.append(typical_pass(scenario, machine))
                 _, low, high = typical(samples)
                 rows.append([low <= np.exp(np.mean(np.log(truths))) <= high, high - low])
             covered, width = np.mean(rows, axis=0)[0], np.median(rows, axis=0)[1]
             texts.append(f"{100 * covered:.0f} %, ±{50 * width:.0f} %")
         print(f"| {processes} | {' | '.join(texts)} |", flush=True)
+
+
+def print_stopping(measurements: int) -> None:
+    """Coverage where the number of rounds depends on the intervals; their widths, and how many rounds there were."""
+    print(f"\n| noise of a pass, usual rounds | {' | '.join(SCENARIOS)} |")
+    print(f"|:---|{'---:|' * len(SCENARIOS)}")
+    for noise, usual in itertools.product((0.003, 0.01, 0.03, 0.1), (14, 40)):
+        texts = []
+        for scenario in SCENARIOS:
+            generator, rows = np.random.default_rng(0), []
+            for _ in range(measurements):
+                unreduced, cell, pace = measurement(scenario, PATIENCE * usual, generator, noise)
+                done = rounds_made(unreduced, cell, usual)
+                truth = typical_pass(scenario, pace[: done * MODELS], noise)
+                _, low, high = median_interval(cell[:done])
+                middle, least, most = median_interval(unreduced[:done] / cell[:done])
+                rows.append([low <= truth <= high, least <= SPEEDUP <= most, (most - least) / 2 / middle, done])
+            (time, ratio), (width, done) = np.mean(rows, axis=0)[:2], np.median(rows, axis=0)[2:]
+            texts.append(f"{100 * time:.0f} / {100 * ratio:.0f} %, ±{100 * width:.1f} %, {done:.0f}")
+        print(f"| {100 * noise:g} %, {usual} | {' | '.join(texts)} |", flush=True)
 
 
 def main() -> None:
@@ -177,6 +220,7 @@ def main() -> None:
     print_table(40, asked.measurements, list(CANDIDATES))
     for rounds in (8, 14, 100):
         print_table(rounds, asked.measurements, [next(iter(CANDIDATES))])
+    print_stopping(asked.measurements)
     print_processes(asked.measurements)
 
 

@@ -13,9 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from statistics import NormalDist, median
+from statistics import median
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,12 +25,12 @@ from tokbench.measure._model import (
     release_memory,
     resolve_input_size,
 )
-from tokbench.measure.stats import FEWEST_VALUES, median_ratio_interval
+from tokbench.measure.stats import FEWEST_VALUES, median_ratio_interval, widest
 
-# With fewer rounds there is no interval; beyond the maximum, longer turns are worth more.
+# With fewer rounds there is no interval; where more would fit, longer turns are worth more.
 FEWEST_ROUNDS, MOST_ROUNDS = FEWEST_VALUES, 100
-# Target half-width of a speed-up's interval, relative to it, and the rounds used to estimate what that takes.
-TARGET_WIDTH, PILOT_ROUNDS = 0.01, 5
+# Half-widths of intervals, relative to their values: nothing more to learn, and too wide to choose by.
+SHARP_WIDTH, VAGUE_WIDTH = 0.01, 0.05
 # Passes on a single image: enough that the 95th percentile is not the slowest one.
 LATENCIES = 50
 # Long enough for the clock's resolution and an accelerator's queue, short compared with the measurement.
@@ -70,6 +69,7 @@ def measure_speed(
     images: Tensor | None = None,
     rounds: int | None = None,
     seconds: float = 30.0,
+    longest: float | None = None,
     latency_of: Collection[str] = (),
     warmup: int = 3,
     seed: int = 0,
@@ -80,18 +80,18 @@ def measure_speed(
     """Time the models' forward passes in interleaved rounds; speed-ups are over the first model.
 
     All models run on the same images, random unless some are given. Their parameters must be on one device and of one
-    dtype. In each round every model has one turn. If the models are too slow for `seconds`, there are fewer rounds, at
-    least 8; if a busy machine slows them down later, the measurement stops after twice the time.
+    dtype. In each round every model has one turn.
 
     Args:
         models: the models by name; the first is the reference of the speed-ups.
         batch_size: images in a pass.
         input_size: the side, (C, H, W), or None for the size the first model was built for.
         images: (B, C, H, W), for models whose work depends on them, taken again from the first if a batch has more.
-        rounds: the number of rounds, however long they take. None: an uncounted pilot estimates how many give every
-            speed-up an interval of ±1 %, and as many as fit in `seconds` run, at most 100. The number is fixed before
-            the first counted round: stopping once the interval looks narrow would bias it.
+        rounds: the number of rounds, however long they take. None: as many as fit in `seconds`, at least 8; fewer once
+            every time and every speed-up has an interval of ±1 %.
         seconds: time for all rounds of all models; a turn has as many passes as fit its share, at least one.
+        longest: how long to go on, where `rounds` is None, while any of these intervals is wider than ±5 %; None: no
+            longer than `seconds`.
         latency_of: models to time on single images too, some passes in each round: about 50 in all, or fewer so that
             they take at most half of `seconds` more. They use the host's clock, because latency includes kernel
             launches.
@@ -150,26 +150,24 @@ def measure_speed(
         single = each((name for name in models if name in latency_of), lambda name: warmed(name, image))
         estimates = {name: estimates[name] for name in running}
         planned, iterations = plan(estimates, rounds, seconds)
-        if rounds is None and planned > FEWEST_ROUNDS + PILOT_ROUNDS:
-            pilot = [each(order, turn) for order in _orders(running, PILOT_ROUNDS, seed + 1)]
-            planned = min(rounds_for(pilot, reference), planned - PILOT_ROUNDS)
         affordable = seconds / 2 / planned / sum(single.values()) if single else 0
         answers = max(1, min(math.ceil(LATENCIES / planned), int(affordable)))
         timings: dict[str, list[float]] = {name: [] for name in models}
         latencies: dict[str, list[float]] = {name: [] for name in models}
-        patience = 2 * (seconds * 1.5 if single else seconds)
-        began = time.perf_counter()
-        for done, order in enumerate(_orders(running, planned, seed), start=1):
+        share = 1.5 if single else 1.0  # of the time for batches, with that for single images
+        limits = [share * seconds, share * max(seconds, longest or 0)]
+        due = _rounds_due(planned, limits, lambda: widest([timings[name] for name in running]))
+        if rounds is not None:
+            due = ((done, rounds) for done in range(1, rounds + 1))
+        for (done, total), order in zip(due, _orders(running, seed), strict=False):
             for name, typical in each(order, turn).items():
                 timings[name].append(typical)
-            for number, single_order in enumerate(_orders(single, answers, seed + done), start=done * answers):
-                image = images[number % batch_size].unsqueeze(0)  # the same for every model
+            for number, single_order in zip(range(answers), _orders(single, seed + done), strict=False):
+                image = images[(done * answers + number) % batch_size].unsqueeze(0)  # the same for every model
                 for name, took in each(single_order, partial(_answer_seconds, models, image)).items():
                     latencies[name].append(took)
             if on_round is not None:
-                on_round(done, planned)
-            if rounds is None and done >= FEWEST_ROUNDS and time.perf_counter() - began > patience:
-                break
+                on_round(done, total)
     results = []
     for name in running:
         speedup, low, high = median_ratio_interval(timings[reference], timings[name])
@@ -193,15 +191,24 @@ def plan(estimates: Mapping[str, float], rounds: int | None, seconds: float) -> 
     return rounds, {name: max(1, int(turn / estimate)) for name, estimate in estimates.items()}
 
 
-def rounds_for(pilot: Sequence[Mapping[str, float]], reference: str) -> int:
-    """Rounds needed for a 95 % interval of ± `TARGET_WIDTH` of every median speed-up, estimated from a pilot.
+def _rounds_due(planned: int, limits: Sequence[float], width: Callable[[], float]) -> Iterator[tuple[int, int]]:
+    """(number, planned so far) of each round to make, at least `FEWEST_ROUNDS`.
 
-    The median of n normal log ratios with standard deviation σ has standard deviation 1.2533 σ / √n.
+    As many as planned, unless they take longer than the first limit or all is sharp before; then, while anything is
+    vague, as many as fit in the second limit. limits: seconds from the first round on. width: of the widest interval.
     """
-    names = sorted(set.intersection(*(set(seconds) for seconds in pilot)))
-    logs = np.log([[seconds[reference] / seconds[name] for name in names] for seconds in pilot])
-    deviation = float(logs.std(axis=0, ddof=1).max())
-    return max(FEWEST_ROUNDS, int(np.ceil((NormalDist().inv_cdf(0.975) * 1.2533 * deviation / TARGET_WIDTH) ** 2)))
+    done, began = 0, time.perf_counter()
+    for limit, enough in zip(limits, (SHARP_WIDTH, VAGUE_WIDTH), strict=True):
+        look = max(done, FEWEST_ROUNDS)
+        if done:
+            planned = int(done * limit / (time.perf_counter() - began))
+        while done < FEWEST_ROUNDS or (done < planned and time.perf_counter() - began < limit):
+            if done == look:
+                if width() <= enough:
+                    return
+                look += max(1, done // 8)  # the more looks, the more often chance ends it
+            done += 1
+            yield done, planned
 
 
 def keep_freed_memory() -> bool:
@@ -309,9 +316,10 @@ def _warm_up(model: nn.Module, images: Tensor, passes: int) -> float:
     return _seconds(model, images, max(1, int(ESTIMATE_SECONDS / once)))
 
 
-def _orders(names: Iterable[str], rounds: int, seed: int) -> list[list[str]]:
+def _orders(names: Iterable[str], seed: int) -> Iterator[list[str]]:
     shuffler, names = random.Random(seed), list(names)
-    return [shuffler.sample(names, len(names)) for _ in range(rounds)]
+    while True:
+        yield shuffler.sample(names, len(names))
 
 
 def _seconds(model: nn.Module, images: Tensor, iterations: int) -> float:

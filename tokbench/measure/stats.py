@@ -115,12 +115,14 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
     drift make it useless, and it never ends beyond what was seen. Fewer than `FEWEST_VALUES` have no interval: NaN.
     """
     seen: NDArray[np.float64] = np.asarray(values, dtype=float)
-    middle, n = float(np.median(seen)), seen.size
+    ordered, n = np.sort(seen), seen.size
+    middle = float(ordered[(n - 1) // 2] + ordered[n // 2]) / 2
     if n < FEWEST_VALUES:
         return middle, nan, nan
     changes = np.count_nonzero(np.diff(seen > middle))
     reach = _TWO_SIDED * sqrt(changes / 2 / n / (n - 1))
-    low, high = np.quantile(seen, np.clip([0.5 - reach, 0.5 + reach], 0, 1), method="hazen")
+    # Hazen's quantiles, as NumPy's, which takes ten times as long.
+    low, high = np.interp(n * np.array([0.5 - reach, 0.5 + reach]) - 0.5, np.arange(n), ordered)
     return middle, float(low), float(high)
 
 
@@ -153,6 +155,15 @@ def typical(samples: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     reach = float(student.ppf((1 + CONFIDENCE) / 2, n - 1) * logs.std(ddof=1)) / sqrt(n)
     least, most = min(map(min, samples)), max(map(max, samples))
     return exp(middle), max(exp(middle - reach), least), min(exp(middle + reach), most)
+
+
+def widest(timings: Sequence[Sequence[float]]) -> float:
+    """The largest half-width of an interval, relative to its value, of a model's time or of a speed-up over the first.
+
+    timings: of each model, in the same rounds, at least `FEWEST_VALUES`.
+    """
+    samples = [*timings, *(ratios(timings[0], own) for own in timings[1:])]
+    return max((high - low) / 2 / middle for middle, low, high in map(median_interval, samples))
 
 
 def rounds_needed(values: Sequence[float], width: float) -> int:

@@ -17,6 +17,7 @@ from tokbench.report.text import (
     interval,
     listed,
     number,
+    passed_over,
     plural,
     told_caveats,
     variant_name,
@@ -121,13 +122,8 @@ class _Group:
         return _best(least_doubted([cell for cell in cells if _side(cell["speedup"], 1) == 1] or cells), "speedup")
 
     def _passed_over(self, best: Cell, cells: list[Cell]) -> str:
-        """Cells that may be faster than the best, and why they are not it; "" where there are none."""
-        worse = [
-            cell
-            for cell, speedup in _known(cells, "speedup")
-            if speedup.value > (best.value("speedup") or 0) and (cell.doubts or _side(speedup, 1) != 1)
-        ]
-        return f" Passed over, as their speed is known less well: {self._named(worse, 'speedup')}." if worse else ""
+        told = passed_over(best, cells, name=self.name)
+        return told and f" {capital(told)}."
 
     def sentences(self) -> list[str]:
         """All that is known."""

@@ -1,8 +1,9 @@
 """From a run to a decision: the cell that best meets given limits, and the Python that applies it.
 
 A limit is met if the unfavorable end of the 95 % interval meets it, and cells are ranked by that end too: a cell that
-was lucky must not win. Where accuracy is limited, the fastest of those that meet the limits is the best; where only
-cost is, the most accurate: by top-1, by agreement where images have no labels, by features where there are no classes.
+was lucky must not win. Where accuracy is limited, the fastest of those that meet the limits is the best, and of those
+whose speed cannot be told from its own the most accurate, which is the same in every run; where only cost is, the most
+accurate: by top-1, by agreement where images have no labels, by features where there are no classes.
 The unreduced model takes part, with a drop of 0 and a speed-up of 1. What failed, or gave NaN, never does.
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 from tokbench.catalogue import CONTROLS
 from tokbench.errors import UserError
 from tokbench.report.code import export_of, python_of
-from tokbench.report.text import cell_name, figure_text, group_title, number, told_caveats
+from tokbench.report.text import cell_name, figure_text, group_title, number, passed_over, told_caveats
 from tokbench.results.cell import Cell, Figure
 from tokbench.results.folder import RunFolder
 from tokbench.results.metrics import METRICS
@@ -92,7 +93,8 @@ class Pick:
         other_meets: whether `other` meets the limits.
         why: why `other` lost, or what it misses; without `other`, why nothing could be judged.
         misses: by how much `other` misses which limits, in the limits' units.
-        alike: those that meet the limits and whose speed cannot be told from the best's.
+        alike: those that meet the limits and whose speed cannot be told from that of the fastest, or without a best
+            from the unreduced model's; without the best.
         notes: what else to know.
         code: lines of Python that apply the best; "" where there is none.
         export: the command that exports the best, and lines that run what it wrote.
@@ -225,11 +227,21 @@ def _decide(found: Pick, group: Sequence[Cell], folder: RunFolder) -> None:
     costs = _costs(met, by)
     by_speed = "speedup" in needed or "latency" in needed
     floor = next((costs[cell] for cell in met if cell.is_baseline), [math.inf])
-    met.sort(key=lambda cell: (costs[cell] >= floor, by_speed and len(cell.doubts), costs[cell]))
+
+    def tier(cell: Cell) -> tuple[bool, int]:
+        return costs[cell] >= floor, len(cell.doubts) if by_speed else 0
+
+    met.sort(key=lambda cell: (tier(cell), costs[cell]))
+    alike = [cell for cell in met if rank == "speedup" and _overlap(met[0], cell, rank)]
+    met.sort(key=lambda cell: (tier(cell), cell not in alike, costs[cell][cell in alike :]))
+    found.alike = [cell for cell in alike if cell is not met[0] and not cell.is_baseline]
+    found.notes = _notes(group, known, needed, asked, rank)
     # A cell that is not faster than the unreduced model is no answer to how much accuracy may be paid for speed.
     if met and met[0].is_baseline and set(asked) <= set(_ACCURACY):
         met = []
-    found.notes = _notes(group, known, needed, asked, rank)
+    if found.alike:
+        of = "the fastest" if met else "the unreduced model"
+        found.notes.append(f"the speed of {', '.join(map(_name, found.alike))} cannot be told from that of {of}")
     if met:
         found.code, notes = python_of(met[0], folder)
         found.export = export_of(met[0], folder)
@@ -237,12 +249,19 @@ def _decide(found: Pick, group: Sequence[Cell], folder: RunFolder) -> None:
         control = [f"{met[0].method} is a control, there to be beaten"] if met[0].method in CONTROLS else []
         found.notes += control + notes
         if by_speed:
-            found.alike = [cell for cell in met[1:] if rank == "speedup" and _overlap(met[0], cell, rank)]
-            found.notes += _unsure(found, misses, rank)
+            others = [
+                cell
+                for cell in known
+                if not cell.is_baseline and cell not in found.alike and _fails_by_speed(misses[cell])
+            ]
+            enough = None if rank == "speedup" else asked.get("min_speedup", 0)
+            found.notes += [text for text in [passed_over(met[0], others, enough)] if text]
     if len(met) > 1:
         found.rule = (
             f"{_WORDS[rank].best} of {len(met)} that meet the limits with the unfavorable end of their intervals"
         )
+        if met[0] in alike and found.alike:
+            found.rule += f", or not to be told from it, and of those {_WORDS[quality].best}"
         found.other, found.other_meets, found.why = met[1], True, _why(met[0], met[1], by, costs)
         return
     fails = [cell for cell in known if not cell.is_baseline and cell not in met]
@@ -338,7 +357,8 @@ def _why(best: Cell, other: Cell, by: Sequence[str], costs: Mapping[Cell, list[f
         return "equal in everything that counts, and measured later"
     text = f"{_WORDS[metric].worse}: {_judged(other, metric)}, against {_judged(best, metric)}"
     if metric != by[0]:
-        text = f"equal in {_WORDS[by[0]].measured}, but {text}"
+        alike = "not to be told apart" if _overlap(best, other, by[0]) else "equal"
+        text = f"{alike} in {_WORDS[by[0]].measured}, but {text}"
     if len(other.doubts) > len(best.doubts):
         text = f"its speed is known less well: {other.doubts[-1]}"
     elif _overlap(best, other, metric):
@@ -352,26 +372,9 @@ def _overlap(one: Cell, other: Cell, metric: str) -> bool:
     return len(intervals) == 2 and max(low for low, _ in intervals) <= min(high for _, high in intervals)
 
 
-def _unsure(found: Pick, misses: Mapping[Cell, Mapping[str, float]], rank: str) -> list[str]:
-    """What cannot be told from the pick in speed, and what was passed over because less is known of its speed."""
-    best, notes = found.best, []
-    assert best is not None
-    if found.alike:
-        notes.append(f"its speed cannot be told from that of {', '.join(map(_name, found.alike))}")
-    enough = found.limits.get("min_speedup", 0) if rank != "speedup" else best.value("speedup") or 0
-    passed = [
-        cell
-        for cell, missed in misses.items()
-        if len(cell.doubts) > len(best.doubts)
-        and all(LIMITS[name][0] in ("speedup", "latency") for name in missed)
-        and (speedup := cell["speedup"])
-        and max(speedup.value, speedup.high or 0) > enough
-        and cell not in found.alike
-    ]
-    if passed:
-        told = ", ".join(f"{_name(cell)} ({figure_text(cell, 'speedup', bounds=True, unit='×')})" for cell in passed)
-        notes.append(f"passed over, as their speed is known less well: {told}")
-    return notes
+def _fails_by_speed(missed: Iterable[str]) -> bool:
+    """Whether these limits, if any, are on speed alone."""
+    return all(LIMITS[name][0] in ("speedup", "latency") for name in missed)
 
 
 def _judged(cell: Cell, metric: str) -> str:

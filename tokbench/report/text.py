@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -85,6 +85,26 @@ def told_caveats(cells: Sequence[Cell]) -> list[str]:
             part = "" if touched == measured else f" ({touched} of {measured} cells)"
             told.append(f"{kind} is in doubt: {text}{part}")
     return told
+
+
+def passed_over(
+    best: Cell, cells: Iterable[Cell], enough: float | None = None, name: Callable[[Cell], str] = cell_name
+) -> str:
+    """Which of the cells may be faster than `enough` (None: than the best), and why none is it; "" where none may."""
+
+    def unknown(cell: Cell) -> tuple[int, bool]:
+        speedup = cell["speedup"]
+        return len(cell.doubts), not (speedup and (speedup.low or 0) > 1)
+
+    enough = (best.value("speedup") or 0) if enough is None else enough
+    passed = [
+        f"{name(cell)} ({figure_text(cell, 'speedup', bounds=True, unit='×')})"
+        for cell in cells
+        if (speedup := cell["speedup"])
+        and max(speedup.value, speedup.high or 0) > enough
+        and unknown(cell) > unknown(best)
+    ]
+    return f"passed over, as their speed is known less well: {listed(passed, 4)}" if passed else ""
 
 
 def shared(cells: Iterable[Cell], name: str, form: str = "{}") -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tokbench.measure.flops import FlopCount
-from tokbench.measure.speed import SpeedResult
+from tokbench.measure.speed import VAGUE_WIDTH, SpeedResult
 from tokbench.measure.stats import (
     correlation_interval,
     mcnemar_p,
@@ -168,7 +168,6 @@ def by_process(samples: list[list[float]]) -> list[float] | list[list[float]]:
     return samples[0] if len(samples) == 1 else samples
 
 
-VAGUE_WIDTH = 0.05
 VAGUE = f"the speed-up is known to no better than ±{VAGUE_WIDTH:.0%}".replace("%", " %")
 
 

@@ -198,13 +198,9 @@ def load_subject(spec: ModelSpec, grid: Grid, options: RunOptions) -> Subject:
 
 def _batch_size(options: RunOptions, device: torch.device, folder: RunFolder | None) -> int:
     """What was asked for, the largest of several, or what the run that is continued had."""
-    if options.sizes:
-        return max(options.sizes)
-    if isinstance(options.batch_size, int):
-        return options.batch_size
-    before = folder.manifest.conditions if folder else None
+    before = folder.manifest.conditions if folder and options.batch_size == "auto" else None
     known = before.batch_size if before else None
-    return (max(known) if isinstance(known, list) else known) or (128 if device.type == "cuda" else 16)
+    return (max(known) if isinstance(known, list) else known) or options.images_at_once(device.type)
 
 
 def _manifest(

@@ -59,6 +59,7 @@ def searcher_for(
 ) -> Searcher:
     """What searches for a model of a grid, on the device and in the dtype that it will run in."""
     shown = search_images(data, subject.model, images, options.labels if data != "bundled:train" else None)
-    batch_size = options.batch_size if isinstance(options.batch_size, int) else 128 if device.type == "cuda" else 16
     model = subject.model.to(device, DTYPES[options.dtype])
-    return Searcher(subject.spec.label, subject.weights, model, data, shown, batch_size, progress)
+    return Searcher(
+        subject.spec.label, subject.weights, model, data, shown, options.images_at_once(device.type), progress
+    )

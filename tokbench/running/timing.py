@@ -34,8 +34,9 @@ from tokbench.running.fresh import Timed, time_in_fresh_processes
 from tokbench.running.half_pass import HalfPass
 from tokbench.running.reader import Reader
 
-# A budget for all rounds together; slow cells exceed it, because each makes eight rounds at least.
-SPEED_SECONDS_PER_CELL = 1.5
+# A budget for all rounds together; slow cells exceed it, because each makes eight rounds at least. On a noisy machine
+# rounds go on until every interval is useful, for so many times as long at most.
+SPEED_SECONDS_PER_CELL, PATIENCE = 1.5, 4
 LARGEST_BATCH = 1024
 
 
@@ -214,22 +215,29 @@ def time_members(bench: Bench, members: list[Runnable], size: int, seed: int = 0
     # A model is compiled as it is first shown a batch, and those of cells again for a single image.
     compiling = any(member.runtime == "compile" for member in members)
     bench.phase("compiling" if compiling else "warming up for speed", 2 * len(members) + len(limits))
+    expected = 0
 
     def advance(done: int, planned: int) -> None:
+        nonlocal expected
         watch.look()
-        if done == 1:
-            bench.phase("speed", planned)
+        if planned != expected:
+            bench.phase("speed, for longer, as it is not known well yet" if expected else "speed", planned)
+            expected = planned
         bench.progress.advance(done)
 
     images = bench.images(size) if any(counts_by_image(member.model) for member in members) else None
     options = bench.options
+    seconds = (options.seconds or SPEED_SECONDS_PER_CELL) * (len(members) + len(limits)) / options.processes
+    # What was asked for is exact, and of several processes no one knows how far apart they lie.
+    usual = options.seconds is None and options.processes == 1
     results = measure_speed(
         {name: models[name] for name in [*(member.name for member in members), *limits]},
         batch_size=size,
         input_size=bench.subject.input_size,
         images=images,
         rounds=options.rounds and ceil(options.rounds / options.processes),
-        seconds=(options.seconds or SPEED_SECONDS_PER_CELL) * (len(members) + len(limits)) / options.processes,
+        seconds=seconds,
+        longest=PATIENCE * seconds if usual else None,
         latency_of=[member.name for member in members],
         seed=seed,
         on_warm=bench.progress.advance,
