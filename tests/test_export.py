@@ -110,6 +110,24 @@ def test_of_equal_scores_the_lower_index_comes_first_in_every_runtime(tmp_path):
         assert torch.equal(open_(tmp_path / "sorts.onnx")(x), Sorts()(x))
 
 
+class Sums(nn.Module):
+    """What methods add up by index, in numbers of every width."""
+
+    def forward(self, x):
+        index = (x * 7).long()
+        return torch.cat([torch.zeros_like(x).scatter_add(1, index, x).double(),
+                          torch.zeros_like(x[:, :8]).half().scatter_add(1, index, x.half()).double(),
+                          torch.zeros_like(index).scatter_add(1, index, index).double()], dim=1)  # fmt: skip
+
+
+def test_sums_by_index_are_those_of_the_model_in_half_precision_too(tmp_path):
+    program = torch.export.export(Sums(), (torch.rand(3, 16),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    formats.FORMATS["onnx"].write(program, tmp_path / "sums.onnx")
+    x = torch.rand(5, 16).half().float()
+    for open_ in (runtimes.open_onnxruntime, runtimes.open_openvino):
+        torch.testing.assert_close(open_(tmp_path / "sums.onnx")(x), Sums()(x), rtol=0, atol=1e-2)
+
+
 @dataclass
 class Shipped:
     model: nn.Module

@@ -13,7 +13,12 @@ op: Any = opset20  # as typed, its operators would take no value whose type is o
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """By torch operator."""
-    return {torch.ops.aten.sort.stable: _stable_sort, torch.ops.aten.kthvalue.default: _kth_value}
+    aten = torch.ops.aten
+    return {
+        aten.sort.stable: _stable_sort,
+        aten.kthvalue.default: _kth_value,
+        aten.scatter_add.default: _scatter_add,
+    }
 
 
 def _stable_sort(x: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> tuple[Any, Any]:
@@ -30,9 +35,23 @@ def _kth_value(x: Any, k: int, dim: int = -1, keepdim: bool = False) -> tuple[An
 
 def _first(x: Any, count: int, dim: int, descending: bool) -> tuple[Any, Any]:
     """Values and indices of the `count` largest along a dimension, or smallest, in order."""
-    # Runtimes have TopK of numbers of four and eight bytes only.
-    short = x.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.INT32, ir.DataType.INT64)
-    wide = (FLOAT if x.dtype.is_floating_point() else INT32).dtype
-    sorted_ = op.Cast(x, to=wide) if short else x
-    values, indices = op.TopK(sorted_, op.Constant(value_ints=[count]), axis=dim, largest=int(descending), sorted=1)
-    return (op.Cast(values, to=x.dtype) if short else values), indices
+    values, indices = op.TopK(_wide(x), op.Constant(value_ints=[count]), axis=dim, largest=int(descending), sorted=1)
+    return _as(x, values), indices
+
+
+def _scatter_add(x: Any, dim: int, index: Any, source: Any) -> Any:
+    return _as(x, op.ScatterElements(_wide(x), index, _wide(source), axis=dim, reduction="add"))
+
+
+def _is_short(x: Any) -> bool:
+    """Whether its numbers have fewer than four bytes: runtimes have neither TopK nor sums by index of these."""
+    return x.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.INT32, ir.DataType.INT64)
+
+
+def _wide(x: Any) -> Any:
+    return op.Cast(x, to=(FLOAT if x.dtype.is_floating_point() else INT32).dtype) if _is_short(x) else x
+
+
+def _as(x: Any, found: Any) -> Any:
+    """In the type of `x`."""
+    return op.Cast(found, to=x.dtype) if _is_short(x) else found

@@ -33,6 +33,7 @@ def open_onnxruntime(path: Path, device: torch.device = CPU, provider: str = "CP
 
     options: Any = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4  # what it raises says it, too
     # Else its threads go on spinning after a pass, and slow down whatever is timed next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     chosen: Any = provider if device.type == "cpu" else (provider, {"device_id": device.index or 0})

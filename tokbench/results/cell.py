@@ -99,12 +99,12 @@ class RecordIndex:
     def rows(self) -> list[tuple[CellKey, Setting, dict[str, Record]]]:
         """Each cell with its records by kind; once for each setting where cells were timed in several, and that."""
         told = {key: [slot[1] for slot in kinds if slot[1] != ANYHOW] for key, kinds in self.cells.items()}
-        several = [
+        sizes, runtimes = (
             any(len({setting[axis] for setting in own} - {None}) > 1 for own in told.values()) for axis in range(2)
-        ]
+        )
         rows: list[tuple[CellKey, Setting, dict[str, Record]]] = []
         for key, kinds in self.cells.items():
-            apart = [Setting(at[0] if several[0] else None, at[1] if several[1] else None) for at in told[key]]
+            apart = [Setting(at.batch_size if sizes else None, at.runtime if runtimes else None) for at in told[key]]
             settings = [
                 at
                 for at in dict.fromkeys(apart)
@@ -114,8 +114,8 @@ class RecordIndex:
                 (key, at, {slot[0]: record for slot, record in kinds.items() if slot[1].fits(at)})
                 for at in settings or [ANYHOW]
             ]
-        runtimes = [*dict.fromkeys(at.runtime for _, at, _ in rows)]
-        return sorted(rows, key=lambda row: (row[1].batch_size or 0, runtimes.index(row[1].runtime)))
+        order = [*dict.fromkeys(at.runtime for _, at, _ in rows)]
+        return sorted(rows, key=lambda row: (row[1].batch_size or 0, order.index(row[1].runtime)))
 
 
 @dataclass(frozen=True)
