@@ -36,7 +36,7 @@ from tokbench.running.reader import Reader
 
 # A budget for all rounds together; slow cells exceed it, because each makes eight rounds at least. On a noisy machine
 # rounds go on until every interval is useful, for so many times as long at most.
-SPEED_SECONDS_PER_CELL, PATIENCE = 1.5, 4
+SPEED_SECONDS_PER_CELL, PATIENCE = 1.5, 2
 LARGEST_BATCH = 1024
 
 
