@@ -29,7 +29,8 @@ from tokbench.searching.objective import Objective
 
 def kinds_of_images(count: int = 512) -> Mapping[str, torch.Tensor]:
     """Test composites as they are, and changed, (count, 1, 56, 56) each, prepared for the bundled model."""
-    items, layout = read_composites().items, read_composites().layout
+    composites = read_composites()
+    items, layout = composites.items, composites.layout
     first, black = layout[:count], np.zeros_like(items[:1])
     same, other = compose(items, first), compose(items, layout[count : 2 * count])
     bare = compose(np.concatenate([items, black]), replace(first, donor=np.full_like(first.donor, len(items))))

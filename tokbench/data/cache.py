@@ -54,7 +54,7 @@ class PixelCache:
         if self._rows is None:
             self._rows = np.memmap(self.path, self._row, mode="r", shape=(self.count,))
         row = self._rows[index]
-        if not row["sum"] or zlib.crc32(row.tobytes()[4:]) != row["sum"]:
+        if not row["sum"] or _checksum(row) != row["sum"]:
             return None
         return np.array(row["pixels"]), int(row["label"])
 
@@ -64,7 +64,7 @@ class PixelCache:
             return
         row = np.zeros((), self._row)
         row["label"], row["pixels"] = label, pixels
-        row["sum"] = zlib.crc32(row.tobytes()[4:])
+        row["sum"] = _checksum(row)
         try:
             with self.path.open("r+b") as file:
                 file.seek(index * self._row.itemsize)
@@ -72,3 +72,8 @@ class PixelCache:
         except OSError as error:
             self._closed = True
             _logger.warning("no more images are kept in %s: %s", self.path, shortened(error))
+
+
+def _checksum(row: Any) -> int:
+    """Of all of a row behind its own checksum."""
+    return zlib.crc32(memoryview(row.tobytes())[4:])

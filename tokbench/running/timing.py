@@ -99,17 +99,17 @@ def _references(bench: Bench, timed: list[Timed]) -> dict[str, list[SpeedResult]
     }
 
 
-def _figures(bench: Bench, timed: list[Timed]) -> dict[str, dict[str, Any]]:
-    """The speed part of the record of each cell that every process timed, by name."""
-    base, fields = _references(bench, timed), {}
+def _figures(bench: Bench, timed: list[Timed], bases: dict[str, list[SpeedResult]]) -> dict[str, dict[str, Any]]:
+    """The speed part of the record of each cell that every process timed, by name. bases: from `_references`."""
+    fields = {}
     for member in bench.running:
         name, limit = member.name, "" if member.limit is None else member.limit_name
         if all(name in one.memory for one in timed):
             fields[name] = speed_fields(
                 [one.speed[name] for one in timed],
-                references=base[member.runtime],
+                references=bases[member.runtime],
                 limits=[one.speed[limit] for one in timed] if all(limit in one.speed for one in timed) else [],
-                eager=base.get("eager", []) if member.runtime != "eager" else [],
+                eager=bases.get("eager", []) if member.runtime != "eager" else [],
                 memory=max(filter(None, (one.memory[name] for one in timed)), default=None),
                 answers=next((one.answers[name] for one in timed if name in one.answers), None),
             )
@@ -118,7 +118,8 @@ def _figures(bench: Bench, timed: list[Timed]) -> dict[str, dict[str, Any]]:
 
 def _record(bench: Bench, lacking: list[Runnable], timed: list[Timed], asked: int, seconds: float) -> None:
     """Warn of what may spoil these timings, and write them down. seconds: how long they took."""
-    processes, fields, bases = len(timed), _figures(bench, timed), _references(bench, timed)
+    processes, bases = len(timed), _references(bench, timed)
+    fields = _figures(bench, timed, bases)
     some = next(iter(bases.values()))
     disturbance = together([one.disturbance for one in timed], bench.device)
     reduced = {
