@@ -14,7 +14,7 @@ from scipy.special import softmax
 from scipy.stats import entropy, pearsonr
 from torch import Tensor, nn
 
-from tokbench.measure import neighbors
+from tokbench.measure import accuracy, neighbors
 from tokbench.measure._model import is_out_of_memory
 from tokbench.measure.accuracy import evaluate
 from tokbench.measure.neighbors import Neighbors
@@ -73,7 +73,8 @@ def test_answers_match_numpy() -> None:
     assert [array.dtype for array in types] == [np.int64, np.int64, np.float32, np.bool_]
 
 
-def test_one_pass_for_all_models() -> None:
+def test_one_pass_for_all_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy, "FETCH_SECONDS", 0)
     models = {"a": Table(random_logits(10, 3)), "b": Table(random_logits(10, 3, seed=1))}
     seen: list[dict[str, Predictions]] = []
     results = evaluate(models, numbered([0] * 10), device=CPU, on_batch=seen.append)
@@ -83,6 +84,30 @@ def test_one_pass_for_all_models() -> None:
     assert models["a"].batches == models["b"].batches == [4, 4, 2]
     alone = evaluate({"b": models["b"]}, numbered([0] * 10, batch=1), device=CPU)["b"]
     assert np.array_equal(alone.predicted, results["b"].predicted)
+
+
+@pytest.mark.parametrize("last", [3, 8, 12])
+def test_answers_are_fetched_seldom_and_none_is_lost_where_the_pass_ends_early(monkeypatch, last: int) -> None:
+    monkeypatch.setattr(accuracy, "FETCH_SECONDS", 1e9)
+    models = {"a": Table(random_logits(12, 3)), "bad": Fragile(random_logits(12, 3))}
+    seen: list[dict[str, Predictions]] = []
+
+    def interrupted() -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in numbered([0] * 12):
+            if images[0] >= last:
+                raise KeyboardInterrupt
+            yield images.to(torch.uint8), labels
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(
+            models, interrupted(), device=CPU, prepare=lambda images: images.float(),
+            on_batch=seen.append, on_failure=lambda *_: None,
+        )  # fmt: skip
+    whole = evaluate({"a": models["a"]}, numbered([0] * 12), device=CPU)["a"]
+    complete = -(-last // 4) * 4
+    assert [list(answers) for answers in seen] == [["a", "bad"] if complete == 4 else ["a"]]
+    assert np.array_equal(seen[0]["a"].label_probability, whole.label_probability[:complete])
 
 
 def test_modes_come_back() -> None:

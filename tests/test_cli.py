@@ -200,17 +200,15 @@ def test_an_interrupt_amid_a_frame_gives_the_terminal_back():
         assert not hasattr(sys.stderr, "rich_proxied_file")
 
 
-def test_dry_run_names_the_cells_and_loads_nothing(tokbench_command, monkeypatch, tmp_path):
+def test_dry_run_names_the_cells_and_writes_nothing(tokbench_command, source, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    code, out, _ = tokbench_command(
-        "run", "--model", "no_such_model", "--method", "topk", "--schedule", "keep:0.7@3,6,9", "--dry-run"
-    )
-    assert code == 0
-    assert "no_such_model/topk/keep:0.7@3,6,9" in out
+    words = ("run", "--model", "tiny", "--method", "topk", "--schedule", "keep:0.7@1", "--dry-run", "--data")
+    code, out, err = tokbench_command(*words, "bundled")
+    assert code == 0 and not err and "tiny/topk/keep:0.7@1" in out and re.search(r"^About .* s \(between ", out, re.M)
     assert not list(tmp_path.iterdir())
-    code, _, err = tokbench_command("run", "--data", "my_imags", "--dry-run")
+    code, _, err = tokbench_command(*words, "my_imags")
     assert code == 2 and "data folder 'my_imags' does not exist" in err
-    assert tokbench_command("run", "--data", "my_imags", "--only", "flops", "--dry-run")[0] == 0
+    assert tokbench_command(*words, "my_imags", "--only", "flops")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -361,7 +359,7 @@ def test_output_that_cannot_be_written_is_one_line():
         (("list", "models", "deit_tny"), 2, "'deit_tiny"),
     ],
 )
-def test_what_a_user_means_is_understood_or_answered(tokbench_command, words, code, part):
+def test_what_a_user_means_is_understood_or_answered(tokbench_command, source, words, code, part):
     found, out, err = tokbench_command(*words)
     assert found == code and part in (err if code else out) and err.count("\n") == (code == 2)
 

@@ -28,6 +28,7 @@ from tokbench.bundled.clutter import CLASSES, compose, draw_layout, read_idx
 from tokbench.data import ImageSource, ImageStream, batches, load_batches, open_dataset, timm_readers
 from tokbench.data.decoding import ImageError, decode
 from tokbench.data.labels import label_classes, label_numbers
+from tokbench.data.preparing import data_config
 from tokbench.errors import RunStopped, UserError
 
 BUNDLED = Path(data.__file__).parents[1] / "bundled"
@@ -49,6 +50,18 @@ def complaint(spec: object, model: VisionTransformer, limit: int | None = None) 
 
 def labels(source: ImageSource | ImageStream) -> list[int]:
     return [label for _, label in source]
+
+
+@pytest.mark.parametrize(("channels", "mean"), [(3, (0.485, 0.456, 0.406)), (1, (0.44,))])
+def test_images_are_prepared_as_timm_prepares_them(tmp_path, channels, mean):
+    model = vit(2, channels, mean=mean, std=(0.229, 0.224, 0.225)[:channels])
+    (tmp_path / "a").mkdir()
+    Image.effect_noise((47, 39), 90).convert("RGB").save(tmp_path / "a" / "1.png")
+    picture = decode(tmp_path / "a" / "1.png", "1.png").convert("RGB" if channels == 3 else "L")
+    expected = timm.data.create_transform(**data_config(model), is_training=False)(picture)
+    assert torch.equal(open_dataset(str(tmp_path), model)[0][0], expected)
+    (batch,) = load_batches(open_dataset(str(tmp_path), model), 2)
+    assert torch.equal(batch.images[0], expected) and batch.images.is_contiguous()
 
 
 # --- bundled

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 import tokbench
 from tokbench.config import MethodSpec, ModelSpec, RunOptions
+from tokbench.data.labels import without_labels
+from tokbench.data.preparing import preparation
 from tokbench.exporting.runtimes import RUNTIMES
 from tokbench.exporting.writing import in_runtime
-from tokbench.measure import environment, speed
+from tokbench.measure import accuracy, environment, speed
 from tokbench.measure.accuracy import evaluate
 from tokbench.measure.compiled import compile_model
 from tokbench.measure.environment import Watch, describe_machine, gpu_state
@@ -213,6 +215,30 @@ def test_a_reduced_model_answers_nearly_alike_twice(method, images):
     model = tokbench.apply(vit().to(GPU), method, 9)
     with torch.inference_mode():
         torch.testing.assert_close(model(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_bytes_become_the_same_floats_as_on_the_cpu():
+    prepare = preparation(vit(), without_labels(vit()))
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(12).reshape(1, 32, 32, 3)
+    assert torch.equal(prepare.floats(pixels.to(GPU)).cpu(), prepare.floats(pixels))
+
+
+def test_no_batch_of_a_pass_over_images_makes_the_host_wait_for_what_it_gave(images, monkeypatch):
+    monkeypatch.setattr(accuracy, "FETCH_SECONDS", 1e9)
+    models = {"none": vit().to(GPU), "topk": tokbench.apply(vit().to(GPU), "topk", 9)}
+    batch = images.cpu().pin_memory(), torch.zeros(8).long().pin_memory()
+    evaluate(models, [batch], device=GPU, among=[0, 1])
+
+    def batches():
+        torch.cuda.set_sync_debug_mode("error")
+        yield from [batch] * 3
+        torch.cuda.set_sync_debug_mode("default")
+
+    try:
+        for among in (None, [0, 1]):
+            evaluate(models, batches(), device=GPU, among=among)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # What it ran on

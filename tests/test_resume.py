@@ -18,6 +18,7 @@ from stand_ins import CLASSES, IMAGES, Listener, Source, plain_records, small_gr
 
 from tokbench.config import Grid, MethodSpec, ModelSpec, RunOptions
 from tokbench.errors import RunStopped, UserError
+from tokbench.measure import accuracy
 from tokbench.results.folder import RunFolder
 from tokbench.results.predictions import Predictions
 from tokbench.running import answers, bench, half_pass, runner, timing
@@ -373,6 +374,7 @@ def test_a_run_of_an_older_version_is_not_continued(source, tmp_path):
 def test_progress_tells_what_is_there(source, tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(Listener, "continued", lambda self, records: told.append(len(records)))
+    monkeypatch.setattr(accuracy, "FETCH_SECONDS", 0)
     stop_at(monkeypatch, source, 15, UNTIMED, tmp_path / "run")
     listener = Listener()
     runner.run(UNTIMED, tmp_path / "run", progress=listener)

@@ -31,7 +31,7 @@ from tokbench.errors import RunStopped, UserError
 from tokbench.exporting import writing
 from tokbench.fusion.core import METHODS, Method
 from tokbench.fusion.patch import tokens_per_block
-from tokbench.measure import environment, speed
+from tokbench.measure import accuracy, environment, speed
 from tokbench.measure.environment import Disturbance
 from tokbench.measure.flops import FlopCount, count_flops
 from tokbench.measure.speed import SpeedResult
@@ -300,7 +300,8 @@ def test_from_python_a_run_prints_nothing_and_names_its_own_folder(source, tmp_p
     assert (tmp_path / "results" / table["run"].unique().item() / "manifest.json").is_file()
 
 
-def test_progress_counts_cells_images_and_rounds(source, tmp_path):
+def test_progress_counts_cells_images_and_rounds(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy, "FETCH_SECONDS", 0)
     listener = Listener()
     runner.run(small_grid(), tmp_path / "run", progress=listener)
     told = [event for event in listener.told if event[0] != "finished"]

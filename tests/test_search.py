@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import tokbench
 from tokbench.config import Grid, MethodSpec
+from tokbench.data import load_batches
 from tokbench.errors import UserError
 from tokbench.fusion.core import make_method
 from tokbench.measure.flops import FlopCount
@@ -242,8 +243,8 @@ def test_bundled_search_images_are_none_of_those_that_are_measured():
     assert len(source) == 512 and source[0][1] == -1
     taken = images.search_images("bundled:train", tiny, 32)
     measured = tokbench.open_dataset("bundled", tiny, limit=64)
-    overlap = images.Overlap({"cell": images.written_marks(taken)})
-    overlap.read_again(measured, 64)
-    assert overlap.counts == {"cell": 0}
-    overlap.read_again(source, 512)
-    assert overlap.counts == {"cell": 32}
+    for shown, same in ((measured, 0), (source, 32)):
+        overlap = images.Overlap(shown, {"cell": images.written_marks(taken)})
+        overlap.read_again(len(shown))
+        list(overlap.watching((batch.images, batch.labels) for batch in load_batches(shown, 64, as_bytes=True)))
+        assert overlap.counts == {"cell": 2 * same}

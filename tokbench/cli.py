@@ -192,7 +192,7 @@ def run(
     labels: Annotated[
         str | None, _option("FILE", "What each image of a folder shows: lines of file name,class.")
     ] = None,
-    dry_run: Annotated[bool, _flag("--dry-run", "Say what would be measured, and stop.")] = False,
+    dry_run: Annotated[bool, _flag("--dry-run", "Say what would be measured and how long that takes.")] = False,
 ) -> None:
     """Measure accuracy, FLOPs and speed of every cell of a grid.
 
@@ -201,7 +201,7 @@ def run(
     """
     from rich.console import Console
 
-    from tokbench.config import Grid, require_data
+    from tokbench.config import Grid
     from tokbench.results.folder import is_run
 
     _load_plugins(plugin)
@@ -232,9 +232,11 @@ def run(
         max_bad=max_bad,
     )
     if dry_run:
-        if "accuracy" in chosen.options.only:
-            require_data(chosen.data)
-        say(chosen.describe())
+        with _live_progress(Console(stderr=True, quiet=not sys.stderr.isatty()), out, continuable=False) as progress:
+            from tokbench.running.estimate import preview
+
+            told = preview(chosen, out, progress=progress, fresh=fresh)
+        say(told)
         return
 
     if out is None and not fresh:

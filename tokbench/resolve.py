@@ -131,15 +131,7 @@ def resolve_schedule(
 
     @cache
     def estimate(step: int) -> float:
-        """What attention and MLP take for n tokens of C channels, up to a factor: (4 C + 2 n) n, and 8 C n."""
-        fusion = Fusion(method, scaled(step), depth, model.num_prefix_tokens, (1, patches), has_class_token(model))
-        tokens, total = patches + model.num_prefix_tokens, 0
-        for block in range(depth):
-            left = tokens - fusion.to_remove(block, tokens)
-            attended, fed = left if method.place == "start" else tokens, tokens if method.place == "end" else left
-            total += (4 * model.embed_dim + 2 * attended) * attended + 8 * model.embed_dim * fed
-            tokens = left
-        return total
+        return relative_cost(model, method, scaled(step), patches)
 
     step = _nearest_zero(excess, estimate, last)
     if abs(excess(step)) > 0.01 * wanted:
@@ -150,6 +142,22 @@ def resolve_schedule(
             stacklevel=2,
         )
     return scaled(step)
+
+
+def relative_cost(model: Any, method: Method, schedule: Schedule, patches: int) -> float:
+    """What attention and MLP take for n tokens of C channels, up to a factor: (4 C + 2 n) n, and 8 C n in each block.
+
+    schedule: of tokens, and no longer of FLOPs.
+    """
+    depth = len(model.blocks)
+    fusion = Fusion(method, schedule, depth, model.num_prefix_tokens, (1, patches), has_class_token(model))
+    tokens, total = patches + model.num_prefix_tokens, 0
+    for block in range(depth):
+        left = tokens - fusion.to_remove(block, tokens)
+        attended, fed = left if method.place == "start" else tokens, tokens if method.place == "end" else left
+        total += (4 * model.embed_dim + 2 * attended) * attended + 8 * model.embed_dim * fed
+        tokens = left
+    return total
 
 
 def own_shape(method: Method, depth: int, patches: int) -> tuple[Callable[[int], Schedule], int]:

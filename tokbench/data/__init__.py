@@ -64,7 +64,7 @@ def load_images(names: Sequence[str], model: nn.Module) -> Tensor:
     names: files, or `bundled:17` for the 17th bundled image. Raises UserError naming the one that cannot be read.
     """
     prepare = preparation(model, without_labels(model))
-    return torch.stack([prepare(_single_image(name), None)[0] for name in names])
+    return prepare.floats(torch.stack([prepare.pixels(_single_image(name)) for name in names]))
 
 
 def _open(spec: str, model: nn.Module, limit: int | None, labels: str | Path | None) -> ImageSource | ImageStream:

@@ -25,8 +25,8 @@ from tokbench.errors import RunStopped
 
 
 class Batch(NamedTuple):
-    """Images (B, C, H, W) and labels (B,) of the places before `end` that no earlier batch held, without the skipped
-    ones: B may be 0."""
+    """Images, floats (B, C, H, W) or bytes (B, H, W, C), and labels (B,) of the places before `end` that no earlier batch
+    held, without the skipped ones: B may be 0."""
 
     images: Tensor
     labels: Tensor
@@ -39,10 +39,18 @@ _Packed = tuple[Tensor, list[int], list[Skipped]]
 
 
 def load_batches(
-    source: ImageSource | ImageStream, batch_size: int, *, workers: int = 0, start: int = 0
+    source: ImageSource | ImageStream,
+    batch_size: int,
+    *,
+    workers: int = 0,
+    start: int = 0,
+    as_bytes: bool = False,
+    pinned: bool = False,
 ) -> Iterator[Batch]:
     """The images of a source from place `start` on, which must be 0 for a stream, `batch_size` places at a time.
 
+    as_bytes: leave it to the caller to make floats of them, by `source.floats`, on the device where they will be.
+    pinned: in memory that a GPU copies from while both work on.
     An image that cannot be decoded is skipped, and named in its batch. There are at most as many workers as cores.
 
     Raises RunStopped, in one line, for a worker that was killed or ran out of file descriptors or shared memory.
@@ -54,12 +62,14 @@ def load_batches(
         images = Subset(_Forgiving(source), range(start, len(source)))
         workers = min(workers, _cores())
     loader = DataLoader(
-        images, batch_size=batch_size, num_workers=workers, collate_fn=_pack, worker_init_fn=_begin_worker
-    )
+        images, batch_size=batch_size, num_workers=workers, collate_fn=_pack, worker_init_fn=_begin_worker,
+        pin_memory=pinned,
+    )  # fmt: skip
     end = start
     for stack, labels, skipped in _watched(loader, source.name) if workers else loader:
         end += len(labels) + len(skipped)
-        yield Batch(stack, torch.tensor(labels, dtype=torch.long), skipped, end)
+        found = stack if as_bytes or not labels else source.floats(stack)
+        yield Batch(found, torch.tensor(labels, dtype=torch.long, pin_memory=pinned), skipped, end)
 
 
 def _cores() -> int:
@@ -165,7 +175,7 @@ class _Forgiving(Dataset[tuple[Tensor, int] | Skipped]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | Skipped:
         try:
-            return self.source[index]
+            return self.source.pixels(index)
         except ImageError as error:
             return Skipped(index, error.name, error.reason or str(error))
 

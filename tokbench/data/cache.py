@@ -23,15 +23,16 @@ class PixelCache:
     Each row begins with a checksum of the rest. A row that is absent, half written or damaged does not match it, and
     its image is decoded again. Several processes may read and write: all write the same to a row.
 
-    path: the file; made, at its full size, where it is missing. count: rows. shape: of an image, (H, W, C).
+    path: the file; made, at its full size, where it is missing. count: rows. shape: of an image, (H, W, C). add: take
+    more images.
     Raises UserError for a folder that cannot be written, or a disk without the room.
     """
 
     path: Path
     count: int
     shape: tuple[int, ...]
+    add: bool = True
     _rows: Any = field(default=None, repr=False)
-    _closed: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         self._row = np.dtype([("sum", "<u4"), ("label", "<i8"), ("pixels", "u1", self.shape)])
@@ -60,7 +61,7 @@ class PixelCache:
 
     def put(self, index: int, pixels: np.ndarray, label: int) -> None:
         """Keep an image, pixels (H, W, C). Where the disk does not take it, that is said once, and none is kept."""
-        if self._closed:
+        if not self.add:
             return
         row = np.zeros((), self._row)
         row["label"], row["pixels"] = label, pixels
@@ -70,7 +71,7 @@ class PixelCache:
                 file.seek(index * self._row.itemsize)
                 file.write(row.tobytes())
         except OSError as error:
-            self._closed = True
+            self.add = False
             _logger.warning("no more images are kept in %s: %s", self.path, shortened(error))
 
 

@@ -22,12 +22,11 @@ def preparation(model: nn.Module, labelling: Labelling) -> Preparation:
     """How images and labels become what the model takes."""
     config = data_config(model)
     whole: Any = create_transform(**config, is_training=False)
-    compose, steps = type(whole), whole.transforms
-    tensor = next(place for place, step in enumerate(steps) if isinstance(step, MaybeToTensor))
+    tensor = next(place for place, step in enumerate(whole.transforms) if isinstance(step, MaybeToTensor))
+    crop = type(whole)(whole.transforms[:tensor])  # behind it floats are made and normalized, as `Preparation` does
     channels, height, width = config["input_size"]
-    return Preparation(
-        image_mode(config), (height, width, channels), compose(steps[:tensor]), compose(steps[tensor:]), labelling
-    )
+    mean, std = (tuple(config[key]) for key in ("mean", "std"))
+    return Preparation(image_mode(config), (height, width, channels), crop, mean, std, labelling)
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:

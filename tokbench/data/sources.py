@@ -8,11 +8,13 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import PIL
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
@@ -39,22 +41,31 @@ class Images(Protocol):
 class Preparation:
     """From an image and its data set's label to what the model takes, and how the model numbers its classes.
 
-    mode: Pillow's. shape: (H, W, C) of what `crop` makes of an image, of which `to_tensor` makes floats.
+    mode: Pillow's. shape: (H, W, C) of what `crop` makes of an image. mean, std: of each channel, from 0 to 1.
     """
 
     mode: str
     shape: tuple[int, int, int]
     crop: Any
-    to_tensor: Any
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     labelling: Labelling
 
-    def __call__(self, image: Image.Image, label: int | str | None) -> tuple[Tensor, int]:
-        return self.to_tensor(self.pixels(image)), self.labelling(label)
+    def pixels(self, image: Image.Image) -> Tensor:
+        """The part of an image that the model sees, at its size: (H, W, C) bytes."""
+        return torch.from_numpy(np.array(self.crop(image.convert(self.mode)))).reshape(self.shape)
 
-    def pixels(self, image: Image.Image) -> Image.Image:
-        """The part of an image that the model sees, at its size."""
-        cropped: Image.Image = self.crop(image.convert(self.mode))
-        return cropped
+    def floats(self, pixels: Tensor) -> Tensor:
+        """Bytes (…, H, W, C) as the model takes them: (…, C, H, W) float32, on the device where the bytes are."""
+        whole, mean, std = _constants(self.mean, self.std, pixels.device)
+        return pixels.movedim(-1, -3).contiguous().float().div_(whole).sub_(mean).div_(std)
+
+
+@cache
+def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    # All are tensors there: CUDA multiplies by a number's reciprocal, which is not the CPU's quotient to the last bit.
+    each = torch.tensor([mean, std], device=device)[:, :, None, None]
+    return torch.tensor(255.0, device=device), each[0], each[1]
 
 
 class _Prepared:
@@ -64,7 +75,7 @@ class _Prepared:
         self.name, self.fingerprint, self.indices = name, fingerprint, indices
         self.classes, self.num_classes = prepare.labelling.classes, prepare.labelling.num_classes
         self.warnings, self.among = prepare.labelling.warnings, prepare.labelling.among
-        self._images, self._prepare = images, prepare
+        self.floats, self._images, self._prepare = prepare.floats, images, prepare
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -78,7 +89,7 @@ class ImageSource(_Prepared, Dataset[tuple[Tensor, int]]):
     the data has (the model's, where the data does not tell). warnings: why figures read off these images may not mean
     what they seem to. among: the model's classes that answers are chosen from, None for all. indices: (n,), their
     places in the whole data set, ascending. streaming: False. images: `Images`, all that `indices` choose from.
-    version: what else changes with the images, as the times of files.
+    version: what else changes with the images, as the times of files. floats: `Preparation.floats`.
     """
 
     streaming = False
@@ -90,24 +101,34 @@ class ImageSource(_Prepared, Dataset[tuple[Tensor, int]]):
         self._version = version
         self._cache: PixelCache | None = None
 
-    def keep_in(self, folder: Path) -> None:
-        """Keep prepared images in a file in `folder`, and take them from there. Raises UserError where it cannot be."""
+    def keep_in(self, folder: Path, *, add: bool = True) -> None:
+        """Keep prepared images in a file in `folder`, and take them from there; or, not to `add`, only take them.
+
+        Raises UserError where it cannot be.
+        """
         how = self._prepare
         parts = (how.mode, how.shape, how.crop, how.labelling, PIL.__version__)
         key = fingerprint(self.fingerprint, self._version, *map(repr, parts))[:16]
         name = re.sub(r"[^\w.-]+", "_", self.name)[-60:]
-        self._cache = PixelCache(folder / f"{name}-{key}.pixels", len(self), how.shape)
+        path = folder / f"{name}-{key}.pixels"
+        if add or path.exists():
+            self._cache = PixelCache(path, len(self), how.shape, add)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        pixels, label = self.pixels(index)
+        return self.floats(pixels), label
+
+    def pixels(self, index: int) -> tuple[Tensor, int]:
+        """The same as (H, W, C) bytes, of which `floats` makes what the model takes."""
         if self._cache and (kept := self._cache.get(index)):
-            return self._prepare.to_tensor(Image.fromarray(kept[0].squeeze())), kept[1]
+            return torch.from_numpy(kept[0]), kept[1]
         place, prepare = int(self.indices[index]), self._prepare
         try:
             image, given = self._images[place]
             pixels, label = prepare.pixels(image), prepare.labelling(given)
             if self._cache:
-                self._cache.put(index, np.asarray(pixels).reshape(prepare.shape), label)
-            return prepare.to_tensor(pixels), label
+                self._cache.put(index, pixels.numpy(), label)
+            return pixels, label
         except ImageError:
             raise
         except Exception as error:  # whatever a data set's own reader stumbles over is about this image only
@@ -135,10 +156,10 @@ class ImageStream(_Prepared, IterableDataset[tuple[Tensor, int]]):
         for item in self.items():
             if isinstance(item, Skipped):
                 raise unreadable(item.name, item.reason)
-            yield item
+            yield self.floats(item[0]), item[1]
 
     def items(self) -> Iterator[tuple[Tensor, int] | Skipped]:
-        """What iterating gives, but for images that cannot be had: these are named and not raised."""
+        """What iterating gives, but as (H, W, C) bytes, and images that cannot be had are named and not raised."""
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
             raise ImageError(f"the stream {self.name!r} is read in order by one process: use --workers 0 or 1.")
@@ -157,7 +178,7 @@ class ImageStream(_Prepared, IterableDataset[tuple[Tensor, int]]):
         if isinstance(item, ImageError):
             return Skipped(place, item.name, item.reason)
         try:
-            return self._prepare(*item)
+            return self._prepare.pixels(item[0]), self._prepare.labelling(item[1])
         except Exception as error:  # as in ImageSource
             return Skipped(place, f"{self.name}, number {place}", shortened(error))
 

@@ -22,6 +22,7 @@ from tokbench.running.bench import Bench, Runnable
 from tokbench.running.figures import accuracy_fields, at_chance_level
 from tokbench.running.half_pass import HalfPass, PassFile
 from tokbench.running.reader import Reader
+from tokbench.running.shared import sharing_first_blocks
 from tokbench.searching.images import Overlap
 
 MUCH_READING = 0.2  # of a pass over the images
@@ -32,7 +33,7 @@ def measure_accuracy(bench: Bench) -> None:
     source = bench.subject.source
     assert source is not None
     file = PassFile(bench.folder, bench.subject.spec.label)
-    half = file.load() if _continues(bench, source) else None
+    half = file.load() if continues(bench, source) else None
     while any(bench.lacks(runnable.cell, "accuracy") for runnable in bench.running):
         reference, *others = bench.running
         members = [reference, *(other for other in others if bench.lacks(other.cell, "accuracy"))]
@@ -44,7 +45,7 @@ def measure_accuracy(bench: Bench) -> None:
         half = None
 
 
-def _continues(bench: Bench, source: ImageSource | ImageStream) -> bool:
+def continues(bench: Bench, source: ImageSource | ImageStream) -> bool:
     """Whether half a pass is kept: a stream cannot seek, and features are too large to keep."""
     return not source.streaming and bench.subject.model.num_classes > 0
 
@@ -57,8 +58,9 @@ def _pass_over_images(
     before = _stored_answers(bench, reference)
     skips = _stored_skips(bench, reference)
     reader = Reader(
-        source, bench.batch_size, readers(source, bench.options, bench.device), half, skips, bench.options.max_bad
-    )
+        source, bench.batch_size, readers(source, bench.options, bench.device), half, skips, bench.options.max_bad,
+        pinned=bench.device.type == "cuda",
+    )  # fmt: skip
     batch_sizes = dict(half.batch_sizes)
     bench.phase("accuracy", len(source))
     if half.end:
@@ -71,13 +73,14 @@ def _pass_over_images(
         if before is not None:
             _require_same_answers(before, own, seen, repr(str(bench.folder.path)))
         seen += len(own.label)
-        if _continues(bench, source):
-            file.add(HalfPass(reader.end, answers, dict(batch_sizes), reader.skipped_since()))
-        bench.progress.advance(reader.end)
+        end, skipped = reader.passed(seen)
+        if continues(bench, source):
+            file.add(HalfPass(end, answers, dict(batch_sizes), skipped))
+        bench.progress.advance(end)
 
     searched = {cell.id: found.marks for member in members if (found := bench.searched(cell := member.cell))}
-    overlap = Overlap(searched)
-    overlap.read_again(source, half.end)
+    overlap = Overlap(source, searched)
+    overlap.read_again(half.end)
     batches = overlap.watching(reader.batches())
     began = time.monotonic()
     first = next(batches, None)
@@ -88,19 +91,15 @@ def _pass_over_images(
         neighbors = Neighbors(len(source), len(members))
     results = dict(half.answers)
     if first is not None:
+        models = {member.cell.id: member.model for member in members}
         try:
-            rest = evaluate(
-                {member.cell.id: member.model for member in members},
-                itertools.chain([first], batches),
-                device=bench.device,
-                dtype=bench.dtype,
-                classifier=bench.subject.model.num_classes > 0,
-                among=source.among,
-                neighbors=neighbors,
-                batch_sizes=batch_sizes,
-                on_batch=keep,
-                on_failure=lambda cell_id, error: bench.drop(cell_id, "accuracy", error),
-            )
+            with sharing_first_blocks(reference.model, [*models.values()][1:], bench.subject.input_size):
+                rest = evaluate(
+                    models, itertools.chain([first], batches), device=bench.device, dtype=bench.dtype,
+                    prepare=source.floats, classifier=bench.subject.model.num_classes > 0, among=source.among,
+                    neighbors=neighbors, batch_sizes=batch_sizes, on_batch=keep,
+                    on_failure=lambda cell_id, error: bench.drop(cell_id, "accuracy", error),
+                )  # fmt: skip
         except BaseException:
             file.save()
             raise

@@ -186,12 +186,9 @@ class Bench:
                 runnable = self.make(cell, base, identity)
                 self._require_unchanged(runnable)
                 if self.lacks(cell, "flops"):
-                    images = self.images(COUNTED_IMAGES) if counts_by_image(runnable.model) else None
-                    count = count_flops(runnable.model, self.subject.input_size, images=images)
-                    uncounted |= {name.removeprefix("aten::") for name in count.unsupported}
-                    limit = count_flops(runnable.limit, self.subject.input_size) if runnable.limit else count
-                    whole = count.total if cell.is_baseline else self._unreduced_flops
-                    self.record(runnable, "flops", **flops_fields(count, limit, whole))
+                    counted = self.counted(runnable)
+                    uncounted |= {name.removeprefix("aten::") for name in counted["unsupported"]}
+                    self.record(runnable, "flops", **counted)
             except RunStopped:
                 raise
             except Exception as error:
@@ -203,6 +200,14 @@ class Bench:
             self.progress.advance(done)
         if uncounted:
             self.progress.warn(f"FLOPs are too low: no count is known for {', '.join(sorted(uncounted))}")
+
+    def counted(self, runnable: Runnable) -> dict[str, Any]:
+        """The FLOPs part of a cell's record."""
+        images = self.images(COUNTED_IMAGES) if counts_by_image(runnable.model) else None
+        count = count_flops(runnable.model, self.subject.input_size, images=images)
+        limit = count_flops(runnable.limit, self.subject.input_size) if runnable.limit else count
+        whole = count.total if runnable.cell.is_baseline else self._unreduced_flops
+        return flops_fields(count, limit, whole)
 
     def _require_unchanged(self, runnable: Runnable) -> None:
         """Raise RunStopped if the cell no longer is what an earlier session measured."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,25 +41,12 @@ class PassFile:
 
         What lies behind a file that is missing or broken is removed.
         """
-        parts: list[HalfPass] = []
-        paths = self.folder.partial_paths(self.model)
-        for path in paths:
-            part = _read(path)
-            if part is None or part[0] != (parts[-1].end if parts else 0):
-                break
-            parts.append(part[1])
+        half, useless = kept_half(self.folder, self.model)
         with stopping_at_write_errors(self.folder.path):
-            for path in reversed(paths[len(parts) :]):
+            for path in reversed(useless):
                 path.unlink()
-        if not parts:
-            return None
-        self._start = parts[-1].end
-        return HalfPass(
-            self._start,
-            {cell: join(part.answers[cell] for part in parts) for cell in parts[-1].answers},
-            parts[-1].batch_sizes,
-            [image for part in parts for image in part.skipped],
-        )
+        self._start = half.end if half else 0
+        return half
 
     def add(self, batch: HalfPass) -> None:
         """Take the answers to one more batch, and save what there is if the last time is long ago."""
@@ -93,6 +81,26 @@ class PassFile:
         """Forget the pass: it is over, or will not be continued."""
         self._waiting, self._start = [], 0
         self.folder.remove_partial(self.model)
+
+
+def kept_half(folder: RunFolder, model: str) -> tuple[HalfPass | None, list[Path]]:
+    """What an earlier session saved, as `PassFile.load`, and the files that a missing or broken one before them spoils."""
+    parts: list[HalfPass] = []
+    paths = folder.partial_paths(model)
+    for path in paths:
+        part = _read(path)
+        if part is None or part[0] != (parts[-1].end if parts else 0):
+            break
+        parts.append(part[1])
+    if not parts:
+        return None, paths
+    half = HalfPass(
+        parts[-1].end,
+        {cell: join(part.answers[cell] for part in parts) for cell in parts[-1].answers},
+        parts[-1].batch_sizes,
+        [image for part in parts for image in part.skipped],
+    )
+    return half, paths[len(parts) :]
 
 
 def _read(path: Any) -> tuple[int, HalfPass] | None:

@@ -18,7 +18,7 @@ class Reader:
     how many seconds they were `waited` for.
 
     expected: places of the images that an earlier session skipped in the whole source, None when there was none.
-    max_bad: per cent of the source that may be skipped.
+    max_bad: per cent of the source that may be skipped. pinned: as `load_batches` has it.
     """
 
     def __init__(
@@ -29,22 +29,31 @@ class Reader:
         half: HalfPass,
         expected: list[int] | None,
         max_bad: float = 100.0,
+        pinned: bool = False,
     ) -> None:
         self.source, self.end, self.skipped = source, half.end, list(half.skipped)
         self._batch_size, self._workers, self._expected = batch_size, workers, expected
-        self._max_bad = max_bad
-        self._told = len(self.skipped)
+        self._max_bad, self._pinned = max_bad, pinned
+        self._read, self._told = half.end - len(half.skipped), half.end
+        self._ends: dict[int, int] = {}
         self.waited = 0.0
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels. Raises RunStopped when images cannot be read at all, or others than before are bad."""
+        """Images, as bytes (B, H, W, C), and labels.
+
+        Raises RunStopped when images cannot be read at all, or others than before are bad.
+        """
         try:
-            batches = load_batches(self.source, self._batch_size, workers=self._workers, start=self.end)
+            batches = load_batches(
+                self.source, self._batch_size, workers=self._workers, start=self.end, as_bytes=True, pinned=self._pinned
+            )
             while batch := self._next(batches):
                 self.end = batch.end
                 self.skipped += batch.skipped
                 self._require_same_skips()
                 self._require_few_skips()
+                self._read += len(batch.labels)
+                self._ends[self._read] = batch.end
                 if len(batch.labels):
                     yield batch.images, batch.labels
         except RunStopped:
@@ -58,10 +67,13 @@ class Reader:
         self.waited += time.monotonic() - began
         return batch
 
-    def skipped_since(self) -> list[Skipped]:
-        """What was skipped since this was last asked."""
-        new, self._told = self.skipped[self._told :], len(self.skipped)
-        return new
+    def passed(self, images: int) -> tuple[int, list[Skipped]]:
+        """The place behind so many images that models saw, and what was skipped before it since this was last asked.
+
+        images: of the whole pass, up to the end of a batch.
+        """
+        before, self._told = self._told, self._ends[images]
+        return self._told, [image for image in self.skipped if before <= image.index < self._told]
 
     def _require_few_skips(self) -> None:
         if len(self.skipped) > self._max_bad / 100 * len(self.source):

@@ -79,11 +79,8 @@ def run(
         path = fresh_path(path)
     if not is_run(path):
         require_free(path)  # before any model is downloaded
-    if "accuracy" in options.only or options.check_answers:
-        require_data(grid.data)
-    device = find_device(options.device)
+    device = require_possible(grid, options)
     if "speed" in options.only:
-        require_runtimes(options.runtimes, device, options.dtype)
         for warning in thread_warnings(device):
             progress.warn(warning)
     with RunFolder.held(path):
@@ -91,9 +88,9 @@ def run(
         subjects = [load_subject(spec, grid, options) for spec in grid.models]
         earlier = folder.manifest.sessions if folder else []
         grid = searched_for(grid, subjects, earlier, options, device, progress)
-        batch_size = _batch_size(options, device, folder)
-        manifest = _manifest(grid, options, device, subjects, batch_size)
-        grown = _grown(folder.manifest, grid, options, subjects) if folder else {}
+        batch_size = batch_size_of(options, device, folder)
+        manifest = manifest_of(grid, options, device, subjects, batch_size)
+        grown = grown_models(folder.manifest, grid, options, subjects) if folder else {}
         folder = _continued(folder, manifest, grown) if folder else RunFolder.create(path, manifest.plain())
         records = folder.records()
         index = RecordIndex(records)
@@ -127,6 +124,16 @@ def run(
             raise removed(path)
         progress.finished(cells, plots)
     return frame(cells)
+
+
+def require_possible(grid: Grid, options: RunOptions) -> torch.device:
+    """The device to measure on. Raises UserError where it, a runtime or the data is not there: all that costs no time."""
+    if "accuracy" in options.only or options.check_answers:
+        require_data(grid.data)
+    device = find_device(options.device)
+    if "speed" in options.only:
+        require_runtimes(options.runtimes, device, options.dtype)
+    return device
 
 
 def _measure(bench: Bench) -> None:
@@ -174,8 +181,11 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def load_subject(spec: ModelSpec, grid: Grid, options: RunOptions) -> Subject:
-    """A model of the grid with the images it needs. Raises UserError where a cell of it cannot be."""
+def load_subject(spec: ModelSpec, grid: Grid, options: RunOptions, *, keep: bool = True) -> Subject:
+    """A model of the grid with the images it needs. Raises UserError where a cell of it cannot be.
+
+    keep: add the images to the cache that was asked for.
+    """
     load = partial(load_model, random_weights=True) if spec.random_weights else load_model
     model = cast(VisionTransformer, load(spec.name, spec.checkpoint, input_size=spec.input_size))
     require_supported(model)
@@ -192,18 +202,18 @@ def load_subject(spec: ModelSpec, grid: Grid, options: RunOptions) -> Subject:
     if source and options.cache:
         if isinstance(source, ImageStream):
             raise UserError(f"--cache: {source.name} is a stream, of which images cannot be kept by place")
-        source.keep_in(Path(options.cache).expanduser())
+        source.keep_in(Path(options.cache).expanduser(), add=keep)
     return Subject(spec, model, weights_sha256(model), resolve_input_size(model, None), source, cells)
 
 
-def _batch_size(options: RunOptions, device: torch.device, folder: RunFolder | None) -> int:
+def batch_size_of(options: RunOptions, device: torch.device, folder: RunFolder | None) -> int:
     """What was asked for, the largest of several, or what the run that is continued had."""
     before = folder.manifest.conditions if folder and options.batch_size == "auto" else None
     known = before.batch_size if before else None
     return (max(known) if isinstance(known, list) else known) or options.images_at_once(device.type)
 
 
-def _manifest(
+def manifest_of(
     grid: Grid, options: RunOptions, device: torch.device, subjects: list[Subject], batch_size: int
 ) -> Manifest:
     """What a new run would write now."""
@@ -247,7 +257,7 @@ def installed_commit() -> dict[str, Any] | None:
     return {"commit": commit} if isinstance(commit, str) else None
 
 
-def _grown(before: Manifest, grid: Grid, options: RunOptions, subjects: list[Subject]) -> dict[str, str]:
+def grown_models(before: Manifest, grid: Grid, options: RunOptions, subjects: list[Subject]) -> dict[str, str]:
     """The models whose images are those of earlier sessions and more, and what that means in words.
 
     Accuracy is measured again on all of these images: the new ones lie between the old, and a calibration is of all.

@@ -10,6 +10,7 @@ import torch
 from tokbench.config import Grid, RunOptions, Searched
 from tokbench.errors import UserError
 from tokbench.progress import Progress
+from tokbench.results.cell import CellKey
 from tokbench.results.records import Session
 from tokbench.running.bench import DTYPES, Subject
 from tokbench.schedules import parse_schedule
@@ -30,10 +31,7 @@ def searched_for(
 
     Raises UserError for an entry that was made for other weights.
     """
-    before = [
-        validated(Searched, one) for session in earlier for one in (session.grid.model_extra or {}).get("searched", ())
-    ]
-    known = {found.key: found for found in (*before, *grid.searched)}
+    known = known_searches(grid, earlier)
     for subject in subjects:
         searcher = None
         for cell in subject.cells:
@@ -47,6 +45,14 @@ def searched_for(
                 raise UserError(f"{cell.id} was searched for other weights than this model has: search again")
     kept = [found for subject in subjects for found in subject.searched.values()]
     return replace(grid, searched=tuple(kept))
+
+
+def known_searches(grid: Grid, earlier: Sequence[Session]) -> dict[CellKey, Searched]:
+    """What earlier sessions and the grid say that searched cells stand for."""
+    before = [
+        validated(Searched, one) for session in earlier for one in (session.grid.model_extra or {}).get("searched", ())
+    ]
+    return {found.key: found for found in (*before, *grid.searched)}
 
 
 def searcher_for(

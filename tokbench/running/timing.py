@@ -294,12 +294,15 @@ def _same_answers(
     source = bench.subject.source
     assert source is not None
     others = [member for member in members if member.runtime != "eager"]
-    reader = Reader(source, size, readers(source, bench.options, bench.device), HalfPass(), None, bench.options.max_bad)
+    reader = Reader(
+        source, size, readers(source, bench.options, bench.device), HalfPass(), None, bench.options.max_bad,
+        pinned=bench.device.type == "cuda",
+    )  # fmt: skip
     bench.phase("comparing answers", len(source))
     shown = {member.cell.id: member.model for member in others} | {own.name: models[own.name] for own in others}
     unlabelled = ((images, torch.full_like(labels, -1)) for images, labels in reader.batches())
     found = evaluate(
-        shown, unlabelled, device=bench.device, dtype=bench.dtype, among=source.among,
+        shown, unlabelled, device=bench.device, dtype=bench.dtype, prepare=source.floats, among=source.among,
         on_batch=lambda _: bench.progress.advance(reader.end),
         on_failure=lambda name, error: bench.drop(name, "speed", error),
     )  # fmt: skip

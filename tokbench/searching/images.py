@@ -70,23 +70,25 @@ class Overlap:
     marks: what `written_marks` gave, by cell; cells without any are left out.
     """
 
-    def __init__(self, marks: Mapping[str, str]) -> None:
+    def __init__(self, source: ImageSource | ImageStream, marks: Mapping[str, str]) -> None:
+        self._source = source
         self._marks = {cell: read_marks(text) for cell, text in marks.items()}
         self.counts = dict.fromkeys(self._marks, 0)
 
-    def read_again(self, source: ImageSource | ImageStream, end: int) -> None:
+    def read_again(self, end: int) -> None:
         """Count the images before place `end`, which an earlier session showed."""
         if self._marks and end:
-            for batch in itertools.takewhile(lambda batch: batch.end <= end, load_batches(source, 1)):
+            for batch in itertools.takewhile(lambda batch: batch.end <= end, load_batches(self._source, 1)):
                 self._count(batch.images)
 
     def watching(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same batches, counted."""
+        """The same batches, of bytes, counted."""
         for images, labels in batches:
-            self._count(images)
+            if self._marks:
+                self._count(self._source.floats(images))
             yield images, labels
 
     def _count(self, images: Tensor) -> None:
-        for found in map(mark, images if self._marks else ()):
+        for found in map(mark, images):
             for cell, marks in self._marks.items():
                 self.counts[cell] += found in marks
