@@ -1,4 +1,4 @@
-"""Model the time of accuracy runs against images, cells and workers, and check that: `python benchmarks/scaling/scaling.py`.
+"""Model the time of runs for accuracy, and check that: `python benchmarks/scaling/scaling.py`.
 
 A folder of large JPEGs is made on the spot. What reading an image, a forward pass of each cell and the rest of a run
 take is measured; then runs of several grids are made, single cells and grids in turns, and compared with what the parts
@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +34,7 @@ from tokbench.fusion.patch import fork
 from tokbench.measure.accuracy import evaluate
 from tokbench.results.folder import RunFolder
 from tokbench.running import runner
+from tokbench.running.shared import blocks_before_removal
 
 CELLS = [
     MethodSpec(name, (schedule,))
@@ -40,30 +42,42 @@ CELLS = [
     for name in ("tome", "pitome", "topk", "evit")
 ]
 SIDE, BATCH = (1280, 960), 16
+COUNTS = (1, 4, 16)
+# Seconds that this process works, here and in the runs it makes: other work on the machine does not count.
+time.monotonic = time.process_time
 
 
 @dataclass
 class Parts:
     """What a run is made of, in seconds: for an image, for each cell, and once.
 
-    cells: of the unreduced model, and of each of CELLS.
+    cells: of the unreduced model, and of each of CELLS; beside: in a pass that shares blocks with the unreduced model.
     """
 
     read: float
     cells: list[float]
+    beside: list[float]
     prepare: float
     start: float
 
     def predict(self, images: int, cells: int, devices: int = 1, readers: int = 0) -> float:
-        """Seconds of a run on so many images, the unreduced model and so many cells; the largest share decides.
+        """Seconds of a run on so many images, the unreduced model and so many cells; the largest shard decides.
 
         readers: processes beside each device that only read; 0 where the one that runs the models reads, too.
         """
-        share = BATCH * math.ceil(images / devices / BATCH)
-        chosen = self.cells[:1] + [self.cells[1 + number % (len(self.cells) - 1)] for number in range(cells)]
-        forward = sum(chosen)
+        shard = min(images, BATCH * math.ceil(images / devices / BATCH))
+        forward = self.cells[0] + sum(islice(cycle(self.beside[1:]), cells))
         image = max(self.read / readers, forward) if readers else self.read + forward
-        return self.start + cells * self.prepare + min(share, images) * image
+        return self.start + cells * self.prepare + shard * image
+
+    def text(self) -> str:
+        """One line."""
+        each, saved = 1000 * np.mean(self.cells[1:]), 1 - sum(self.beside) / sum(self.cells)
+        return (
+            f"{1000 * self.read:.1f} ms to read an image, {1000 * self.cells[0]:.1f} ms in the unreduced model, "
+            f"{each:.1f} ms in a cell on average; of all forward passes {saved:.0%} are shared blocks; "
+            f"{self.start:.2f} s a run and {self.prepare:.2f} s a cell"
+        )
 
 
 def main() -> None:
@@ -71,8 +85,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=96, help="JPEGs to make (96)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each grid (3)")
     parser.add_argument("--plot", type=Path, help="draw the model here, and measure only the parts")
-    parser.add_argument("--gpu", type=float, nargs=3, default=(8000, 500, 16), metavar=("FORWARD", "READ", "READERS"),
-                        help="images/s of the unreduced model on a GPU, images/s that a reader reads, readers a GPU")  # fmt: skip
+    gpu = ("FORWARD", "READ", "READERS")
+    about = "images/s of the unreduced model on a GPU, images/s that a reader reads, readers beside each GPU"
+    parser.add_argument("--gpu", type=float, nargs=3, default=(8000, 150, 8), metavar=gpu, help=about)
     parser.add_argument("--shared", type=Path, nargs="+", help="run folders")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -84,8 +99,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_jpegs(Path(temporary) / "images", asked.images)
         parts = measure_parts(folder)
-        print(f"read {1000 * parts.read:.1f} ms an image, unreduced model {1000 * parts.cells[0]:.1f} ms, a cell "
-              f"{1000 * np.mean(parts.cells[1:]):.1f} ms on average; {parts.start:.1f} s a run and {parts.prepare:.2f} s a cell")  # fmt: skip
+        print(parts.text())
         if asked.plot:
             draw(parts, asked.plot, *asked.gpu)
         else:
@@ -93,13 +107,14 @@ def main() -> None:
 
 
 def make_jpegs(folder: Path, count: int) -> Path:
-    """Photographs' stand-ins of 1.2 megapixels: bundled images enlarged, with grain, so that decoding has work to do."""
+    """Bundled images enlarged to 1.2 megapixels, with grain, so that decoding has as much to do as with photographs."""
     folder.mkdir(parents=True)
     composites, random = read_composites(), np.random.default_rng(0)
     for number in range(count):
         large = composites[number][0].convert("RGB").resize(SIDE, Image.Resampling.BICUBIC)
         grain = random.normal(0, 8, (SIDE[1], SIDE[0], 1))
-        Image.fromarray(np.clip(np.asarray(large) + grain, 0, 255).astype(np.uint8)).save(folder / f"{number:05d}.jpg", quality=90)
+        grainy = np.clip(np.asarray(large) + grain, 0, 255).astype(np.uint8)
+        Image.fromarray(grainy).save(folder / f"{number:05d}.jpg", quality=90)
     return folder
 
 
@@ -107,23 +122,25 @@ def measure_parts(folder: Path) -> Parts:
     """Each alone: reading all images, each cell on all of them, and what is left of two small runs."""
     base = load_model("bundled")
     source = open_dataset(str(folder), base)
-    began = time.perf_counter()
+    began = time.process_time()
     batches = [(batch.images, batch.labels) for batch in load_batches(source, BATCH)]
-    read = (time.perf_counter() - began) / len(source)
+    read = (time.process_time() - began) / len(source)
     models = [base, *(apply(fork(base), cell.name, cell.schedules[0]) for cell in CELLS)]
     forward: list[list[float]] = [[] for _ in models]
     for _ in range(3):
         for own, model in zip(forward, models, strict=True):
-            began = time.perf_counter()
+            began = time.process_time()
             evaluate({"": model}, batches, device="cpu")
-            own.append((time.perf_counter() - began) / len(source))
+            own.append((time.process_time() - began) / len(source))
     cells = [median(own) for own in forward]
+    before = [0.0, *(blocks_before_removal(model.fusion) / model.fusion.depth for model in models[1:])]
+    beside = [own - part * cells[0] for own, part in zip(cells, before, strict=True)]
     few = 2 * BATCH
     with timed_runs(folder, few) as run:
         one, most = (median(run(CELLS[:count])[0] for _ in range(3)) for count in (1, len(CELLS)))
-    rest = [took - few * (read + sum(cells[: 1 + count])) for took, count in ((one, 1), (most, len(CELLS)))]
+    rest = [took - few * (read + sum(beside[: 1 + count])) for took, count in ((one, 1), (most, len(CELLS)))]
     prepare = max(0.0, (rest[1] - rest[0]) / (len(CELLS) - 1))
-    return Parts(read, cells, prepare, max(0.0, rest[0] - prepare))
+    return Parts(read, cells, beside, prepare, max(0.0, rest[0] - prepare))
 
 
 @contextmanager
@@ -136,9 +153,9 @@ def timed_runs(folder: Path, images: int, cache: str | None = None) -> Iterator[
         def run(cells: list[MethodSpec]) -> tuple[float, list[Any]]:
             out = Path(tempfile.mkdtemp(dir=temporary)) / "run"
             grid = Grid(models=(ModelSpec(),), methods=tuple(cells), data=str(folder), options=options)
-            began = time.perf_counter()
+            began = time.process_time()
             runner.run(grid, out)
-            return time.perf_counter() - began, RunFolder.open(out).records()
+            return time.process_time() - began, RunFolder.open(out).records()
 
         try:
             yield run
@@ -148,23 +165,28 @@ def timed_runs(folder: Path, images: int, cache: str | None = None) -> Iterator[
 
 def check(parts: Parts, folder: Path, images: int, repeats: int) -> None:
     """Runs of single cells and grids in turns, against each other and against what the parts say."""
-    counts, singles, grids = (1, 4, 16), [], {count: [] for count in (1, 4, 16)}
-    passes: list[float] = []
+    singles: list[list[float]] = []
+    grids: dict[int, list[float]] = {count: [] for count in COUNTS}
     with timed_runs(folder, images) as run:
         for _ in range(repeats):
             singles.append([run([cell])[0] for cell in CELLS])
-            for count in counts:
-                took, records = run(CELLS[:count])
-                grids[count].append(took)
-            passes.append(records[-1].pass_seconds)
-    print("\n| cells | one run | a run for each | ratio | forward passes and one decode | ratio | predicted | ratio |\n|---:|---:|---:|---:|---:|---:|---:|---:|")
-    for count in counts:
+            for count in COUNTS:
+                grids[count].append(run(CELLS[:count])[0])
+    print(
+        "\n| cells | one run | a run for each | ratio | every pass alone and one decode | ratio | predicted | ratio |"
+    )
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for count in COUNTS:
         grid = median(grids[count])
-        apart = median(sum(own[:count]) for own in singles)
-        alone = images * (parts.read + sum(parts.cells[: 1 + count]))
-        predicted = parts.predict(images, count)
-        print(f"| {count} | {grid:.1f} s | {apart:.1f} s | {grid / apart:.2f} | {alone:.1f} s | {grid / alone:.2f} | "
-              f"{predicted:.1f} s | {predicted / grid:.2f} |")  # fmt: skip
+        others = (
+            median(sum(own[:count]) for own in singles),
+            images * (parts.read + sum(parts.cells[: 1 + count])),
+            parts.predict(images, count),
+        )
+        fields = [f"{count}", f"{grid:.1f} s"]
+        for other, ratio in zip(others, (grid / others[0], grid / others[1], others[2] / grid), strict=True):
+            fields += [f"{other:.1f} s", f"{ratio:.2f}"]
+        print(f"| {' | '.join(fields)} |")
     with tempfile.TemporaryDirectory() as cache, timed_runs(folder, images, cache) as run:
         for which in ("first", "second"):
             took, records = run(CELLS)
@@ -190,11 +212,12 @@ def shared_flops(run: Path) -> str:
 def draw(parts: Parts, path: Path, forward: float, read: float, readers: float) -> None:
     """Time of 50,000 images against devices: workers as measured here, and GPUs as they were described."""
     scale = [cell / parts.cells[0] / forward for cell in parts.cells]
-    gpu = Parts(1 / read, scale, parts.prepare, parts.start)
+    beside = [cell / parts.cells[0] / forward for cell in parts.beside]
+    gpu = Parts(1 / read, scale, beside, parts.prepare, parts.start)
     devices = np.unique(np.geomspace(1, 64, 25).round().astype(int))
     figure = Figure(figsize=(8, 3.6), dpi=80, layout="constrained")
     titles = (
-        f"CPU workers of one thread\n{1000 * parts.read:.0f} ms to read an image, {1000 * parts.cells[0]:.0f} ms a pass",
+        f"CPU workers of one thread (measured):\n{1000 * parts.read:.0f} ms to read, {1000 * parts.cells[0]:.0f} ms a pass",
         f"GPUs of {forward:,.0f} images/s (assumed),\n{readers:.0f} readers of {read:,.0f} images/s each",
     )
     panels = figure.subplots(1, 2, sharex=True)

@@ -25,8 +25,8 @@ from tokbench.errors import RunStopped
 
 
 class Batch(NamedTuple):
-    """Images, floats (B, C, H, W) or bytes (B, H, W, C), and labels (B,) of the places before `end` that no earlier batch
-    held, without the skipped ones: B may be 0."""
+    """Images, as floats (B, C, H, W) or bytes (B, H, W, C), and labels (B,) of the places before `end` that no earlier
+    batch held, without the skipped ones: B may be 0."""
 
     images: Tensor
     labels: Tensor

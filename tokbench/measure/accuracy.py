@@ -38,14 +38,13 @@ def evaluate(
 ) -> dict[str, Predictions]:
     """Show every batch to every model while it is there; what each answered comes back under its name.
 
-    `batches` yields images (B, C, H, W), preprocessed, or of which `prepare` makes such on the device, and class indices
-    (B,), −1 for none. The models must
-    be on `device` and take `dtype` already: images are moved there, models never. They run in eval mode, and
-    have their own modes back afterwards. The first model is the one that all are compared with; `classifier` False
-    says that what comes out are features and not logits. `among` are the classes to choose from (ascending, all labels
-    among them): the other logits are left out, as in what is published for ImageNet-A and -R. `neighbors`
-    keeps features, which then tell what k-NN makes of each image. `on_batch` is given what the models answered to one or
-    more batches since it was last called, also where an exception ends it all.
+    `batches` yields images (B, C, H, W), preprocessed, or something of which `prepare` makes such on the device, and
+    class indices (B,), −1 for none. The models must be on `device` and take `dtype` already: images are moved there,
+    models never. They run in eval mode, and have their own modes back afterwards. The first model is the one that all
+    are compared with; `classifier` False says that what comes out are features and not logits. `among` are the classes
+    to choose from (ascending, all labels among them): the other logits are left out, as in what is published for
+    ImageNet-A and -R. `neighbors` keeps features, which then tell what k-NN makes of each image. `on_batch` is given
+    what the models answered to the batches since it was last called, also where an exception ends the pass.
     A model that runs out of memory gets half as many images at a time from there on; `batch_sizes` says, by name,
     how many each may get at most, and is kept up to date.
     A model that raises is reported to `on_failure`, left out from there on, and missing from the result;

@@ -72,9 +72,7 @@ class _Forecast:
 _PARTS = (SETUP, SEARCH, READING, FORWARD, SPEED)
 
 
-def preview(
-    grid: Grid, out: str | Path | None = None, *, progress: Progress | None = None, fresh: bool = False
-) -> str:
+def preview(grid: Grid, out: str | Path | None = None, *, progress: Progress | None = None, fresh: bool = False) -> str:
     """What `run` would do with the same arguments, and how long that would take, for people. Nothing is written.
 
     Raises UserError where that run would be refused.
@@ -360,10 +358,11 @@ def _summary(forecast: _Forecast, took: float, device: torch.device) -> list[str
     if not forecast.cells:
         return ["Everything is measured already."]
     low, likely, high = (_words(seconds) for seconds in whole)
+    where = " of the GPU" if device.type == "cuda" else ""
     parts = [f"{_words(span[1])} {part}" for part, span in forecast.parts.items() if span[1] >= 0.02 * whole[1]]
     return [
         f"About {likely} (between {low} and {high}): {', '.join(parts)}.",
-        f"Memory: about {_peak_bytes(device) / 1e9:.1f} GB at the peak{' on the GPU' if device.type == 'cuda' else ''}.",
+        f"At the peak about {_peak_bytes(device) / 1e9:.1f} GB of memory{where}.",
         f"This is from a probe of {_words(took)}, in which {forecast.probed} of {_count(forecast.cells, 'cell')} ran. "
         "Other work on the machine, and images that a slow disk has to find first, take longer.",
     ]

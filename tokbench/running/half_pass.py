@@ -84,7 +84,7 @@ class PassFile:
 
 
 def kept_half(folder: RunFolder, model: str) -> tuple[HalfPass | None, list[Path]]:
-    """What an earlier session saved, as `PassFile.load`, and the files that a missing or broken one before them spoils."""
+    """What an earlier session saved, as `PassFile.load`; and the files that a missing or broken one spoils."""
     parts: list[HalfPass] = []
     paths = folder.partial_paths(model)
     for path in paths:

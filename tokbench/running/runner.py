@@ -127,7 +127,7 @@ def run(
 
 
 def require_possible(grid: Grid, options: RunOptions) -> torch.device:
-    """The device to measure on. Raises UserError where it, a runtime or the data is not there: all that costs no time."""
+    """The device to measure on. Raises UserError where it, a runtime or the data is not there."""
     if "accuracy" in options.only or options.check_answers:
         require_data(grid.data)
     device = find_device(options.device)
