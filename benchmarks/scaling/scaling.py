@@ -217,7 +217,7 @@ def draw(parts: Parts, path: Path, forward: float, read: float, readers: float) 
     devices = np.unique(np.geomspace(1, 64, 25).round().astype(int))
     figure = Figure(figsize=(8, 3.6), dpi=80, layout="constrained")
     titles = (
-        f"CPU workers of one thread (measured):\n{1000 * parts.read:.0f} ms to read, {1000 * parts.cells[0]:.0f} ms a pass",
+        f"CPU workers (measured): {1e3 * parts.read:.0f} ms\nto read an image, {1e3 * parts.cells[0]:.0f} ms a pass",
         f"GPUs of {forward:,.0f} images/s (assumed),\n{readers:.0f} readers of {read:,.0f} images/s each",
     )
     panels = figure.subplots(1, 2, sharex=True)

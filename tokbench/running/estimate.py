@@ -55,6 +55,7 @@ SETUP, SEARCH, READING, FORWARD, SPEED = (
     "to load models, apply methods and count FLOPs", "to search schedules", "to read images", "to show them to models",
     "to time",
 )  # fmt: skip
+PARTS = (SETUP, SEARCH, READING, FORWARD, SPEED)
 # Seconds: the least, the likely and the most.
 Span = np.ndarray
 
@@ -64,12 +65,9 @@ class _Forecast:
     """What is to be done, line by line, and the seconds of its parts."""
 
     lines: list[str] = field(default_factory=list)
-    parts: dict[str, Span] = field(default_factory=lambda: {part: np.zeros(3) for part in _PARTS})
+    parts: dict[str, Span] = field(default_factory=lambda: {part: np.zeros(3) for part in PARTS})
     probed: int = 0
     cells: int = 0
-
-
-_PARTS = (SETUP, SEARCH, READING, FORWARD, SPEED)
 
 
 def preview(grid: Grid, out: str | Path | None = None, *, progress: Progress | None = None, fresh: bool = False) -> str:
@@ -121,7 +119,7 @@ def _foresee(bench: Bench, forecast: _Forecast) -> None:
         forecast.parts[SEARCH] += np.array([0.1, 0.5, 1.0]) * SEARCH_SECONDS * len(unknown)
     if "flops" in bench.options.only:
         forecast.lines.append(f"  FLOPs: {_count(sum(bench.lacks(cell, 'flops') for cell in waiting), 'cell')}")
-    for members, start in _passes(bench, waiting):
+    for members, start in _passes(bench):
         total = len(cast(Any, bench.subject.source))
         what = f"images {start + 1:,} to {total:,}, where it was interrupted," if start else f"all {total:,} images"
         forecast.lines.append(f"  accuracy: one pass over {what} for {_count(len(members), 'cell')} together")
@@ -141,7 +139,7 @@ def _budget(cell: PlannedCell) -> str:
     return parse_schedule(cell.schedule).budget if cell.schedule else ""
 
 
-def _passes(bench: Bench, waiting: list[PlannedCell]) -> Iterator[tuple[list[PlannedCell], int]]:
+def _passes(bench: Bench) -> Iterator[tuple[list[PlannedCell], int]]:
     """The cells that see the images together, and from which place on; as `measure_accuracy` has it."""
     baseline, *others = bench.subject.cells
     members = [baseline, *(cell for cell in others if bench.lacks(cell, "accuracy"))]
