@@ -37,7 +37,7 @@ def test_answers_and_tokens_are_the_same_and_the_blocks_are_not_run(build):
     batches = [torch.rand(size, *SIZE) for size in (3, 3, 2)]
     with torch.inference_mode():
         alone = {name: [(cell(batch), tokens_per_block(cell)) for batch in batches] for name, cell in cells.items()}
-        with sharing_first_blocks(base, cells.values(), SIZE):
+        with sharing_first_blocks(base, *cells.values(), input_size=SIZE):
             calls = {name: Calls(cell) for name, cell in cells.items()}
             for number, batch in enumerate(batches):
                 base(batch)
@@ -58,7 +58,7 @@ def test_other_images_than_the_unreduced_model_saw_last_go_all_the_way():
     images = torch.rand(4, *SIZE)
     with torch.inference_mode():
         expected = cell(images)
-        with sharing_first_blocks(base, [cell], SIZE):
+        with sharing_first_blocks(base, cell, input_size=SIZE):
             for piece in images.split(2):  # what a model does that is short of memory
                 base(piece)
             pieces = torch.cat([cell(piece) for piece in images.split(2)])
@@ -75,7 +75,7 @@ def test_a_cell_with_weights_of_its_own_or_that_fails_shares_nothing():
     with torch.inference_mode():
         images = torch.rand(2, 3, 32, 32)
         expected = strange(images)
-        with sharing_first_blocks(base, [strange, failing], (3, 32, 32)):
+        with sharing_first_blocks(base, strange, failing, input_size=(3, 32, 32)):
             base(images)
             assert torch.equal(strange(images), expected)
             with pytest.raises(ZeroDivisionError):

@@ -93,7 +93,7 @@ def _pass_over_images(
     if first is not None:
         models = {member.cell.id: member.model for member in members}
         try:
-            with sharing_first_blocks(reference.model, [*models.values()][1:], bench.subject.input_size):
+            with sharing_first_blocks(*models.values(), input_size=bench.subject.input_size):
                 rest = evaluate(
                     models, itertools.chain([first], batches), device=bench.device, dtype=bench.dtype,
                     prepare=source.floats, classifier=bench.subject.model.num_classes > 0, among=source.among,

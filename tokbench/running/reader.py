@@ -34,8 +34,8 @@ class Reader:
         self.source, self.end, self.skipped = source, half.end, list(half.skipped)
         self._batch_size, self._workers, self._expected = batch_size, workers, expected
         self._max_bad, self._pinned = max_bad, pinned
-        self._read, self._told = half.end - len(half.skipped), half.end
-        self._ends: dict[int, int] = {}
+        self._told = half.end
+        self._ends: dict[int, int] = {}  # by how many images come before
         self.waited = 0.0
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -48,18 +48,21 @@ class Reader:
                 self.source, self._batch_size, workers=self._workers, start=self.end, as_bytes=True, pinned=self._pinned
             )
             while batch := self._next(batches):
-                self.end = batch.end
-                self.skipped += batch.skipped
-                self._require_same_skips()
-                self._require_few_skips()
-                self._read += len(batch.labels)
-                self._ends[self._read] = batch.end
+                self.reach(batch.end, batch.skipped)
                 if len(batch.labels):
                     yield batch.images, batch.labels
         except RunStopped:
             raise
         except Exception as error:
             raise RunStopped(f"the images of {self.source.name} cannot be read: {one_line(error)}") from error
+
+    def reach(self, end: int, skipped: list[Skipped]) -> None:
+        """Be at a place, where these images were skipped on the way. Raises RunStopped where that may not be."""
+        self.end = end
+        self.skipped += skipped
+        self._require_same_skips()
+        self._require_few_skips()
+        self._ends[end - len(self.skipped)] = end
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
         began = time.monotonic()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from math import prod
 from typing import Any
@@ -21,19 +21,18 @@ def blocks_before_removal(fusion: Fusion) -> int:
 
 
 @contextmanager
-def sharing_first_blocks(base: Any, cells: Iterable[Any], input_size: tuple[int, ...]) -> Iterator[None]:
+def sharing_first_blocks(base: Any, *cells: Any, input_size: tuple[int, ...]) -> Iterator[None]:
     """Inside, cells that are shown images right after `base`, the unreduced model, take over what its blocks made of
     these before the cell's first removal.
 
     Answers stay the same, bit for bit: a cell whose answer to a random image does not, shares nothing, nor does one
     that fails. input_size: (C, H, W).
     """
-    cells = [cell for cell in cells if blocks_before_removal(cell.fusion)]
     device, dtype = placement(base)
     image = torch.rand(1, *input_size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     with ExitStack() as everything:
         first = _FirstBlocks(base, everything)
-        for cell in cells:
+        for cell in (cell for cell in cells if blocks_before_removal(cell.fusion)):
             with torch.inference_mode(), evaluation_mode([base, cell]), ExitStack() as trial:
                 try:
                     alone = cell(image)
