@@ -123,7 +123,7 @@ def _foresee(bench: Bench, forecast: _Forecast) -> None:
         total = len(cast(Any, bench.subject.source))
         what = f"images {start + 1:,} to {total:,}, where it was interrupted," if start else f"all {total:,} images"
         forecast.lines.append(f"  accuracy: one pass over {what} for {_count(len(members), 'cell')} together")
-        forward = (total - start) * sum(probe.cost_beside_unreduced(cell) for cell in members)
+        forward = (total - start) * np.sum([probe.cost_beside_unreduced(cell) for cell in members], axis=0)
         reading = _reading(bench, (total - start) * probe.reading, forward)
         forecast.parts[FORWARD] += forward
         forecast.parts[READING] += reading
@@ -352,7 +352,7 @@ def _some(source: Any) -> Iterator[Tensor | None]:
 
 
 def _summary(forecast: _Forecast, took: float, device: torch.device) -> list[str]:
-    whole = sum(forecast.parts.values())
+    whole = np.sum([*forecast.parts.values()], axis=0)
     if not forecast.cells:
         return ["Everything is measured already."]
     low, likely, high = (_words(seconds) for seconds in whole)
