@@ -29,7 +29,7 @@ from tokbench.fusion.core import METHODS, make_method
 from tokbench.measure._model import release_memory
 from tokbench.measure.accuracy import evaluate
 from tokbench.measure.environment import available_cores
-from tokbench.measure.speed import FEWEST_ROUNDS, MOST_ROUNDS
+from tokbench.measure.speed import FEWEST_ROUNDS, MOST_ROUNDS, VAGUE_WIDTH
 from tokbench.progress import Progress
 from tokbench.rates import look_up
 from tokbench.resolve import relative_cost
@@ -188,7 +188,7 @@ def _foresee_speed(bench: Bench, probe: _Probe, size: int | None, forecast: _For
     usual = options.seconds is None and options.rounds is None and options.processes == 1
     # Half as much again for single images. Unless it was asked for, a few rounds may do, or they go on for longer.
     least = FEWEST_ROUNDS / fits if options.rounds is None else 1 / 1.5
-    planned = 1.5 * budget * np.array([least, 1, PATIENCE if usual else 1])
+    planned = 1.5 * budget * np.array([least, 1, PATIENCE[VAGUE_WIDTH] if usual else 1])
     rounds = np.maximum(planned, (options.rounds or FEWEST_ROUNDS) * once)
     warmup = 5 * (1 + 2 / batch) * once + 0.1 * models
     forecast.parts[SPEED] += rounds + warmup * options.processes
@@ -362,7 +362,7 @@ def _summary(forecast: _Forecast, took: float, device: torch.device) -> list[str
         f"About {likely} (between {low} and {high}): {', '.join(parts)}.",
         f"At the peak about {_peak_bytes(device) / 1e9:.1f} GB of memory{where}.",
         f"This is from a probe of {_words(took)}, in which {forecast.probed} of {_count(forecast.cells, 'cell')} ran. "
-        "Other work on the machine, and images that a slow disk has to find first, take longer.",
+        "Other work on the machine, above all while it times, and images that a slow disk has to find first take longer.",
     ]
 
 
