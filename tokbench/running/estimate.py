@@ -362,7 +362,7 @@ def _summary(forecast: _Forecast, took: float, device: torch.device) -> list[str
         f"About {likely} (between {low} and {high}): {', '.join(parts)}.",
         f"At the peak about {_peak_bytes(device) / 1e9:.1f} GB of memory{where}.",
         f"This is from a probe of {_words(took)}, in which {forecast.probed} of {_count(forecast.cells, 'cell')} ran. "
-        "Other work on the machine, above all while it times, and images that a slow disk has to find first take longer.",
+        "Other work on the machine makes it longer, above all timing; so do images on a slow disk.",
     ]
 
 
