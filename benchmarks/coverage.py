@@ -196,42 +196,46 @@ def try_method(model: Any, method: str) -> str:
 
 
 def table(tried: list[Tried]) -> str:
-    """The survey as Markdown, one row for each structure."""
-    works = [one for one in tried if not one.refusals]
-    rows = []
-    for one in tried:
-        kind, *features = one.structure
-        reasons = "; ".join(dict.fromkeys(one.refusals.values()))
-        refused = "none" if "none" in one.refusals else f"all but {', '.join(one.refusals)}"
-        outcome = f"{refused}: {reasons}" if reasons else "all"
-        counts = f"{len(one.names)} | {one.with_weights}"
-        rows.append(f"| {kind} | {', '.join(features)} | `{one.names[0]}` | {counts} | {outcome} |")
-    names = ", ".join(f"`{name}`" for one in tried if one.refusals for name in one.names)
-    converted = [f"| {library} | `{call}` | {', '.join(kinds)} |" for library, call, kinds in CONVERTED]
+    """The survey as Markdown: what is refused and why, then a row for each structure in which every method runs."""
+    works, refused = ([one for one in tried if bool(one.refusals) is refuses] for refuses in (False, True))
     running, known = (sum(len(one.names) for one in group) for group in (works, tried))
     *classes, last = (f"`{kind.__name__}`" for kind in REDUCED_MODELS)
+    rows = [
+        f"| {', '.join(one.structure)} | `{one.names[0]}` | {len(one.names)} | {one.with_weights} |" for one in works
+    ]
+    converted = [f"| {library} | `{call}` | {', '.join(kinds)} |" for library, call, kinds in CONVERTED]
     return f"""# Coverage
 
 Every method runs on {running} of the {known} architectures in \
 timm {timm.__version__} whose class is {", ".join(classes)} or {last}, T2T-ViT and LV-ViT included; \
-{sum(one.with_weights for one in works)} of them have published weights. Architectures of equal structure share a row. \
-The smallest of each was built with {SIDE}×{SIDE} patches and {DEPTH} blocks, and every method of \
-`tokbench list methods` was run in it. Made by `python benchmarks/coverage.py docs/coverage.md`.
+{sum(one.with_weights for one in works)} of them have published weights. Other classes are refused. \
+Made by `python benchmarks/coverage.py docs/coverage.md`, which runs every method in the smallest architecture of each \
+structure, built with {SIDE}×{SIDE} patches and {DEPTH} blocks.
 
-Refused, as is any other class: {names}.
+| refused | methods | reason |
+|---|---|---|
+{chr(10).join(map(_refusal, refused))}
 
-| class | structure | for example | architectures | with weights | methods that run |
-|---|---|---|---|---|---|
+Every method runs in these:
+
+| structure | example | architectures | with weights |
+|---|---|---|---|
 {chr(10).join(rows)}
 
 ## Models of other libraries
 
-Their weights are put into timm's classes, so that every method runs in them; [how](own_model.md).
+Every method runs in them: [their weights are put into timm's classes](own_model.md#models-of-other-libraries).
 
 | library | `--model` | classes or models |
 |---|---|---|
 {chr(10).join(converted)}
 """
+
+
+def _refusal(one: Tried) -> str:
+    names = ", ".join(f"`{name}`" for name in one.names)
+    methods = "all" if "none" in one.refusals else ", ".join(one.refusals)
+    return f"| {names} | {methods} | {'; '.join(dict.fromkeys(one.refusals.values()))} |"
 
 
 def main() -> None:
