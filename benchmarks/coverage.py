@@ -101,7 +101,7 @@ def describe(model: Any) -> Structure:
         type(block).__name__ if type(block) not in (Block, EvaBlock, BeitBlock) else "",
         "class token" if has_class_token(model) else "no class token",
         f"{further} {kind}{'s' if further > 1 else ''}" if further else "",
-        f"{pooling} pooling{everything}",
+        f"{pooling} pooling{everything}" if pooling != "token" else "",
         _describe_stem(stem(model)),
         "any input size" if takes_any_size(model) else "",
         "no position embedding" if not learned else "",
@@ -200,9 +200,7 @@ def table(tried: list[Tried]) -> str:
     works, refused = ([one for one in tried if bool(one.refusals) is refuses] for refuses in (False, True))
     running, known = (sum(len(one.names) for one in group) for group in (works, tried))
     *classes, last = (f"`{kind.__name__}`" for kind in REDUCED_MODELS)
-    rows = [
-        f"| {', '.join(one.structure)} | `{one.names[0]}` | {len(one.names)} | {one.with_weights} |" for one in works
-    ]
+    rows = [f"| {', '.join(one.structure)} | `{one.names[0]}` | {len(one.names)} |" for one in works]
     converted = [f"| {library} | `{call}` | {', '.join(kinds)} |" for library, call, kinds in CONVERTED]
     return f"""# Coverage
 
@@ -216,10 +214,10 @@ structure, built with {SIDE}×{SIDE} patches and {DEPTH} blocks.
 |---|---|---|
 {chr(10).join(map(_refusal, refused))}
 
-Every method runs in these:
+Every method runs in these (without *pooling*, the class token is the output):
 
-| structure | example | architectures | with weights |
-|---|---|---|---|
+| structure | example | architectures |
+|---|---|---|
 {chr(10).join(rows)}
 
 ## Models of other libraries
