@@ -210,8 +210,8 @@ timm {timm.__version__} whose class is {", ".join(classes)} or {last}, T2T-ViT a
 Made by `python benchmarks/coverage.py docs/coverage.md`, which runs every method in the smallest architecture of each \
 structure, built with {SIDE}×{SIDE} patches and {DEPTH} blocks.
 
-| refused | methods | reason |
-|---|---|---|
+| refused | reason |
+|---|---|
 {chr(10).join(map(_refusal, refused))}
 
 Every method runs in these (without *pooling*, the class token is the output):
@@ -232,8 +232,8 @@ Every method runs in them: [their weights are put into timm's classes](own_model
 
 def _refusal(one: Tried) -> str:
     names = ", ".join(f"`{name}`" for name in one.names)
-    methods = "all" if "none" in one.refusals else ", ".join(one.refusals)
-    return f"| {names} | {methods} | {'; '.join(dict.fromkeys(one.refusals.values()))} |"
+    methods = "" if "none" in one.refusals else f"only {', '.join(one.refusals)}: "
+    return f"| {names} | {methods}{'; '.join(dict.fromkeys(one.refusals.values()))} |"
 
 
 def main() -> None:
