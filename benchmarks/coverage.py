@@ -99,7 +99,7 @@ def describe(model: Any) -> Structure:
     parts = [
         type(model).__name__,
         type(block).__name__ if type(block) not in (Block, EvaBlock, BeitBlock) else "",
-        "class token" if has_class_token(model) else "no class token",
+        "" if has_class_token(model) else "no class token",
         f"{further} {kind}{'s' if further > 1 else ''}" if further else "",
         f"{pooling} pooling{everything}" if pooling != "token" else "",
         _describe_stem(stem(model)),
@@ -214,7 +214,7 @@ structure, built with {SIDE}×{SIDE} patches and {DEPTH} blocks.
 |---|---|
 {chr(10).join(map(_refusal, refused))}
 
-Every method runs in these (without *pooling*, the class token is the output):
+Every method runs in these (unless it says otherwise, with a class token, which is the output):
 
 | structure | example | architectures |
 |---|---|---|
