@@ -99,9 +99,9 @@ def describe(model: Any) -> Structure:
     parts = [
         type(model).__name__,
         type(block).__name__ if type(block) not in (Block, EvaBlock, BeitBlock) else "",
-        "" if has_class_token(model) else "no class token",
+        "class token" if has_class_token(model) else "no class token",
         f"{further} {kind}{'s' if further > 1 else ''}" if further else "",
-        f"{pooling} pooling{everything}" if pooling != "token" else "",
+        f"{pooling} pooling{everything}",
         _describe_stem(stem(model)),
         "any input size" if takes_any_size(model) else "",
         "no position embedding" if not learned else "",
@@ -196,11 +196,13 @@ def try_method(model: Any, method: str) -> str:
 
 
 def table(tried: list[Tried]) -> str:
-    """The survey as Markdown: what is refused and why, then a row for each structure in which every method runs."""
+    """The survey as Markdown: what is refused and why, then by class the architectures in which every method runs."""
     works, refused = ([one for one in tried if bool(one.refusals) is refuses] for refuses in (False, True))
     running, known = (sum(len(one.names) for one in group) for group in (works, tried))
     *classes, last = (f"`{kind.__name__}`" for kind in REDUCED_MODELS)
-    rows = [f"| {', '.join(one.structure)} | `{one.names[0]}` | {len(one.names)} |" for one in works]
+    by_class: dict[str, list[Tried]] = defaultdict(list)
+    for one in works:
+        by_class[one.structure[0]].append(one)
     converted = [f"| {library} | `{call}` | {', '.join(kinds)} |" for library, call, kinds in CONVERTED]
     return f"""# Coverage
 
@@ -214,11 +216,7 @@ structure, built with {SIDE}×{SIDE} patches and {DEPTH} blocks.
 |---|---|
 {chr(10).join(map(_refusal, refused))}
 
-Every method runs in these (unless it says otherwise, with a class token, which is the output):
-
-| structure | example | architectures |
-|---|---|---|
-{chr(10).join(rows)}
+{(chr(10) * 2).join(map(_section, by_class.values()))}
 
 ## Models of other libraries
 
@@ -231,9 +229,18 @@ Every method runs in them: [their weights are put into timm's classes](own_model
 
 
 def _refusal(one: Tried) -> str:
-    names = ", ".join(f"`{name}`" for name in one.names)
     methods = "" if "none" in one.refusals else f"only {', '.join(one.refusals)}: "
-    return f"| {names} | {methods}{'; '.join(dict.fromkeys(one.refusals.values()))} |"
+    return f"| {_spans(one.names)} | {methods}{'; '.join(dict.fromkeys(one.refusals.values()))} |"
+
+
+def _section(alike: list[Tried]) -> str:
+    features = dict.fromkeys(feature for one in alike for feature in one.structure[1:])
+    names = sorted(name for one in alike for name in one.names)
+    return f"## {alike[0].structure[0]}\n\n{len(alike)} structures: {'; '.join(features)}.\n\n{_spans(names)}"
+
+
+def _spans(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def main() -> None:
