@@ -87,8 +87,8 @@ class FlopsRecord(Record):
 class AccuracyRecord(Record):
     """Shares of images; `drop` in points. The ends of intervals, such as `drop_low`, come from `running.figures`.
 
-    pass_seconds: of the pass over the images for all its cells, since the last interruption. reading_seconds: of these,
-    spent waiting for images.
+    pass_seconds: of the pass over the images for all cells in it, since it was last interrupted; reading_seconds: of
+    these, waiting for images.
     """
 
     images: Count

@@ -67,7 +67,7 @@ def read_marks(text: str) -> set[bytes]:
 class Overlap:
     """Counts, by cell, the shown images that the cell's schedule was searched on.
 
-    marks: by cell, from `written_marks`; cells without any are left out.
+    marks: what `written_marks` gave, by cell; cells without any are left out.
     """
 
     def __init__(self, marks: Mapping[str, str]) -> None:
@@ -81,7 +81,7 @@ class Overlap:
                 self._count(batch.images)
 
     def watching(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same batches, counting their images."""
+        """The same batches, counted."""
         for images, labels in batches:
             self._count(images)
             yield images, labels
