@@ -1,6 +1,6 @@
 """Runs a grid: loads its models, opens or continues the run folder, and has every model measured.
 
-The same command on the same folder goes on where the last one stopped, whatever stopped it.
+The same command on the same folder continues where the last one stopped.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def run(
     progress: Progress | None = None,
     fresh: bool = False,
 ) -> pd.DataFrame:
-    """Measure every cell of a grid and draw the Pareto plot; one row per cell comes back (see `load_table`).
+    """Measure every cell of a grid and draw the Pareto plot; returns a row per cell (see `load_table`).
 
     A cell that fails is recorded as a failure (column `error`) and the others go on; a later session tries it again.
 
     Args:
         grid: a Grid, the path of a grid file, or None for the default one.
-        out: the run folder, by default a new one under results/; a run that is there already is continued: only what
-            it lacks is measured.
+        out: the run folder, by default a new one under results/; an existing run is continued: only what it lacks is
+            measured.
         options: instead of the grid's own.
         progress: told what happens; silent by default.
         fresh: never continue, but begin in `out`-2 and so on.
@@ -123,7 +123,7 @@ def run(
         except UserError as error:
             kept = "; what was measured is kept." if is_run(path) else ""
             raise RunStopped(f"{str(error).rstrip('.')}{kept}") from error
-        if not is_run(path):  # removed while it was drawn, which brings back no more than the plot
+        if not is_run(path):  # removed meanwhile: drawing brings back only the plot
             raise removed(path)
         progress.finished(cells, plots)
     return frame(cells)
@@ -175,7 +175,7 @@ def find_device(name: str) -> torch.device:
 
 
 def load_subject(spec: ModelSpec, grid: Grid, options: RunOptions) -> Subject:
-    """A model of the grid with the images it needs. Raises UserError where a cell of it cannot be."""
+    """A model of the grid with the images it needs. Raises UserError for an impossible cell."""
     load = partial(load_model, random_weights=True) if spec.random_weights else load_model
     model = cast(VisionTransformer, load(spec.name, spec.checkpoint, input_size=spec.input_size))
     require_supported(model)
@@ -197,7 +197,7 @@ def load_subject(spec: ModelSpec, grid: Grid, options: RunOptions) -> Subject:
 
 
 def _batch_size(options: RunOptions, device: torch.device, folder: RunFolder | None) -> int:
-    """What was asked for, the largest of several, or what the run that is continued had."""
+    """The batch size asked for (the largest of several), or that of the run that is continued."""
     before = folder.manifest.conditions if folder and options.batch_size == "auto" else None
     known = before.batch_size if before else None
     return (max(known) if isinstance(known, list) else known) or options.images_at_once(device.type)
@@ -206,7 +206,7 @@ def _batch_size(options: RunOptions, device: torch.device, folder: RunFolder | N
 def _manifest(
     grid: Grid, options: RunOptions, device: torch.device, subjects: list[Subject], batch_size: int
 ) -> Manifest:
-    """What a new run would write now."""
+    """The manifest of a new run."""
     described = {
         "grid": replace(grid, options=options).to_dict(),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -248,9 +248,9 @@ def installed_commit() -> dict[str, Any] | None:
 
 
 def _grown(before: Manifest, grid: Grid, options: RunOptions, subjects: list[Subject]) -> dict[str, str]:
-    """The models whose images are those of earlier sessions and more, and what that means in words.
+    """The models that get more images than in earlier sessions, and what that means in words.
 
-    Accuracy is measured again on all of these images: the new ones lie between the old, and a calibration is of all.
+    Accuracy is measured again on all images: the new ones lie between the old, and a calibration uses all.
     """
     known = before.conditions.models if before.conditions else {}
     grown = {}
@@ -285,7 +285,7 @@ def _continued(folder: RunFolder, manifest: Manifest, grown: Collection[str]) ->
 
 
 def _draw(cells: list[Cell], folder: Path, tell: Callable[[str], None]) -> list[Path]:
-    """The Pareto plot of what was measured; none, and why, where there is nothing to set against anything."""
+    """Draw the Pareto plot; if there is nothing to plot, tell why."""
     from tokbench.report.plots import plot_run
 
     drawn = plot_run(cells, folder / "pareto.png", tell)
