@@ -1,7 +1,7 @@
 """Timing in fresh processes, as pyperf does: memory layout and caches make the same pass differ between processes.
 
-Several processes take turns, each with its share of the rounds. `python -m tokbench.running.fresh` is such a process: it
-reads a job from standard input, and writes its progress and timings to standard output, each as a pickle.
+Several processes take turns, each with its share of the rounds. `python -m tokbench.running.fresh` is such a process:
+it reads a job from standard input, and writes its progress and timings to standard output, each as a pickle.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ def find_device(name: str) -> torch.device:
 
 
 def load_subject(spec: ModelSpec, grid: Grid, options: RunOptions) -> Subject:
-    """A model of the grid with the images it needs. Raises UserError for an impossible cell."""
+    """A model of the grid with the images it needs. Raises UserError where a cell of it cannot be."""
     load = partial(load_model, random_weights=True) if spec.random_weights else load_model
     model = cast(VisionTransformer, load(spec.name, spec.checkpoint, input_size=spec.input_size))
     require_supported(model)
@@ -197,7 +197,7 @@ def load_subject(spec: ModelSpec, grid: Grid, options: RunOptions) -> Subject:
 
 
 def _batch_size(options: RunOptions, device: torch.device, folder: RunFolder | None) -> int:
-    """The batch size asked for (the largest of several), or that of the run that is continued."""
+    """What was asked for, the largest of several, or what the run that is continued had."""
     before = folder.manifest.conditions if folder and options.batch_size == "auto" else None
     known = before.batch_size if before else None
     return (max(known) if isinstance(known, list) else known) or options.images_at_once(device.type)
@@ -206,7 +206,7 @@ def _batch_size(options: RunOptions, device: torch.device, folder: RunFolder | N
 def _manifest(
     grid: Grid, options: RunOptions, device: torch.device, subjects: list[Subject], batch_size: int
 ) -> Manifest:
-    """The manifest of a new run."""
+    """What a new run would write now."""
     described = {
         "grid": replace(grid, options=options).to_dict(),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -248,9 +248,9 @@ def installed_commit() -> dict[str, Any] | None:
 
 
 def _grown(before: Manifest, grid: Grid, options: RunOptions, subjects: list[Subject]) -> dict[str, str]:
-    """The models that get more images than in earlier sessions, and what that means in words.
+    """The models whose images are those of earlier sessions and more, and what that means in words.
 
-    Accuracy is measured again on all images: the new ones lie between the old, and a calibration uses all.
+    Accuracy is measured again on all of these images: the new ones lie between the old, and a calibration is of all.
     """
     known = before.conditions.models if before.conditions else {}
     grown = {}
