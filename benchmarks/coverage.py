@@ -196,7 +196,7 @@ def try_method(model: Any, method: str) -> str:
 
 
 def table(tried: list[Tried]) -> str:
-    """The survey as Markdown: what is refused and why, then by class the architectures in which every method runs."""
+    """The survey as Markdown: what is refused and why, then the architectures in which every method runs, by class."""
     works, refused = ([one for one in tried if bool(one.refusals) is refuses] for refuses in (False, True))
     running, known = (sum(len(one.names) for one in group) for group in (works, tried))
     *classes, last = (f"`{kind.__name__}`" for kind in REDUCED_MODELS)
