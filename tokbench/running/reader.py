@@ -14,8 +14,8 @@ from tokbench.running.half_pass import HalfPass
 
 
 class Reader:
-    """The rest of a source in batches, from where `half` ends. Knows how far it is, which images it skipped, and for
-    how many seconds they were `waited` for.
+    """The rest of a source in batches, from where `half` ends to before `stop`. Knows how far it is, which images it
+    skipped, and for how many seconds they were `waited` for.
 
     expected: places of the images that an earlier session skipped in the whole source, None when there was none.
     max_bad: per cent of the source that may be skipped.
@@ -29,28 +29,35 @@ class Reader:
         half: HalfPass,
         expected: list[int] | None,
         max_bad: float = 100.0,
+        stop: int | None = None,
     ) -> None:
         self.source, self.end, self.skipped = source, half.end, list(half.skipped)
         self._batch_size, self._workers, self._expected = batch_size, workers, expected
-        self._max_bad = max_bad
+        self._max_bad, self._stop = max_bad, stop
         self._told = len(self.skipped)
         self.waited = 0.0
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels. Raises RunStopped when images cannot be read at all, or others than before are bad."""
         try:
-            batches = load_batches(self.source, self._batch_size, workers=self._workers, start=self.end)
+            batches = load_batches(
+                self.source, self._batch_size, workers=self._workers, start=self.end, stop=self._stop
+            )
             while batch := self._next(batches):
-                self.end = batch.end
-                self.skipped += batch.skipped
-                self._require_same_skips()
-                self._require_few_skips()
+                self.reach(batch.end, batch.skipped)
                 if len(batch.labels):
                     yield batch.images, batch.labels
         except RunStopped:
             raise
         except Exception as error:
             raise RunStopped(f"the images of {self.source.name} cannot be read: {one_line(error)}") from error
+
+    def reach(self, end: int, skipped: list[Skipped]) -> None:
+        """Be at a place, where these images were skipped on the way. Raises RunStopped where that may not be."""
+        self.end = end
+        self.skipped += skipped
+        self._require_same_skips()
+        self._require_few_skips()
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
         began = time.monotonic()
