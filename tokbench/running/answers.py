@@ -98,9 +98,8 @@ def _pass_over_images(
         raise
     if not rest and not half.answers:
         raise RunStopped(f"none of the {len(source):,} images of {source.name} can be decoded: nothing to measure.")
-    results = {
-        name: join([half.answers[name], own] if half.answers else [own]) for name, own in rest.items()
-    } or dict(half.answers)
+    joined = {name: join([half.answers[name], own] if half.answers else [own]) for name, own in rest.items()}
+    results = joined or half.answers
     thinned = neighbors is not None and neighbors.step > 1
     caveats = [f"k-NN is of one in {neighbors.step} images, as features fill memory"] if neighbors and thinned else []
     seconds = time.monotonic() - began

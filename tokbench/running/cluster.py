@@ -36,10 +36,11 @@ from tokbench.running.half_pass import HalfPass
 from tokbench.running.reader import Reader
 from tokbench.searching.images import Overlap
 
-ANSWER_SECONDS = 10.0  # for an address
+ANSWER_SECONDS = 5.0  # to connect to an address, and again to be greeted there
 START_SECONDS = 120.0  # for workers: a cluster may be busy, or a container only just be made
 MOST_DEATHS = 3  # at the same images
 MOST_BATCHES = 16  # in a range: what a worker that dies loses
+_SETTINGS = 4  # the kind of HTTP/2's first frame
 _SAME = ("tokbench", "torch")  # in versions
 
 
@@ -283,7 +284,8 @@ class Cluster:
                 done[what.start] = told
             elif told != (own := bench.subject.conditions()):
                 name = next(name for name in own if told.get(name) != own[name])
-                raise RunStopped(f"the worker on {hand.host} has another {name}: {told.get(name)}, and here {own[name]}")
+                there = f"the worker on {hand.host} has {name} {told.get(name)}"
+                raise RunStopped(f"{there}, and this process {own[name]}: are data and checkpoints the same there?")
             idle.append(hand)
 
     def _next(self, asked: dict[Any, tuple[_Hand, str | range]]) -> tuple[Any, tuple[_Hand, str | range]]:
@@ -291,7 +293,7 @@ class Cluster:
         alone = all(what == "look" for _, what in asked.values())
         answers, _ = self._ray.wait(list(asked), timeout=START_SECONDS if alone else None)
         if not answers:
-            raise RunStopped(f"all workers died, and none came in {START_SECONDS:g} seconds; what was measured is kept.")
+            raise RunStopped(f"all workers died, and none came in {START_SECONDS:g} s; what was measured is kept.")
         return answers[0], asked.pop(answers[0])
 
     def _replaced(self, hand: _Hand, error: Exception, last: bool) -> _Hand:
@@ -364,12 +366,8 @@ def opened(
 def _connect(ray: Any, asked: str) -> None:
     """Join the cluster at that address or, without one, in RAY_ADDRESS; else start one on this machine."""
     address = asked if ":" in asked else os.environ.get("RAY_ADDRESS") or "local"
-    host, _, port = address.rpartition(":")
-    if host:
-        try:
-            socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
-        except (OSError, OverflowError, ValueError) as error:
-            raise UserError(f"--ray: nobody answers at {address}: {shortened(error)}") from error
+    if ":" in address:
+        _require_answer(address)
     own = {"include_dashboard": False, "object_store_memory": 10**8} if address == "local" else {}
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -381,6 +379,18 @@ def _connect(ray: Any, asked: str) -> None:
             signal.signal(signal.SIGTERM, handler)
 
 
+def _require_answer(address: str) -> None:
+    """Raise UserError unless a server there greets as gRPC's do; Ray itself would try for many minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS) as there:
+            there.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, _SETTINGS, 0, 0, 0, 0, 0]))
+            if there.recv(4)[3:] != bytes([_SETTINGS]):
+                raise OSError("what answers is no Ray")
+    except (OSError, OverflowError, ValueError) as error:
+        raise UserError(f"--ray: no cluster answers at {address}: {shortened(error)}") from error
+
+
 def _size(ray: Any, asked: str, device: torch.device) -> tuple[int, dict[str, float]]:
     """How many workers to have, and what each takes: a GPU, or as many cores as this process has threads."""
     threads = torch.get_num_threads()
@@ -388,6 +398,8 @@ def _size(ray: Any, asked: str, device: torch.device) -> tuple[int, dict[str, fl
     there = int(ray.cluster_resources().get(kind, 0))
     count = int(asked) if asked.isdecimal() else max(1, there // each)
     if count * each > there:
-        takes = "GPUs, and a worker takes one" if kind == "GPU" else f"cores, and a worker takes {each} (OMP_NUM_THREADS)"
+        takes = "GPUs, and a worker takes one"
+        if kind == "CPU":
+            takes = f"cores, and a worker takes {each} (OMP_NUM_THREADS)"
         raise UserError(f"--ray {asked}: the cluster has {there} {takes}")
     return count, {"num_cpus": 0 if kind == "GPU" else each, "num_gpus": 1 if kind == "GPU" else 0}
