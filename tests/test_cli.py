@@ -231,7 +231,7 @@ def test_dry_run_names_the_cells_and_writes_nothing(tokbench_command, source, mo
         (["run", "--batch-size", "many"], ["batch_size", "'many'"]),
         (["run", "--limit", "0"], ["limit", "at least 1"]),
         (["run", "--limit", "ten"], ["--limit", "whole number"]),
-        (["run", "--workers", "-1"], ["workers"]),
+        (["run", "--readers", "-1"], ["readers"]),
         (["run", "--dtype", "fp8"], ["dtype", "'fp8'"]),
         (["run", "--device", "gpu"], ["'gpu'"]),
         (["run", "--only", "foo"], ["only", "'foo'"]),
@@ -362,6 +362,13 @@ def test_output_that_cannot_be_written_is_one_line():
 def test_what_a_user_means_is_understood_or_answered(tokbench_command, source, words, code, part):
     found, out, err = tokbench_command(*words)
     assert found == code and part in (err if code else out) and err.count("\n") == (code == 2)
+
+
+def test_readers_may_be_called_workers_for_a_release(tokbench_command):
+    code, _, err = tokbench_command("run", "--workers", "2", "--dry-run")
+    assert code == 0
+    assert err == "tokbench: --workers is called --readers now; the next release no longer takes the old name\n"
+    assert "--workers" not in tokbench_command("run", "--help")[1]
 
 
 def test_a_metric_may_be_called_by_its_column(tokbench_command, source, tmp_path):

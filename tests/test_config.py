@@ -72,7 +72,7 @@ def test_toml_says_everything(toml):
         batch_size = 64
         limit = 500
         only = ["speed", "flops"]
-        workers = 2
+        readers = 2
         """)
     )
     assert ids(grid) == [
@@ -132,7 +132,7 @@ def test_the_grids_we_ship_are_valid(path):
         ("[options]\nbatch_size = 1.5", ["batch_size", "1.5"]),
         ("[options]\nlimit = 0", ["limit", "at least 1"]),
         ("[options]\nlimit = '10'", ["limit", "'10'"]),
-        ("[options]\nworkers = -1", ["workers", "at least 0"]),
+        ("[options]\nreaders = -1", ["readers", "at least 0"]),
         ("[options]\nonly = ['acuracy']", ["only", "'accuracy'"]),
         ("[options]\nonly = 'speed'", ["'options.only' must be a list"]),
         ("[options]\nonly = []", ["'options.only' must be a list of one or more"]),
@@ -322,6 +322,13 @@ def test_lists_in_a_method_flag_keep_their_commas():
 def test_a_method_without_schedules_runs_at_the_levels_of_the_default_grid():
     (_, alone), (_, first, *_) = Grid.from_flags(methods=["tome"]).methods, Grid.default().methods
     assert alone == first
+
+
+def test_readers_may_have_their_old_name(toml):
+    assert RunOptions(workers=2) == RunOptions(readers=2)
+    assert Grid.from_toml(toml("[options]\nworkers = 2")).options.readers == 2
+    with pytest.raises(UserError):
+        RunOptions(workers=2, readers=2)
 
 
 def test_random_weights_are_labelled_and_have_no_accuracy():

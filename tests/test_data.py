@@ -519,7 +519,7 @@ def test_a_stream_that_gives_nothing_or_less_than_promised_is_told(stream, caplo
 
 
 def test_a_stream_refuses_several_workers(stream):
-    with pytest.raises(UserError, match="--workers 0 or 1"):
+    with pytest.raises(UserError, match="--readers 0 or 1"):
         list(DataLoader(stream(images=9, known=9, limit=None), num_workers=2))
 
 
@@ -707,7 +707,7 @@ def test_a_reader_that_cannot_hand_over_ends_the_run_in_one_line(scarce, words, 
     monkeypatch.setattr(batches, "default_collate", fail)
     with pytest.raises(RunStopped, match=words) as caught:
         list(load_batches(few_images(tmp_path), 2, workers=1))
-    assert "--workers" in str(caught.value) and "\n" not in str(caught.value)
+    assert "--readers" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_batch_is_the_same_whoever_reads_it_and_readers_are_no_more_than_cores(tmp_path, monkeypatch):

@@ -128,7 +128,7 @@ def ground(folder: Path) -> Iterator[None]:
 
 
 GO_ON = (
-    "run", "--model=tiny", "--device=cpu", "--workers=0", "--batch-size=8", "--method=tome", "--method=topk",
+    "run", "--model=tiny", "--device=cpu", "--readers=0", "--batch-size=8", "--method=tome", "--method=topk",
     "--schedule=8", "--out",
 )  # fmt: skip
 
@@ -193,7 +193,7 @@ def test_schedules_on_the_command_line(text):
 
 FLAGS = (
     "--model", "--checkpoint", "--method", "--schedule", "--data", "--out", "--device", "--dtype", "--batch-size",
-    "--limit", "--only", "--workers", "--max-bad", "--fresh", "--nonsense", "-x", "--",
+    "--limit", "--only", "--readers", "--max-bad", "--fresh", "--nonsense", "-x", "--",
 )  # fmt: skip
 words = st.one_of(
     st.sampled_from(FLAGS),

@@ -63,7 +63,7 @@ def wait_for_the_pass(run: Path, alive: Callable[[], bool]) -> None:
     time.sleep(0.5)
 
 
-ACCURACY = ("run", "--method", "tome", "--schedule", "13", "--limit", "9999", "--workers")
+ACCURACY = ("run", "--method", "tome", "--schedule", "13", "--limit", "9999", "--readers")
 REST = ("--device", "cpu", "--only", "flops,accuracy")
 
 
@@ -128,7 +128,7 @@ half_pass.PassFile.add = lambda self, half: ctrl_c()
 half_pass.PassFile.save = lambda self: (ctrl_c(), save(self))
 """,
 }
-SHORT = ("run", "--method", "tome", "--schedule", "13", "--workers", "1", "--limit", "48", "--only", "accuracy")
+SHORT = ("run", "--method", "tome", "--schedule", "13", "--readers", "1", "--limit", "48", "--only", "accuracy")
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

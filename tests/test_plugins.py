@@ -170,7 +170,7 @@ def test_wrong_plans_fail_alone_and_say_why(tmp_path, monkeypatch, tokbench_comm
     results = "".join(f"RESULTS[{name!r}] = {given!r}\n" for name, (_, given, _) in WRONG_PLANS.items() if given)
     (tmp_path / "mine.py").write_text(MINE + plans + results)
     methods = [f"--method=mine:which={name}" for name in WRONG_PLANS]
-    words = ("--plugin", tmp_path / "mine.py", "--schedule=8", "--batch-size=10", "--workers=0", "--device=cpu")
+    words = ("--plugin", tmp_path / "mine.py", "--schedule=8", "--batch-size=10", "--readers=0", "--device=cpu")
     code, out, err = tokbench_command(
         "run", "--model=tiny", *methods, "--method=topk", *words, "--out", tmp_path / "run"
     )

@@ -388,7 +388,7 @@ def test_chance_level_when_one_class_or_no_label_is_there():
 def test_readers_of_images_follow_device_and_source(source, tmp_path):
     def workers(device: str, streaming: bool, asked: int | None) -> int:
         source.streaming = streaming
-        return answers.readers(source, RunOptions(workers=asked), torch.device(device))
+        return answers.readers(source, RunOptions(readers=asked), torch.device(device))
 
     assert workers("cpu", False, None) == 0
     assert workers("cuda", True, None) == 1

@@ -185,7 +185,12 @@ def run(
     ] = None,
     only: Annotated[str | None, _option("MEASURES", "Some of flops,accuracy,speed (default: all).")] = None,
     max_bad: Annotated[float | None, _option("PERCENT", "Stop if more images cannot be decoded (default: 1).")] = None,
-    workers: Annotated[int | None, _option("N", "Processes that read images.")] = None,
+    readers: Annotated[int | None, _option("N", "Processes that read images.")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", hidden=True)] = None,
+    ray: Annotated[
+        str | None,
+        _option("N", "Share the images between N workers, one a GPU ('auto'), or those of the cluster at HOST:PORT."),
+    ] = None,
     cache: Annotated[
         str | None, _option("DIR", "Keep prepared images there, so that no later run decodes them again.")
     ] = None,
@@ -205,6 +210,8 @@ def run(
     from tokbench.results.folder import is_run
 
     _load_plugins(plugin)
+    if workers is not None:
+        complain("--workers is called --readers now; the next release no longer takes the old name")
     chosen = Grid.from_flags(
         Grid.from_toml(grid) if grid else None,
         models=model or (),
@@ -226,7 +233,8 @@ def run(
         check_answers=check_answers,
         limit=limit,
         only=only,
-        workers=workers,
+        readers=workers if readers is None else readers,
+        ray=ray,
         cache=cache,
         labels=labels,
         max_bad=max_bad,

@@ -15,7 +15,7 @@ from dataclasses import InitVar, asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictInt, StrictStr
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, StrictBool, StrictInt, StrictStr
 from pydantic.dataclasses import dataclass
 
 from tokbench.errors import UserError, nearest, shortened
@@ -89,6 +89,14 @@ def _known_device(device: str) -> str:
         close = nearest(device, ("auto", "cpu", "cuda", "mps"))
         raise ValueError(f"unknown device {device!r}; use auto, cpu, cuda, cuda:1 or mps.{close}")
     return device
+
+
+def _known_cluster(value: Any) -> Any:
+    """A number as text; what is no text is refused later."""
+    text = str(value) if type(value) is int else value
+    if isinstance(text, str) and not re.fullmatch(r"auto|[1-9]\d{0,5}|[^\s/]+:\d{1,5}", text):
+        raise ValueError(f"{text!r}: write auto, a number of workers, or the HOST:PORT of a running cluster")
+    return text
 
 
 @told
@@ -209,7 +217,7 @@ class RunOptions:
         batch_size: images, or "auto"; several sizes to time every cell at each.
         limit: images measured for accuracy, None for all.
         only: which of MEASURES.
-        workers: processes that read images, None to choose; no more than there are cores.
+        readers: processes that read images, None to choose; no more than there are cores. Once called `workers`.
         cache: a folder to keep prepared images in, and to take them from in later runs.
         labels: a file that says what each image of a folder shows.
         max_bad: per cent of the images that may be skipped because they cannot be decoded.
@@ -219,6 +227,7 @@ class RunOptions:
         seconds: timing for each model that is timed; None for the usual, and longer while an interval is wide.
         rounds: in which every model has a turn, None for as many as fit.
         processes: fresh ones to share the rounds between, in turn; intervals are then over processes.
+        ray: workers to share the images for accuracy between: "auto", a number of them, or a cluster's HOST:PORT.
     """
 
     device: Annotated[StrictStr, AfterValidator(_known_device)] = "auto"
@@ -226,7 +235,9 @@ class RunOptions:
     batch_size: Annotated[AtLeast1 | tuple[AtLeast1, ...] | Literal["auto"], BeforeValidator(_as_batch_size)] = "auto"
     limit: AtLeast1 | None = None
     only: Annotated[tuple[Literal["flops", "accuracy", "speed"], ...], Field(min_length=1)] = MEASURES
-    workers: Annotated[StrictInt, Field(ge=0)] | None = None
+    readers: Annotated[StrictInt, Field(ge=0)] | None = Field(
+        default=None, validation_alias=AliasChoices("readers", "workers")
+    )
     cache: StrictStr | None = None
     labels: StrictStr | None = None
     max_bad: Annotated[float, Field(ge=0, le=100)] = 1.0
@@ -235,6 +246,7 @@ class RunOptions:
     seconds: Annotated[float, Field(gt=0, le=1e6)] | None = None
     rounds: AtLeast1 | None = None
     processes: AtLeast1 = 1
+    ray: Annotated[StrictStr, BeforeValidator(_known_cluster)] | None = None
     compile: InitVar[StrictBool] = False
 
     def __post_init__(self, compile: bool) -> None:

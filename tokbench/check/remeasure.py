@@ -38,7 +38,7 @@ def how_to_measure(baseline: Run, *, with_speed: bool, limit: int | None, device
             continue
         place = device or (known.device or "auto" if own.device == "auto" else own.device)
         answers = own.check_answers and "speed" in kinds
-        options = replace(own, only=kinds, check_answers=answers, limit=limit or own.limit, device=place)
+        options = replace(own, only=kinds, check_answers=answers, limit=limit or own.limit, device=place, ray=None)
         try:
             found = runner.find_device(place)
         except UserError as error:

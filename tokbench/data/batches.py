@@ -44,14 +44,16 @@ def load_batches(
     *,
     workers: int = 0,
     start: int = 0,
+    stop: int | None = None,
     as_bytes: bool = False,
     pinned: bool = False,
 ) -> Iterator[Batch]:
-    """The images of a source from place `start` on, which must be 0 for a stream, `batch_size` places at a time.
+    """The images of a source from place `start` to before `stop` (its end), `batch_size` places at a time.
 
+    A stream can only be read from place 0 to its end. An image that cannot be decoded is skipped, and named in its
+    batch. There are at most as many workers as cores.
     as_bytes: leave it to the caller to make floats of them, by `source.floats`, on the device where they will be.
     pinned: in memory that a GPU copies from while both work on.
-    An image that cannot be decoded is skipped, and named in its batch. There are at most as many workers as cores.
 
     Raises RunStopped, in one line, for a worker that was killed or ran out of file descriptors or shared memory.
     """
@@ -59,7 +61,7 @@ def load_batches(
     if isinstance(source, ImageStream):
         images = _ForgivingStream(source)
     else:
-        images = Subset(_Forgiving(source), range(start, len(source)))
+        images = Subset(_Forgiving(source), range(start, len(source) if stop is None else stop))
         workers = min(workers, _cores())
     loader = DataLoader(
         images, batch_size=batch_size, num_workers=workers, collate_fn=_pack, worker_init_fn=_begin_worker,
@@ -116,7 +118,7 @@ def _watched(loader: DataLoader[Any], name: str) -> Iterator[_Packed]:
         raise RunStopped(f"the images of {name} cannot be read: {reason}") from error
 
 
-_FEWER = ": fewer --workers and a smaller --batch-size need less"
+_FEWER = ": fewer --readers and a smaller --batch-size need less"
 _SCARCE = {
     errno.EMFILE: f" (ulimit -n){_FEWER}",
     errno.ENFILE: _FEWER,
@@ -135,7 +137,7 @@ def _how_it_ended(worker: BaseProcess) -> str:
         why = f"{os.strerror(code)}{_SCARCE[code]}" if code in _SCARCE else f"exit code {code}"
         return f"their reader, process {worker.pid}, ended: {why}"
     hint = {
-        signal.SIGKILL: "; the system does so where memory is short: fewer --workers need less",
+        signal.SIGKILL: "; the system does so where memory is short: fewer --readers need less",
         signal.SIGBUS: f", as where shared memory (/dev/shm) is full{_FEWER}",
     }.get(signal.Signals(-code), "")
     return f"their reader, process {worker.pid}, was killed by signal {-code} ({signal.Signals(-code).name}){hint}"

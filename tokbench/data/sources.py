@@ -162,7 +162,7 @@ class ImageStream(_Prepared, IterableDataset[tuple[Tensor, int]]):
         """What iterating gives, but as (H, W, C) bytes, and images that cannot be had are named and not raised."""
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
-            raise ImageError(f"the stream {self.name!r} is read in order by one process: use --workers 0 or 1.")
+            raise ImageError(f"the stream {self.name!r} is read in order by one process: use --readers 0 or 1.")
         count, length = 0, len(self)
         for item in itertools.islice(self._images, length):
             yield self._prepared(count, item)

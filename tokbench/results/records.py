@@ -88,7 +88,7 @@ class AccuracyRecord(Record):
     """Shares of images; `drop` in points. The ends of intervals, such as `drop_low`, come from `running.figures`.
 
     pass_seconds: of the pass over the images for all cells in it, since it was last interrupted; reading_seconds: of
-    these, waiting for images.
+    these, waiting for images, on average over the workers that shared them.
     """
 
     images: Count
@@ -112,6 +112,7 @@ class AccuracyRecord(Record):
     batch_size: Count | None = None
     pass_seconds: Positive | None = None
     reading_seconds: Number | None = None
+    workers: Count | None = None
 
 
 class SpeedRecord(Record):

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 
 import numpy as np
@@ -62,7 +63,9 @@ def _pass_over_images(
         pinned=bench.device.type == "cuda",
     )  # fmt: skip
     batch_sizes = dict(half.batch_sizes)
-    bench.phase("accuracy", len(source))
+    if bench.cluster:
+        bench.cluster.start()
+    bench.phase(f"accuracy on {bench.cluster}" if bench.cluster else "accuracy", len(source))
     if half.end:
         bench.progress.advance(half.end)
     seen = len(half.answers[reference.cell.id].label) if half.answers else 0
@@ -81,29 +84,25 @@ def _pass_over_images(
     searched = {cell.id: found.marks for member in members if (found := bench.searched(cell := member.cell))}
     overlap = Overlap(source, searched)
     overlap.read_again(half.end)
-    batches = overlap.watching(reader.batches())
-    began = time.monotonic()
-    first = next(batches, None)
-    if first is None and not half.answers:
-        raise RunStopped(f"none of the {len(source):,} images of {source.name} can be decoded: nothing to measure.")
     neighbors = None
     if not bench.subject.model.num_classes and not any(w.code == "no_labels" for w in source.warnings):
         neighbors = Neighbors(len(source), len(members))
-    results = dict(half.answers)
-    if first is not None:
-        models = {member.cell.id: member.model for member in members}
-        try:
-            with sharing_first_blocks(*models.values(), input_size=bench.subject.input_size):
-                rest = evaluate(
-                    models, itertools.chain([first], batches), device=bench.device, dtype=bench.dtype,
-                    prepare=source.floats, classifier=bench.subject.model.num_classes > 0, among=source.among,
-                    neighbors=neighbors, batch_sizes=batch_sizes, on_batch=keep,
-                    on_failure=lambda cell_id, error: bench.drop(cell_id, "accuracy", error),
-                )  # fmt: skip
-        except BaseException:
-            file.save()
-            raise
-        results = {name: join([half.answers[name], own] if half.answers else [own]) for name, own in rest.items()}
+    began = time.monotonic()
+    try:
+        if bench.cluster:
+            rest = bench.cluster.shown(bench, members, reader, searched, overlap.counts, batch_sizes, keep)
+        else:
+            rest = shown(
+                bench, members, reader, overlap, batch_sizes, neighbors, keep,
+                lambda cell_id, error: bench.drop(cell_id, "accuracy", error),
+            )  # fmt: skip
+    except BaseException:
+        file.save()
+        raise
+    if not rest and not half.answers:
+        raise RunStopped(f"none of the {len(source):,} images of {source.name} can be decoded: nothing to measure.")
+    joined = {name: join([half.answers[name], own] if half.answers else [own]) for name, own in rest.items()}
+    results = joined or half.answers
     thinned = neighbors is not None and neighbors.step > 1
     caveats = [f"k-NN is of one in {neighbors.step} images, as features fill memory"] if neighbors and thinned else []
     seconds = time.monotonic() - began
@@ -111,11 +110,34 @@ def _pass_over_images(
     _record_answers(bench, source, members, results, reader, batch_sizes, caveats, overlap, seconds)
 
 
+def shown(
+    bench: Bench,
+    members: list[Runnable],
+    reader: Reader,
+    overlap: Overlap,
+    batch_sizes: dict[str, int],
+    neighbors: Neighbors | None,
+    on_batch: Callable[[dict[str, Predictions]], None] | None,
+    on_failure: Callable[[str, Exception], None],
+) -> dict[str, Predictions]:
+    """What these cells, the unreduced one first, answer to the reader's images; nothing where there are none."""
+    batches = overlap.watching(reader.batches())
+    if (first := next(batches, None)) is None:
+        return {}
+    models = {member.cell.id: member.model for member in members}
+    with sharing_first_blocks(*models.values(), input_size=bench.subject.input_size):
+        return evaluate(
+            models, itertools.chain([first], batches), device=bench.device, dtype=bench.dtype,
+            prepare=reader.source.floats, classifier=bench.subject.model.num_classes > 0, among=reader.source.among,
+            neighbors=neighbors, batch_sizes=batch_sizes, on_batch=on_batch, on_failure=on_failure,
+        )  # fmt: skip
+
+
 def _tell_where_time_went(bench: Bench, reader: Reader, seconds: float) -> None:
     share = reader.waited / seconds
     text = f"{bench.subject.spec.label}: the pass over the images took {seconds:.1f} s, {share:.0%} of it to read them"
     if share > MUCH_READING and seconds > 10:
-        bench.progress.warn(f"{text}: more --workers would save time, and in later runs --cache DIR")
+        bench.progress.warn(f"{text}: more --readers would save time, and in later runs --cache DIR")
     else:
         bench.progress.note(text)
 
@@ -171,6 +193,7 @@ def _record_answers(
             batch_size=min(bench.batch_size, batch_sizes.get(member.cell.id, bench.batch_size)),
             pass_seconds=seconds,
             reading_seconds=reader.waited,
+            workers=bench.cluster.count if bench.cluster else None,
             caveats=caveats + own,
         )
         if wrong := predictions.nonfinite():
@@ -210,8 +233,8 @@ def _require_same_answers(before: Predictions, now: Predictions, start: int, wha
 
 def readers(source: ImageSource | ImageStream, options: RunOptions, device: torch.device) -> int:
     """How many processes read the images: 0 for none but this one."""
-    if options.workers is not None:
-        return options.workers
+    if options.readers is not None:
+        return options.readers
     # On the CPU the cells themselves use every core, and reading an image costs little next to running them all.
     if device.type == "cpu":
         return 0

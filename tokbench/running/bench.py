@@ -8,7 +8,7 @@ import traceback
 import warnings
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -32,6 +32,9 @@ from tokbench.results.folder import RunFolder
 from tokbench.results.records import FailureRecord, Record, SpeedRecord
 from tokbench.running.figures import flops_fields
 from tokbench.schedules import parse_schedule
+
+if TYPE_CHECKING:
+    from tokbench.running.cluster import Cluster
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -129,6 +132,7 @@ class Bench:
     batch_size: int
     grid: Grid
     running: list[Runnable] = field(default_factory=list)
+    cluster: Cluster | None = None
 
     @property
     def dtype(self) -> torch.dtype:

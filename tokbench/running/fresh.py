@@ -49,8 +49,8 @@ class Timed:
 
 @dataclass(frozen=True)
 class Job:
-    """What a process is to time: cells of a model, the unreduced one first, with their schedules as resolved, and in
-    which runtime."""
+    """What a process is to time, or to show images to: cells of a model, the unreduced one first, with their schedules
+    as resolved, and in which runtime."""
 
     spec: ModelSpec
     grid: Grid
@@ -61,6 +61,15 @@ class Job:
     number: int
     threads: int
     plugins: list[str]
+
+    @classmethod
+    def of(cls, bench: Bench, members: list[Runnable], size: int, number: int = 0) -> Job:
+        """These cells of a bench, `size` images at a time, for a process with as many threads as this one."""
+        cells = [(member.cell, member.identity.get("resolved") or "", member.runtime) for member in members]
+        return cls(
+            bench.subject.spec, bench.grid, bench.options, str(bench.device), cells, size, number,
+            torch.get_num_threads(), loaded_paths(),
+        )  # fmt: skip
 
 
 class ProcessDied(Exception):
@@ -76,11 +85,7 @@ def time_in_fresh_processes(bench: Bench, members: list[Runnable], size: int) ->
     of = bench.options.processes
     for number in range(of):
         running = [member for member in members if member in bench.running]
-        job = Job(
-            bench.subject.spec, bench.grid, bench.options, str(bench.device),
-            [(member.cell, member.identity.get("resolved") or "", member.runtime) for member in running],
-            size, number, torch.get_num_threads(), loaded_paths(),
-        )  # fmt: skip
+        job = Job.of(bench, running, size, number)
         try:
             one = in_process(job, _Told(bench, f"process {number + 1} of {of}"))
         except ProcessDied as death:
@@ -176,21 +181,27 @@ class _Relay(Progress):
         self.tell("warn", text)
 
 
-def work(job: Job, tell: Callable[..., None]) -> Timed:
-    """Make the job's cells anew and time them."""
+def remade(job: Job, options: RunOptions, progress: Progress) -> _Bench:
+    """A bench without a folder whose running cells are the job's, made anew in this process."""
     from tokbench.running.runner import load_subject  # which imports this module
-    from tokbench.running.timing import time_members
 
-    options, device = replace(job.options, only=("speed",)), torch.device(job.device)
     subject = load_subject(job.spec, job.grid, options)
-    folder = cast("RunFolder", None)
-    bench = _Bench(subject, folder, options, device, _Relay(tell), RecordIndex(), job.size, job.grid)
+    folder, device = cast("RunFolder", None), torch.device(job.device)
+    bench = _Bench(subject, folder, options, device, progress, RecordIndex(), job.size, job.grid)
     base = subject.model.to(bench.device, bench.dtype)
     made: dict[str, Runnable] = {}
     for cell, resolved, runtime in job.cells:
         if cell.id not in made:
             made[cell.id] = bench.make(replace(cell, schedule=resolved), base, bench.identity(cell))
         bench.running.append(replace(made[cell.id], cell=cell).timed_in(runtime))
+    return bench
+
+
+def work(job: Job, tell: Callable[..., None]) -> Timed:
+    """Make the job's cells anew and time them."""
+    from tokbench.running.timing import time_members  # which imports this module
+
+    bench = remade(job, replace(job.options, only=("speed",)), _Relay(tell))
     timed = time_members(bench, list(bench.running), job.size, seed=job.number)
     return replace(timed, failed=bench.failed)
 

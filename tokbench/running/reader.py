@@ -14,8 +14,8 @@ from tokbench.running.half_pass import HalfPass
 
 
 class Reader:
-    """The rest of a source in batches, from where `half` ends. Knows how far it is, which images it skipped, and for
-    how many seconds they were `waited` for.
+    """The rest of a source in batches, from where `half` ends to before `stop`. Knows how far it is, which images it
+    skipped, and for how many seconds they were `waited` for.
 
     expected: places of the images that an earlier session skipped in the whole source, None when there was none.
     max_bad: per cent of the source that may be skipped. pinned: as `load_batches` has it.
@@ -29,11 +29,12 @@ class Reader:
         half: HalfPass,
         expected: list[int] | None,
         max_bad: float = 100.0,
+        stop: int | None = None,
         pinned: bool = False,
     ) -> None:
         self.source, self.end, self.skipped = source, half.end, list(half.skipped)
         self._batch_size, self._workers, self._expected = batch_size, workers, expected
-        self._max_bad, self._pinned = max_bad, pinned
+        self._max_bad, self._stop, self._pinned = max_bad, stop, pinned
         self._told = half.end
         self._ends: dict[int, int] = {}  # by how many images come before
         self.waited = 0.0
@@ -45,7 +46,13 @@ class Reader:
         """
         try:
             batches = load_batches(
-                self.source, self._batch_size, workers=self._workers, start=self.end, as_bytes=True, pinned=self._pinned
+                self.source,
+                self._batch_size,
+                workers=self._workers,
+                start=self.end,
+                stop=self._stop,
+                as_bytes=True,
+                pinned=self._pinned,
             )
             while batch := self._next(batches):
                 self.reach(batch.end, batch.skipped)

@@ -9,6 +9,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -38,6 +39,7 @@ from tokbench.results.records import SCHEMA, Manifest, Session
 from tokbench.results.table import frame, load_cells
 from tokbench.running.answers import measure_accuracy
 from tokbench.running.bench import Bench, Subject, looks_at_images
+from tokbench.running.cluster import opened
 from tokbench.running.searched import searched_for
 from tokbench.running.timing import time_cells
 from tokbench.schedules import parse_schedule
@@ -83,9 +85,10 @@ def run(
     if "speed" in options.only:
         for warning in thread_warnings(device):
             progress.warn(warning)
-    with RunFolder.held(path):
+    with RunFolder.held(path), ExitStack() as stack:
         folder = RunFolder.open(path) if is_run(path) else None
         subjects = [load_subject(spec, grid, options) for spec in grid.models]
+        cluster = stack.enter_context(opened(options, subjects, grid.data, device, progress))
         earlier = folder.manifest.sessions if folder else []
         grid = searched_for(grid, subjects, earlier, options, device, progress)
         batch_size = batch_size_of(options, device, folder)
@@ -101,7 +104,10 @@ def run(
             progress.note(text)
         for subject in subjects:
             subject.cells = [cell.named_as(index) for cell in subject.cells]
-        benches = [Bench(subject, folder, options, device, progress, index, batch_size, grid) for subject in subjects]
+        benches = [
+            Bench(subject, folder, options, device, progress, index, batch_size, grid, cluster=cluster)
+            for subject in subjects
+        ]
         if records:
             asked = {cell.key: (bench, cell) for bench in benches for cell in bench.subject.cells}
             found = ((record, *asked.get(key_of(record), (None, None))) for record in records)
