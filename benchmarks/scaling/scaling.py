@@ -83,8 +83,8 @@ class Parts:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=96, help="JPEGs to make (96)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each grid (3)")
-    parser.add_argument("--plot", type=Path, help="draw the model here, and measure only the parts")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each grid (3); 0 for the parts alone")
+    parser.add_argument("--plot", type=Path, help="draw the model here")
     gpu = ("FORWARD", "READ", "READERS")
     about = "images/s of the unreduced model on a GPU, images/s that a reader reads, readers beside each GPU"
     parser.add_argument("--gpu", type=float, nargs=3, default=(8000, 150, 8), metavar=gpu, help=about)
@@ -102,7 +102,7 @@ def main() -> None:
         print(parts.text())
         if asked.plot:
             draw(parts, asked.plot, *asked.gpu)
-        else:
+        if asked.repeats:
             check(parts, folder, asked.images, asked.repeats)
 
 
