@@ -39,7 +39,7 @@ class PassFile:
     def load(self) -> HalfPass | None:
         """What an earlier session saved, for the cells that were there to the end of it; None where there is nothing.
 
-        What lies behind a file that is missing or broken is removed.
+        Files after a missing or broken one are removed.
         """
         half, useless = kept_half(self.folder, self.model)
         with stopping_at_write_errors(self.folder.path):
