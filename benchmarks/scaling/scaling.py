@@ -224,7 +224,7 @@ def draw(parts: Parts, path: Path, forward: float, read: float, readers: float) 
     for axes, own, beside, title in zip(panels, (parts, gpu), (0, int(readers)), titles, strict=True):
         for cells in (1, 4, 16, 64):
             minutes = [own.predict(50_000, cells, int(count), beside) / 60 for count in devices]
-            axes.plot(devices, minutes, label=f"{cells} cells")
+            axes.plot(devices, minutes, label=f"{cells} cell{'s' if cells > 1 else ''}")
         axes.set(xscale="log", yscale="log", xlabel="devices", ylabel="minutes", title=title)
         axes.set_xticks([1, 2, 4, 8, 16, 32, 64], labels=["1", "2", "4", "8", "16", "32", "64"])
         axes.title.set_fontsize("small")
