@@ -83,8 +83,8 @@ class Parts:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=96, help="JPEGs to make (96)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each grid (3)")
-    parser.add_argument("--plot", type=Path, help="draw the model here, and measure only the parts")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each grid (3); 0 for the parts alone")
+    parser.add_argument("--plot", type=Path, help="draw the model here")
     gpu = ("FORWARD", "READ", "READERS")
     about = "images/s of the unreduced model on a GPU, images/s that a reader reads, readers beside each GPU"
     parser.add_argument("--gpu", type=float, nargs=3, default=(8000, 150, 8), metavar=gpu, help=about)
@@ -102,7 +102,7 @@ def main() -> None:
         print(parts.text())
         if asked.plot:
             draw(parts, asked.plot, *asked.gpu)
-        else:
+        if asked.repeats:
             check(parts, folder, asked.images, asked.repeats)
 
 
@@ -224,7 +224,7 @@ def draw(parts: Parts, path: Path, forward: float, read: float, readers: float) 
     for axes, own, beside, title in zip(panels, (parts, gpu), (0, int(readers)), titles, strict=True):
         for cells in (1, 4, 16, 64):
             minutes = [own.predict(50_000, cells, int(count), beside) / 60 for count in devices]
-            axes.plot(devices, minutes, label=f"{cells} cells")
+            axes.plot(devices, minutes, label=f"{cells} cell{'s' if cells > 1 else ''}")
         axes.set(xscale="log", yscale="log", xlabel="devices", ylabel="minutes", title=title)
         axes.set_xticks([1, 2, 4, 8, 16, 32, 64], labels=["1", "2", "4", "8", "16", "32", "64"])
         axes.title.set_fontsize("small")

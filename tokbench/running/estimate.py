@@ -190,7 +190,7 @@ def _foresee_speed(bench: Bench, probe: _Probe, size: int | None, forecast: _For
     least = FEWEST_ROUNDS / fits if options.rounds is None else 1 / 1.5
     planned = 1.5 * budget * np.array([least, 1, PATIENCE[VAGUE_WIDTH] if usual else 1])
     rounds = np.maximum(planned, (options.rounds or FEWEST_ROUNDS) * once)
-    warmup = 5 * (1 + 2 / batch) * once + 0.1 * models
+    warmup = 8 * once + 0.1 * models  # five passes, of which the first are slow, and as many on single images
     forecast.parts[SPEED] += rounds + warmup * options.processes
     if options.processes > 1:
         forecast.parts[SETUP] += options.processes * sum(probe.setup(cell) for cell, _ in members)
