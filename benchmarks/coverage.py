@@ -196,42 +196,51 @@ def try_method(model: Any, method: str) -> str:
 
 
 def table(tried: list[Tried]) -> str:
-    """The survey as Markdown, one row for each structure."""
-    works = [one for one in tried if not one.refusals]
-    rows = []
-    for one in tried:
-        kind, *features = one.structure
-        reasons = "; ".join(dict.fromkeys(one.refusals.values()))
-        refused = "none" if "none" in one.refusals else f"all but {', '.join(one.refusals)}"
-        outcome = f"{refused}: {reasons}" if reasons else "all"
-        counts = f"{len(one.names)} | {one.with_weights}"
-        rows.append(f"| {kind} | {', '.join(features)} | `{one.names[0]}` | {counts} | {outcome} |")
-    names = ", ".join(f"`{name}`" for one in tried if one.refusals for name in one.names)
-    converted = [f"| {library} | `{call}` | {', '.join(kinds)} |" for library, call, kinds in CONVERTED]
+    """The survey as Markdown: what is refused and why, then the architectures in which every method runs, by class."""
+    works, refused = ([one for one in tried if bool(one.refusals) is refuses] for refuses in (False, True))
     running, known = (sum(len(one.names) for one in group) for group in (works, tried))
     *classes, last = (f"`{kind.__name__}`" for kind in REDUCED_MODELS)
+    by_class: dict[str, list[Tried]] = defaultdict(list)
+    for one in works:
+        by_class[one.structure[0]].append(one)
+    converted = [f"| {library} | `{call}` | {', '.join(kinds)} |" for library, call, kinds in CONVERTED]
     return f"""# Coverage
 
 Every method runs on {running} of the {known} architectures in \
 timm {timm.__version__} whose class is {", ".join(classes)} or {last}, T2T-ViT and LV-ViT included; \
-{sum(one.with_weights for one in works)} of them have published weights. Architectures of equal structure share a row. \
-The smallest of each was built with {SIDE}×{SIDE} patches and {DEPTH} blocks, and every method of \
-`tokbench list methods` was run in it. Made by `python benchmarks/coverage.py docs/coverage.md`.
+{sum(one.with_weights for one in works)} of them have published weights. Other classes are refused. \
+Made by `python benchmarks/coverage.py docs/coverage.md`, which runs every method in the smallest architecture of each \
+structure, built with {SIDE}×{SIDE} patches and {DEPTH} blocks.
 
-Refused, as is any other class: {names}.
+| refused | reason |
+|---|---|
+{chr(10).join(map(_refusal, refused))}
 
-| class | structure | for example | architectures | with weights | methods that run |
-|---|---|---|---|---|---|
-{chr(10).join(rows)}
+{(chr(10) * 2).join(map(_section, by_class.values()))}
 
 ## Models of other libraries
 
-Their weights are put into timm's classes, so that every method runs in them; [how](own_model.md).
+Every method runs in them: [their weights are put into timm's classes](own_model.md#models-of-other-libraries).
 
 | library | `--model` | classes or models |
 |---|---|---|
 {chr(10).join(converted)}
 """
+
+
+def _refusal(one: Tried) -> str:
+    methods = "" if "none" in one.refusals else f"only {', '.join(one.refusals)}: "
+    return f"| {_spans(one.names)} | {methods}{'; '.join(dict.fromkeys(one.refusals.values()))} |"
+
+
+def _section(alike: list[Tried]) -> str:
+    features = dict.fromkeys(feature for one in alike for feature in one.structure[1:])
+    names = sorted(name for one in alike for name in one.names)
+    return f"## {alike[0].structure[0]}\n\n{len(alike)} structures: {'; '.join(features)}.\n\n{_spans(names)}"
+
+
+def _spans(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def main() -> None:

@@ -180,9 +180,9 @@ def zipped(path, pickle_: bytes, compression=zipfile.ZIP_STORED, name="a/data.pk
 def test_a_hostile_pickle_is_refused_in_a_line_and_little_memory(what, tmp_path):
     zipped(tmp_path / "file.pth", PICKLES[what])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError) as caught:
+    # Kept, the error would keep its frames, and their gigabytes, until garbage is collected: no process could fork.
+    with pytest.raises(UserError, match=r"\A.+\Z"):
         read_checkpoint(tmp_path / "file.pth")
-    assert "\n" not in str(caught.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
 
 

@@ -14,7 +14,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock, VisionTransformer
 
 import tokbench
-from tokbench.fusion.core import Assignment, bipartite_match, merge, pick, wide
+from tokbench.fusion.core import Assignment, attend, attend_merged, bipartite_match, merge, pick, reduce_attention, wide
 from tokbench.fusion.patch import tokens_per_image
 
 METHODS = [name for name in tokbench.list_methods() if name != "none"]
@@ -315,6 +315,21 @@ def test_merging_conserves_the_weighted_sum_and_leaves_others_alone(prefix, patc
     assert torch.equal(merged[:, :prefix], x[:, :prefix])
     alone = torch.ones(merged.shape[:2], dtype=torch.bool).scatter(1, plan.slot, False)
     assert torch.equal(merged[alone], x.gather(1, plan.kept[..., None].expand(-1, -1, 3))[alone])
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 3), st.integers(2, 20), st.sampled_from(["mean", "sum", "mlerp"]), st.booleans(), st.data())
+def test_attending_after_a_merge_is_attending_with_the_reduced_matrix(prefix, patches, combine, drops, data):
+    r = data.draw(st.integers(1, patches // 2))
+    generator = torch.Generator().manual_seed(patches * 31 + r)
+    tokens, heads = prefix + patches, data.draw(st.integers(1, 3))
+    kept, source, slot = bipartite_match(torch.randn(2, tokens, 4, generator=generator), prefix, r)
+    plan = Assignment(kept, *((None, None) if drops else (source, slot)), combine=combine)
+    size = torch.randint(1, 9, (2, tokens), generator=generator).double()
+    attention = torch.randn(2, heads, tokens, tokens, dtype=torch.float64, generator=generator).softmax(-1)
+    values = torch.randn(2, heads, kept.shape[1], 4, dtype=torch.float64, generator=generator)
+    expected = attend(reduce_attention(attention, plan, size), values)
+    torch.testing.assert_close(attend_merged(attention, plan, size, values), expected, rtol=0, atol=1e-12)
 
 
 def test_random_draws_differ_by_seed_and_block_but_not_by_image():

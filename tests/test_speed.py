@@ -377,17 +377,18 @@ def test_a_gpu_is_described_for_json() -> None:
 
 
 @pytest.mark.parametrize(
-    ("noise", "longest", "made"),
+    ("noise", "patience", "made"),
     [
-        (0.0, 160, range(8, 9)),  # nothing more to learn
-        (0.04, 160, range(19, 22)),  # as many as fit, and their intervals are useful
-        (0.2, None, range(19, 22)),  # no longer than was asked
-        (0.2, 160, range(25, 90)),  # until they are useful
-        (0.8, 160, range(70, 90)),  # as long as is allowed
+        (0.0, {0.05: 4}, range(8, 9)),  # nothing more to learn
+        (0.04, {0.05: 4}, range(19, 22)),  # as many as fit, and their intervals are useful
+        (0.2, {}, range(16, 22)),  # no longer than was asked
+        (0.2, {0.05: 4}, range(25, 90)),  # until they are useful
+        (0.8, {0.05: 4}, range(70, 90)),  # as long as is allowed
+        (0.8, {0.05: 2, 0.2: 8}, range(100, 165)),  # longer while they tell nothing
     ],
 )
 def test_rounds_go_on_until_every_interval_is_useful(
-    clock: Clock, noise: float, longest: float | None, made: range
+    clock: Clock, noise: float, patience: dict[float, float], made: range
 ) -> None:
     generator = np.random.default_rng(0)
     quick: dict[str, nn.Module] = {
@@ -395,10 +396,12 @@ def test_rounds_go_on_until_every_interval_is_useful(
     }
     seen: list[tuple[int, int]] = []
     results = measure_speed(
-        quick, batch_size=1, input_size=SIZE, seconds=40, longest=longest, on_round=lambda *told: seen.append(told)
+        quick, batch_size=1, input_size=SIZE, seconds=40, patience=patience, on_round=lambda *told: seen.append(told)
     )
     assert len(results[0].rounds) == len(seen) and len(seen) in made
-    assert len({planned for _, planned in seen}) <= 2  # a bar that starts anew all the time tells no time
+    assert len({planned for _, planned in seen}) <= 1 + len(
+        patience
+    )  # a bar that starts anew all the time tells no time
     assert all(done <= planned for done, planned in seen)
     assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
 
@@ -410,7 +413,7 @@ def test_rounds_go_on_for_a_time_that_is_vague_where_the_ratio_is_not(clock: Clo
         name: Ticking(clock, lambda: (1 + (clock.now // 8) % 2) * noise.uniform(0.99, 1.01), [], name)
         for name in ("none", "tome")
     }
-    results = measure_speed(models, batch_size=1, input_size=SIZE, seconds=48, longest=192)
+    results = measure_speed(models, batch_size=1, input_size=SIZE, seconds=48, patience={0.05: 4})
     assert results[1].speedup_high / results[1].speedup_low < 1.05
     assert len(results[0].rounds) > 40
 

@@ -19,7 +19,7 @@ from scipy.special import ndtr
 from scipy.stats import bootstrap, mstats, quantile_test
 from scipy.stats import t as student
 
-from tokbench.measure.speed import FEWEST_ROUNDS, SHARP_WIDTH, VAGUE_WIDTH
+from tokbench.measure.speed import FEWEST_ROUNDS, SHARP_WIDTH
 from tokbench.measure.stats import median_interval, typical, widest
 from tokbench.running.timing import PATIENCE
 
@@ -93,7 +93,8 @@ def typical_pass(scenario: str, pace: np.ndarray, noise: float = NOISE) -> float
 def rounds_made(unreduced: np.ndarray, cell: np.ndarray, usual: int) -> int:
     """How many of these rounds `measure_speed` makes: fewer than usual where all is sharp, more while it is vague."""
     done = FEWEST_ROUNDS
-    for end, enough in ((usual, SHARP_WIDTH), (len(cell), VAGUE_WIDTH)):
+    for enough, times in {SHARP_WIDTH: 1, **PATIENCE}.items():
+        end = times * usual
         while done < end:
             if widest([unreduced[:done], cell[:done]]) <= enough:
                 return done
@@ -202,7 +203,7 @@ def print_stopping(measurements: int) -> None:
         for scenario in SCENARIOS:
             generator, rows = np.random.default_rng(0), []
             for _ in range(measurements):
-                unreduced, cell, pace = measurement(scenario, PATIENCE * usual, generator, noise)
+                unreduced, cell, pace = measurement(scenario, max(PATIENCE.values()) * usual, generator, noise)
                 done = rounds_made(unreduced, cell, usual)
                 truth = typical_pass(scenario, pace[: done * MODELS], noise)
                 _, low, high = median_interval(cell[:done])

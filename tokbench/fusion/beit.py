@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.models.beit import Attention, Block
 from torch import Tensor, nn
 
-from tokbench.fusion.blocks import Fusion, ReducedBlockBase, ReducedEvaBlock, _heads, _project, attend_with
+from tokbench.fusion.blocks import Attend, Fusion, ReducedBlockBase, ReducedEvaBlock, _heads, _project, attend_with
 from tokbench.fusion.core import View
 
 # The parts of other attentions that BEiT's lacks: identities, for the time that a method is in it.
@@ -34,10 +34,10 @@ class ReducedBeitAttention(Attention):
         own = None if self.relative_position_bias_table is None else self._get_rel_pos_bias()
         return [self.fusion.rows_and_columns(bias) for bias in (own, shared) if bias is not None]
 
-    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None, matrix: Tensor | None = None) -> Tensor:
-        """timm's; matrix: as in ReducedAttentionBase."""
-        if matrix is not None:
-            return attend_with(self, x, matrix)
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None, attend: Attend | None = None) -> Tensor:
+        """timm's; attend: as in ReducedAttentionBase."""
+        if attend is not None:
+            return attend_with(self, x, attend)
         q, k, v = (_heads(self, part) for part in self.joint(_project(self, x, slice(0, 3))).chunk(3, dim=-1))
         q, k = self.q_norm(q), self.k_norm(k)
         log_size = self.fusion.log_size()

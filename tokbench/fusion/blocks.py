@@ -17,8 +17,11 @@ from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
 from tokbench.errors import UserError, one_line
-from tokbench.fusion.core import Assignment, Method, State, View, for_every_head, merge, reduce_attention, score_dtype
+from tokbench.fusion.core import Assignment, Method, State, View, attend, attend_merged, for_every_head
 from tokbench.schedules import Schedule
+
+# From values (B, H, M, d) of a block's tokens to what its attention makes of them, (B, M, H·d).
+Attend = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -97,10 +100,12 @@ class Fusion:
 
         −∞ shuts out what fills up images of fewer tokens, whatever the method.
         """
-        size = self.state.size
-        if size is None or not (self.method.proportional or self.state.count is not None):
+        state = self.state
+        if state.size is None or not (self.method.proportional or state.count is not None):
             return None
-        return size.log() if self.method.proportional else size.clamp_max(1).log()
+        if state.log_size is None:
+            state.log_size = (state.size if self.method.proportional else state.size.clamp_max(1)).log()
+        return state.log_size
 
     def rope(self, table: Tensor | None) -> Tensor | None:
         """The rotary embedding of the patch tokens as they now are: each token's row of the model's own table.
@@ -160,16 +165,15 @@ class Fusion:
             fixed=torch.compiler.is_compiling() or (torch.jit.is_tracing() and not self.counted),
         )
 
-    def reduce(self, view: View, r: int) -> tuple[Tensor, Tensor | None]:
-        """Plan and carry it out: tokens (B, M, C), and the reduced attention (B, H, M, M) for methods that reuse it."""
+    def reduce(self, view: View, r: int) -> tuple[Tensor, Attend | None]:
+        """Plan and carry it out: tokens (B, M, C), and for methods that reuse A how to attend with it, reduced."""
         with in_own_precision(view.x.device.type):
             plan = self.plan(view, r)
-            reduced = merge(view.x, plan, view.size)
-            attention = None
-            if self.method.reuses_attention:
-                attention = reduce_attention(view.attention(), plan, view.size)
-        self.state.advance(plan, int(view.x.shape[1]), self.method.tracks_size, score_dtype(view.x))
-        return reduced, attention
+            before = self.state.size
+            reduced = self.state.carry_out(plan, view.x, self.method.tracks_size)
+            if not self.method.reuses_attention:
+                return reduced, None
+            return reduced, partial(attend_merged, view.attention(), plan, before)
 
     def finish(self, r: int, tokens: int) -> None:
         """Note what a block left of the r tokens that were to go from it."""
@@ -231,10 +235,9 @@ def queries_and_keys(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return attention.q_norm(queries), attention.k_norm(keys)
 
 
-def attend_with(attention: Any, x: Tensor, matrix: Tensor) -> Tensor:
-    """What a timm attention gives for the tokens x (B, N, C) when A is `matrix` (B, H, N, N): values only are new."""
-    values = project_values(attention, x)
-    out = attention.norm((matrix.to(values.dtype) @ values).transpose(1, 2).flatten(2))
+def attend_with(attention: Any, x: Tensor, attend: Attend) -> Tensor:
+    """What a timm attention gives for the tokens x (B, N, C) when A is known: values only are new."""
+    out = attention.norm(attend(project_values(attention, x)))
     if attention.gate is not None:
         out = out * attention.gate(x).sigmoid()
     return attention.proj_drop(attention.proj(out))
@@ -280,11 +283,11 @@ def _heads(attention: Any, projected: Tensor) -> Tensor:
 
 
 class ReducedAttentionBase:
-    """timm's attention, which can also be given its matrix. It is called for either: what is hooked onto it runs."""
+    """timm's attention, which can also be told how to attend. It is called for either: what is hooked onto it runs."""
 
-    def forward(self, x: Tensor, *args: Any, matrix: Tensor | None = None, **options: Any) -> Tensor:
-        if matrix is not None:
-            return attend_with(self, x, matrix)
+    def forward(self, x: Tensor, *args: Any, attend: Attend | None = None, **options: Any) -> Tensor:
+        if attend is not None:
+            return attend_with(self, x, attend)
         return super().forward(x, *args, **options)  # type: ignore[misc]
 
 
@@ -349,7 +352,7 @@ class ReducedBlockBase:
         view = self.view_ahead(x, rope)
         with in_own_precision(x.device.type):
             view.attend_with(self.fusion.method.reshape_attention(view.attention()))
-        view.x = self.add_attention(x, self.attn(normed, matrix=view.attention()))
+        view.x = self.add_attention(x, self.attn(normed, attend=partial(attend, view.attention())))
         return view
 
     def view_behind(self, before: Tensor, x: Tensor, rope: Tensor | None) -> View:
@@ -385,10 +388,10 @@ class ReducedBlockBase:
 
     def reduce_first(self, x: Tensor, r: int, rope: Tensor | None) -> Tensor:
         """Reduce before the attention, by this block's own attention on the tokens as they come."""
-        x, matrix = self.fusion.reduce(self.view_ahead(x, rope), r)
-        if matrix is None:
+        x, reduced = self.fusion.reduce(self.view_ahead(x, rope), r)
+        if reduced is None:
             return super().forward(x, **self.bias(x, rope))  # type: ignore[misc]
-        return self.add_mlp(self.add_attention(x, self.attn(self.before_attention(x), matrix=matrix)))
+        return self.add_mlp(self.add_attention(x, self.attn(self.before_attention(x), attend=reduced)))
 
     def before_attention(self, x: Tensor) -> Tensor:
         raise NotImplementedError

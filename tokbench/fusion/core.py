@@ -49,6 +49,7 @@ class Assignment:
     mass: Tensor | None = None
     mix: Tensor | None = None
     count: Tensor | None = None
+    _members: tuple[Tensor, tuple[Tensor, Tensor, Tensor]] | None = field(default=None, init=False, repr=False)
 
     def require_valid(self, view: View) -> None:
         """Raise UserError unless this can be carried out on the tokens of `view`. Looks at values: not for speed."""
@@ -112,14 +113,22 @@ class Assignment:
 
     def total(self, values: Tensor) -> Tensor:
         """Sum of `values` (B, N) over the members of each output token: (B, M)."""
-        kept = values.gather(1, self.kept)
-        if self.mix is not None and self.source is not None:
-            own = kept if self.weight is None else kept * self.weight.gather(1, self.kept)
-            taken = (self.mix * values.gather(1, self.source).unsqueeze(1)).sum(-1)
-            return own + F.pad(taken, (own.shape[1] - taken.shape[1], 0))
-        if self.source is None or self.slot is None:
-            return kept
-        return kept.scatter_add(1, self.slot, values.gather(1, self.source))
+        if self.source is None or (self.slot is None and self.mix is None):
+            return values.gather(1, self.kept)
+        if self.mix is None:
+            return self.members(values)[2]
+        own = values if self.weight is None else values * self.weight
+        taken = (self.mix * values.gather(1, self.source).unsqueeze(1)).sum(-1)
+        return own.gather(1, self.kept) + F.pad(taken, (self.kept.shape[1] - taken.shape[1], 0))
+
+    def members(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`values` (B, N) of the tokens kept and of the sources, and their sum in each output token: (B, M), (B, R) and
+        (B, M). Those of the same tensor are remembered: merging and counting sizes both ask for them."""
+        assert self.source is not None and self.slot is not None
+        if self._members is None or self._members[0] is not values:
+            own, others = values.gather(1, self.kept), values.gather(1, self.source)
+            self._members = values, (own, others, own.scatter_add(1, self.slot, others))
+        return self._members[1]
 
 
 def _require_index(name: str, index: Any, shape: tuple[int, ...], end: int, device: torch.device) -> None:
@@ -150,10 +159,9 @@ def merge(x: Tensor, plan: Assignment, size: Tensor | None) -> Tensor:
     weight = next((one for one in (plan.weight, plan.mass, size) if one is not None), None)
     if weight is None:
         weight = torch.ones(x.shape[:2], dtype=score_dtype(x), device=x.device)
-    own, others = weight.gather(1, plan.kept), weight.gather(1, plan.source)
+    own, others, total = plan.members(weight)
     if plan.combine != "sum":
         # Shares that sum to 1, so that no intermediate is larger than a token: float16 can't overflow here.
-        total = own.scatter_add(1, plan.slot, others)
         own, others = own / total, others / total.gather(1, plan.slot)
     sources = pick(x, plan.source)
     joined = kept * own.unsqueeze(-1).to(x.dtype)
@@ -195,8 +203,8 @@ def pick(x: Tensor, index: Tensor) -> Tensor:
         return x.gather(1, wide(index, x))
     # On the CPU, gathering looks the index up for every channel; whole rows of one long list come ten times as fast.
     batch, tokens, channels = x.shape
-    first = torch.arange(batch) * tokens
-    return x.reshape(-1, channels).index_select(0, (index + first.unsqueeze(1)).flatten()).unflatten(0, index.shape)
+    first = torch.arange(0, batch * tokens, tokens).unsqueeze(1)
+    return x.reshape(-1, channels).index_select(0, (index + first).flatten()).unflatten(0, index.shape)
 
 
 def constant(most: int) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
@@ -276,7 +284,11 @@ class View:
 
     def mean_keys(self) -> Tensor:
         """k̄: keys averaged over heads, (B, N, d), float32 at least."""
-        return self.keys.to(score_dtype(self.keys)).mean(1)
+        keys = self.keys.to(score_dtype(self.keys))
+        if keys.device.type != "cpu":
+            return keys.mean(1)
+        # Reduction over a dimension amid others takes three times as long on the CPU as adding whole heads.
+        return sum(keys.unbind(1)[1:], keys[:, 0]) / keys.shape[1]
 
     def attention(self) -> Tensor:
         """A = softmax(Q Kᵀ/√d, + log s and a position bias where the block uses them): (B, H, N, N), computed once."""
@@ -473,6 +485,25 @@ def whole(least: int) -> Callable[[object, object], str]:
     return check
 
 
+def attend(attention: Tensor, values: Tensor) -> Tensor:
+    """What attending by A (B, H, N, N) gives for values (B, H, N, d): (B, N, H·d)."""
+    return (attention.to(values.dtype) @ values).transpose(1, 2).flatten(2)
+
+
+def attend_merged(attention: Tensor, plan: Assignment, size: Tensor | None, values: Tensor) -> Tensor:
+    """What attending by A (B, H, N, N) gives after a merge, for values (B, H, M, d): (B, M, H·d).
+
+    The same as `attend` with `reduce_attention`, which reads and writes A twice more. A sum of columns times a value is
+    each column times that value, and rows of a product are averaged as those of A are.
+    """
+    tokens = attention.shape[-1]
+    plain = plan.source is not None and plan.kept.shape[1] + plan.source.shape[1] == tokens and plan.combine != "mlerp"
+    if not plain or torch.jit.is_tracing():  # FLOPs are those of the definition
+        return attend(reduce_attention(attention, plan, size), values)
+    spread = pick(values.transpose(1, 2).flatten(2), plan.target(tokens))
+    return merge(attend(attention, spread.unflatten(2, (len(values[0]), -1)).transpose(1, 2)), plan, size)
+
+
 def reduce_attention(attention: Tensor, plan: Assignment, size: Tensor | None) -> Tensor:
     """An attention matrix (B, H, N, N) after a merge: rows are averaged as tokens are, columns summed. (B, H, M, M)."""
     batch, heads, _, _ = attention.shape
@@ -499,6 +530,7 @@ class State:
     """What one forward pass carries from block to block."""
 
     size: Tensor | None = None  # (B, N), None while every token is one patch
+    log_size: Tensor | None = None  # of these sizes, where it was asked for
     token_map: Tensor | None = None  # (B, N₀), kept when traced or when the method needs it
     positional: bool = False  # whether attention looks at where tokens are: rotary embeddings, or a position bias
     origin: Tensor | None = None  # (B, N), the first token whose place each one has, None for its own
@@ -511,11 +543,12 @@ class State:
         """For copies, which torch refuses to make of a tensor that gradients flow through, as they do to sizes."""
         return {name: one.detach() if isinstance(one, Tensor) else one for name, one in vars(self).items()}
 
-    def advance(self, plan: Assignment, tokens: int, tracks_size: bool, dtype: torch.dtype) -> None:
-        """Bring sizes and map up to date with a plan that was carried out on `tokens` tokens."""
-        size, grows = self.size, tracks_size and plan.source is not None
-        if size is None and (grows or plan.count is not None):
-            size = torch.ones(plan.kept.shape[0], tokens, dtype=dtype, device=plan.kept.device)
+    def carry_out(self, plan: Assignment, x: Tensor, tracks_size: bool) -> Tensor:
+        """The tokens x (B, N, C) after a plan, (B, M, C); sizes and map are brought up to date with it."""
+        tokens, grows = int(x.shape[1]), tracks_size and plan.source is not None
+        if self.size is None and (grows or plan.count is not None):
+            self.size = torch.ones(x.shape[:2], dtype=score_dtype(x), device=x.device)
+        merged, size = merge(x, plan, self.size), self.size
         if size is not None:
             if not grows:
                 size = size.gather(1, plan.kept)
@@ -526,12 +559,13 @@ class State:
             if plan.count is not None:
                 past = torch.arange(plan.kept.shape[1], device=plan.kept.device) >= plan.count.unsqueeze(1)
                 size = size.masked_fill(past, 0)
-        self.size, self.count = size, plan.count
+        self.size, self.count, self.log_size = size, plan.count, None
         if self.positional:
             self.origin = plan.kept if self.origin is None else self.origin.gather(1, plan.kept)
         if self.token_map is not None:
             moved = plan.target(tokens).gather(1, self.token_map.clamp_min(0))
             self.token_map = torch.where(self.token_map < 0, -1, moved)
+        return merged
 
 
 def two_sets(x: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
@@ -552,13 +586,12 @@ def best_proposals(score: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, 
     score: (B, |A|, |B|), of the tokens in `two_sets`.
     Returns kept: (B, N−r) in the order prefix, A ascending, B ascending; source: (B, r); slot: (B, r).
     """
-    batch = score.shape[0]
-    a, b = positions(score, prefix)
     best, partner = score.max(-1)
     ranked = best.argsort(dim=-1, descending=True, stable=True)
-    going, staying = ranked[:, :r], ranked[:, r:].sort(dim=-1).values
-    kept = after_prefix(prefix, a[staying], b.expand(batch, -1))
-    return kept, a[going], prefix + staying.shape[1] + partner.gather(1, going)
+    a, b = positions(score, prefix)
+    source, staying = a[ranked[:, :r]], a[ranked[:, r:].sort(dim=-1).values]
+    kept = after_prefix(prefix, staying, b.expand(len(staying), -1))
+    return kept, source, prefix + staying.shape[1] + partner.gather(1, ranked[:, :r])
 
 
 def bipartite_match(metric: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -617,6 +650,8 @@ def keep_only(patches: Tensor, prefix: int, count: Tensor | None = None) -> Assi
 
     count: (B,), how many of the K each image keeps, 1 at least; None: all.
     """
-    plan = Assignment(after_prefix(prefix, patches + prefix), count=None if count is None else prefix + count)
-    plan.kept = plan.kept.gather(1, plan.places())
+    plan = Assignment(after_prefix(prefix, patches + prefix))
+    if count is not None:
+        plan.count = prefix + count
+        plan.kept = plan.kept.gather(1, plan.places())
     return plan

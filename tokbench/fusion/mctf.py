@@ -82,15 +82,17 @@ class MCTF(Method):
     def attraction(self, view: View, received: Tensor) -> Tensor:
         """W between the tokens of A and B: (B, |A|, |B|). Maxima scale all of an image's scores alike."""
         a, b = two_sets(F.normalize(view.x.to(received.dtype), dim=-1), view.prefix)
-        similar = (a @ b.mT + 1) / 2
-        scores = similar.clamp_min(0) ** (1 / self.tau_sim) * _pairs(1 / received, view.prefix, self.tau_info)
-        return scores if view.size is None else scores * _pairs(1 / view.size, view.prefix, self.tau_size)
+        similar = (a @ b.mT).add_(1).div_(2).clamp_min_(0) ** (1 / self.tau_sim)
+        alone = _root(1 / received, self.tau_info)
+        if view.size is not None:
+            alone = alone * _root(1 / view.size, self.tau_size)
+        a, b = two_sets(alone, view.prefix)
+        return similar.mul_(a.unsqueeze(-1)).mul_(b.unsqueeze(1))
 
 
-def _pairs(score: Tensor, prefix: int, temperature: float) -> Tensor:
-    # The root before the product: the product of two small scores may be no float32.
-    a, b = two_sets((score / score.amax(1, keepdim=True)) ** (1 / temperature), prefix)
-    return a.unsqueeze(-1) * b.unsqueeze(1)
+def _root(score: Tensor, temperature: float) -> Tensor:
+    """A token's part of what its pairs share. The product of two scores before the root may be no float32."""
+    return (score / score.amax(1, keepdim=True)) ** (1 / temperature)
 
 
 def _both_ways(attraction: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:

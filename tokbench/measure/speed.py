@@ -69,7 +69,7 @@ def measure_speed(
     images: Tensor | None = None,
     rounds: int | None = None,
     seconds: float = 30.0,
-    longest: float | None = None,
+    patience: Mapping[float, float] | None = None,
     latency_of: Collection[str] = (),
     warmup: int = 3,
     seed: int = 0,
@@ -90,8 +90,8 @@ def measure_speed(
         rounds: the number of rounds, however long they take. None: as many as fit in `seconds`, at least 8; fewer once
             every time and every speed-up has an interval of ±1 %.
         seconds: time for all rounds of all models; a turn has as many passes as fit its share, at least one.
-        longest: how long to go on, where `rounds` is None, while any of these intervals is wider than ±5 %; None: no
-            longer than `seconds`.
+        patience: how many times as long to go on, where `rounds` is None, while any of these intervals is wider, by
+            half-width: {0.05: 2, 0.25: 6}. Wider intervals come later.
         latency_of: models to time on single images too, some passes in each round: about 50 in all, or fewer so that
             they take at most half of `seconds` more. They use the host's clock, because latency includes kernel
             launches.
@@ -155,7 +155,9 @@ def measure_speed(
         timings: dict[str, list[float]] = {name: [] for name in models}
         latencies: dict[str, list[float]] = {name: [] for name in models}
         share = 1.5 if single else 1.0  # of the time for batches, with that for single images
-        limits = [share * seconds, share * max(seconds, longest or 0)]
+        limits = {SHARP_WIDTH: share * seconds} | {
+            width: share * seconds * more for width, more in (patience or {}).items()
+        }
         due = _rounds_due(planned, limits, lambda: widest([timings[name] for name in running]))
         if rounds is not None:
             due = ((done, rounds) for done in range(1, rounds + 1))
@@ -191,14 +193,14 @@ def plan(estimates: Mapping[str, float], rounds: int | None, seconds: float) -> 
     return rounds, {name: max(1, int(turn / estimate)) for name, estimate in estimates.items()}
 
 
-def _rounds_due(planned: int, limits: Sequence[float], width: Callable[[], float]) -> Iterator[tuple[int, int]]:
+def _rounds_due(planned: int, limits: Mapping[float, float], width: Callable[[], float]) -> Iterator[tuple[int, int]]:
     """(number, planned so far) of each round to make, at least `FEWEST_ROUNDS`.
 
-    As many as planned, unless they take longer than the first limit or all is sharp before; then, while anything is
-    vague, as many as fit in the second limit. limits: seconds from the first round on. width: of the widest interval.
+    limits: by half-width of the widest interval, seconds from the first round on up to which to go on while it is
+    wider. width: of the widest interval now.
     """
     done, began = 0, time.perf_counter()
-    for limit, enough in zip(limits, (SHARP_WIDTH, VAGUE_WIDTH), strict=True):
+    for enough, limit in limits.items():
         look = max(done, FEWEST_ROUNDS)
         if done:
             planned = int(done * limit / (time.perf_counter() - began))

@@ -1,1 +1,1 @@
-"""What a run says: one table of metrics, tables and plots. Reads the store; never runs a model or imports torch."""
+"""Tables, plots, findings and pages of finished runs. Never runs a model or imports torch."""

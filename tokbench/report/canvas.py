@@ -1,4 +1,4 @@
-"""How figures are drawn and become files: the same everywhere, whatever the user's matplotlib is set to.
+"""Drawing and saving figures, independent of the user's matplotlib settings.
 
 Import this before anything else of matplotlib.
 """
@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-# Where MPLBACKEND names what is not installed here, as a notebook's shell does, matplotlib cannot be imported.
+# matplotlib cannot be imported if MPLBACKEND names a backend that is not installed, as in a notebook's shell.
 _backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
 import matplotlib  # noqa: E402
 from matplotlib import style  # noqa: E402
@@ -28,7 +28,7 @@ if _backend is not None:
         matplotlib.rcParams["backend"] = _backend
 
 FORMATS = ("png", "svg", "pdf")
-# Text is text, also between two $; it stays text in PDF; and ids in SVG do not change from one drawing to the next.
+# No math between two $, text stays text in PDF, and ids in SVG are the same in every drawing.
 _SETTINGS: dict[str, Any] = {"text.parse_math": False, "pdf.fonttype": 42, "svg.hashsalt": "tokbench"}
 _NO_DATE: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 _MOST_PIXELS = 30_000  # of a side; matplotlib can do 65,536, in 500 MB
@@ -36,7 +36,7 @@ _MOST_PIXELS = 30_000  # of a side; matplotlib can do 65,536, in 500 MB
 
 @contextmanager
 def drawing(theme: Theme, settings: dict[str, Any]) -> Iterator[None]:
-    """Figures made and saved in this context have these colors and settings, and else matplotlib's own defaults."""
+    """Draw figures with these colors and settings, and matplotlib's defaults for the rest."""
     colors = {
         **dict.fromkeys(("figure.facecolor", "savefig.facecolor", "axes.facecolor"), theme.background),
         **dict.fromkeys(("text.color", "axes.labelcolor"), theme.ink),
@@ -49,7 +49,7 @@ def drawing(theme: Theme, settings: dict[str, Any]) -> Iterator[None]:
 
 
 def require_format(out: Path) -> None:
-    """Raise UserError unless the suffix of `out` names a kind of file that figures can be written to."""
+    """Raise UserError unless figures can be written to files with the suffix of `out`."""
     suffix = out.suffix.lstrip(".").lower()
     if suffix not in FORMATS:
         hint = nearest(suffix, FORMATS)
@@ -57,7 +57,7 @@ def require_format(out: Path) -> None:
 
 
 def save(figure: Figure, out: Path, dpi: int) -> None:
-    """Write a figure, folders included, as a whole. Raises UserError where the file cannot be written."""
+    """Write a figure atomically and make its folders. Raises UserError if that fails."""
     kind = out.suffix.lstrip(".").lower()
     dpi = min(dpi, int(_MOST_PIXELS / max(figure.get_size_inches())))
     write_out(out, lambda file: figure.savefig(file, format=kind, dpi=dpi, metadata=_NO_DATE.get(kind, {})))

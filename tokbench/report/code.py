@@ -1,4 +1,4 @@
-"""The Python that makes a measured cell: its model, and its method with the schedule that was measured."""
+"""Python code that rebuilds a measured cell: model, method and schedule."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _CAST = {None: "", "fp32": "", "bf16": ".bfloat16()", "fp16": ".half()"}
 
 
 def python_of(cell: Cell, folder: RunFolder) -> tuple[str, list[str]]:
-    """Lines of Python that make a cell of this run, and notes on them.
+    """Lines of Python that rebuild a cell of this run, and notes on them.
 
-    What the run says gets into them as literals only. Raises UserError for a dtype that is not known.
+    Values from the run are inserted as literals only. Raises UserError for an unknown dtype.
     """
     if cell.dtype not in _CAST:
         raise UserError(f"the run {folder.path} was made in {cell.dtype!r}, which this tokbench does not know")
@@ -50,13 +50,13 @@ def python_of(cell: Cell, folder: RunFolder) -> tuple[str, list[str]]:
 
 def applied(cell: Cell) -> tuple[str, dict[str, Any]]:
     """The schedule and the parameters that a cell was measured with."""
-    # What was measured on calibration images, so that nobody needs them again.
+    # Calibrated values are included, so that no calibration images are needed.
     calibrated = {name: value for name, value in (cell.calibrated or {}).items() if name in cell.params}
     return cell.resolved or cell.schedule, {**dict(sorted(cell.params.items())), **calibrated}
 
 
 def loaded(cell: Cell, manifest: Manifest) -> tuple[list[Any], dict[str, Any]]:
-    """What `tokbench.load_model` is called with for a cell's model, by place and by name."""
+    """Positional and keyword arguments of `tokbench.load_model` for a cell's model."""
     specs = [spec for session in manifest.sessions for spec in session.grid.models if spec.get("label") == cell.model]
     spec = next((spec for spec in reversed(specs) if spec.get("name")), {"name": cell.model})
     words = [spec[key] for key in ("name", "checkpoint") if spec.get(key)]
@@ -76,7 +76,7 @@ def export_of(cell: Cell, folder: RunFolder) -> list[str]:
 
 
 def _arguments(*values: Any, **named: Any) -> str:
-    """What stands between the parentheses of a call, also for names that cannot stand before =."""
+    """The arguments of a call as code, also for names that are not identifiers."""
     plain = {name for name in named if name.isascii() and name.isidentifier() and not iskeyword(name)}
     words = [_literal(value) for value in values]
     words += [f"{name}={_literal(value)}" for name, value in named.items() if name in plain]
@@ -85,7 +85,7 @@ def _arguments(*values: Any, **named: Any) -> str:
 
 
 def _literal(value: Any) -> str:
-    """A JSON value as Python, in double quotes where they do."""
+    """A JSON value as Python, in double quotes if possible."""
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
     text = repr(value)
@@ -93,7 +93,7 @@ def _literal(value: Any) -> str:
 
 
 def _plugins(manifest: Manifest, method: str) -> tuple[list[str], list[str]]:
-    """The files with a run's own methods, as the command line named them; and what may be wrong with them now."""
+    """A run's plugin files as the command line named them, and notes on what may be wrong with them now."""
     if not manifest.plugins:
         return [], [f"{method} is no method of tokbench, and the run loaded no plugin: register it before these lines"]
     named: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""What measured cells say, in sentences. Each is as strong as its interval allows and no stronger."""
+"""Findings in sentences, none stronger than its interval allows."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ _WITHOUT_TOP1 = {
     "output_correlation": "The model has one output and no classes: said below is how far it moves.",
     "top1": "Accuracy was not measured: what the savings cost is unknown.",
 }
-_RUNS_DIFFER = 1.1  # what a speed-up at batch 1 may be multiplied with from one run to the next: docs/measuring.md
+_RUNS_DIFFER = 1.1  # factor by which a speed-up at batch 1 may differ between runs: docs/measuring.md
 
 
 @dataclass
 class Findings:
-    """What is known of one model under one set of conditions.
+    """Findings on one model under one set of conditions.
 
     Attributes:
-        title: names them.
-        answer: what one may take without losing accuracy, in one sentence; "" where that is not known.
-        sentences: all of it.
+        title: model and conditions.
+        answer: the cell to use without losing accuracy, in one sentence; "" if that is not known.
+        sentences: all findings.
     """
 
     title: str
@@ -103,7 +103,7 @@ class _Group:
         return f"{capital(name)} takes {_share(best)} of {model}, {loss}. Whether it is faster was not measured."
 
     def _faster(self, best: Cell, faster: list[Cell], loss: str) -> str:
-        """What the best of the faster cells does, and where it is a control, which is the best of the others."""
+        """What the best of the faster cells does and, if it is a control, the best of the others."""
         batches = f" in batches of {best.batch_size}" if (best.batch_size or 0) > 1 else ""
         told = f"makes {best.model} {_times_as_fast(best)}{_on(best)}{batches}, {loss}."
         if batches and (alone := _alone(best)):
@@ -118,7 +118,7 @@ class _Group:
         return f"{told}; of the papers' methods it is {self.name(other)}, {_times_as_fast(other)}."
 
     def _fastest(self, cells: list[Cell]) -> Cell:
-        """The fastest whose speed is known best, of those that are surely faster than the unreduced model or of all."""
+        """The fastest of the least doubted cells that are surely faster than the unreduced model, else of all."""
         return _best(least_doubted([cell for cell in cells if _side(cell["speedup"], 1) == 1] or cells), "speedup")
 
     def _passed_over(self, best: Cell, cells: list[Cell]) -> str:
@@ -126,7 +126,7 @@ class _Group:
         return told and f" {capital(told)}."
 
     def sentences(self) -> list[str]:
-        """All that is known."""
+        """All findings."""
         told = [self._unreduced()]
         if not self.reduced:
             return [*told, "Nothing but the unreduced model was measured, so there is nothing to compare."]
@@ -170,7 +170,7 @@ class _Group:
         return [f"{left_out}: {listed(names)}."] if names else []
 
     def _accuracy(self) -> list[str]:
-        """How many cells are as good as the unreduced model as far as one can tell, and the cheapest of them."""
+        """How many cells show no loss against the unreduced model, and the cheapest of them."""
         same, gained, lost = ([cell for cell in self.sound if _side(cell["drop"]) == side] for side in (0, -1, 1))
         known = [*same, *gained, *lost]
         if not known:
@@ -197,7 +197,7 @@ class _Group:
         return sentences
 
     def _best_kept(self, kept: list[Cell], lost: list[Cell]) -> list[str]:
-        """The fastest or cheapest cell that loses nothing as far as one can tell, or else the smallest loss."""
+        """The fastest or cheapest cell that shows no loss, else the smallest loss."""
         gains = (("speedup", "fastest", _speed), ("flops_ratio", "cheapest", _share))
         if not kept:
             best = _best(lost, "drop")
@@ -214,7 +214,7 @@ class _Group:
         return []
 
     def _likeness(self, name: str) -> list[str]:
-        """How near cells without a top-1 come to the unreduced model: in its answers, or in its features."""
+        """How close cells without a top-1 are to the unreduced model, in answers or in features."""
         known = _known(self.sound, name)
         if not known:
             return []
@@ -255,7 +255,7 @@ class _Group:
         return told
 
     def _latency(self) -> list[str]:
-        """Which cells that are faster in batches are not at batch 1, by speed-ups paired there too."""
+        """Which cells are faster in batches but not at batch 1, by paired speed-ups."""
         timed = [
             cell
             for cell, _ in _known(self.sound, "latency_speedup")
@@ -310,9 +310,9 @@ def _best(cells: Iterable[Cell], metric: str) -> Cell:
 
 
 def _side(figure: Figure | None, low: float = 0, high: float | None = None) -> int | None:
-    """-1 where the figure's interval lies below `low`, 1 where above `high` or else `low`, 0 where in neither.
+    """-1 if the figure's interval lies below `low`, 1 if above `high` (default: `low`), else 0.
 
-    None where there is no interval.
+    None if there is no interval.
     """
     if figure is None or figure.interval is None:
         return None
@@ -329,9 +329,9 @@ def _digits(cell: Cell) -> int:
 
 
 def _cost(cell: Cell) -> str:
-    """What a cell does to top-1: a loss, a gain, or nothing that could be told from chance.
+    """A cell's effect on top-1: a loss, a gain, or not significant.
 
-    Without labels how near it stays to the unreduced model; "" where nothing is known.
+    Without labels, how close it stays to the unreduced model; "" if nothing is known.
     """
     drop, side = cell["drop"], _side(cell["drop"])
     if drop and drop.interval is None:
@@ -369,9 +369,9 @@ def _share(cell: Cell) -> str:
 
 
 def _alone(cell: Cell) -> str:
-    """Whether a cell is slower at batch 1 than the unreduced model, as far as one run can tell; "" if it is faster.
+    """Whether a cell is slower at batch 1 than the unreduced model; "" if it is faster.
 
-    An interval over several processes says itself how much runs differ.
+    The interval of a single process does not cover how much runs differ; one over several processes does.
     """
     alone = cell["latency_speedup"]
     differ = _RUNS_DIFFER if cell.processes == 1 else 1.0

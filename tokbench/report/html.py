@@ -33,9 +33,9 @@ _DASHES = ("solid", "dash", "dot", "dashdot")  # by run, where several share a p
 def write_report(runs: Sequence[str | Path], out: str | Path, *, tell: Callable[[str], None] = lambda _: None) -> Path:
     """Write the report of one or several run folders to `out`, a .html file; returns it.
 
-    tell: is told in a line which of several runs hold nothing.
+    tell: called with a line about runs that hold nothing.
 
-    Raises UserError for a folder that is no run, for runs without records and where the file cannot be written.
+    Raises UserError for a folder that is no run, for runs without records, and if the file cannot be written.
     """
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
@@ -63,9 +63,9 @@ def write_report(runs: Sequence[str | Path], out: str | Path, *, tell: Callable[
 
 
 def plot_data(cells: Sequence[Cell]) -> dict[str, Any]:
-    """What the page's plot draws, as JSON can hold it: metrics that were measured, groups, cells and fronts.
+    """The page's plot as JSON values: measured metrics, groups, cells and fronts.
 
-    Cells of a front are numbers in `cells`; `fronts` has each pair of metrics in one order.
+    Fronts hold indices into `cells`; `fronts` has each pair of metrics in one order.
     """
     names, groups = measured(cells), comparable(cells)
     group_of = {cell: number for number, group in enumerate(groups) for cell in group}
@@ -93,8 +93,8 @@ def plot_data(cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def _drawn(cell: Cell, runs: Sequence[str], searched: bool) -> dict[str, Any]:
-    """How the plot draws and names a cell that may be compared with those of these runs. searched: whether there are
-    searched schedules, beside which others are hollow."""
+    """A cell's name, marker and figures in a plot of these runs. searched: whether any schedule is searched, so that
+    others are hollow."""
     style, changed, several = method_style(cell.method), cell.variant != cell.method, len(runs) > 1
     place, figures = runs.index(cell.run), cell.figures.items()
     changed = changed or (searched and not (cell.is_searched or cell.is_baseline))
@@ -109,7 +109,7 @@ def _drawn(cell: Cell, runs: Sequence[str], searched: bool) -> dict[str, Any]:
         "color": style.color,
         "symbol": _SYMBOLS[style.marker] + ("-open" if changed else ""),
         "size": round(9 * style.size, 1),
-        # More digits than a screen shows are most of a large page.
+        # Unrounded numbers would be most of a large page.
         "figures": {name: [float(f"{own:.6g}") for own in (f.value, *(f.interval or ()))] for name, f in figures},
         "words": {name: _in_words(cell, name) for name in METRICS if cell[name]},
         "broken": [f"NaN or infinite logits: {cell.nonfinite:,} images"] if cell.is_broken else [],
@@ -117,7 +117,7 @@ def _drawn(cell: Cell, runs: Sequence[str], searched: bool) -> dict[str, Any]:
 
 
 def _in_words(cell: Cell, name: str) -> str:
-    """The figure with its own interval: that of top-1 is Wilson's, where bars show that of the difference."""
+    """The figure with its own interval: Wilson's for top-1, whose bars show the interval of the difference."""
     figure, digits = cell.figures[name], METRICS[name].digits_for(cell.images)
     own = [cell.also[column] for column in METRICS[name].also if column in cell.also]
     ends = "" if cell.is_baseline else interval(figure, digits)
@@ -127,7 +127,7 @@ def _in_words(cell: Cell, name: str) -> str:
 
 
 def _axes(names: Sequence[str]) -> list[str]:
-    """The metrics to begin with, x and y: what is kept of the model against what it costs, as far as that is known."""
+    """The initial x and y: a cost and a measure of accuracy, as far as they were measured."""
     x = next((name for name in ("speedup", "throughput", "gflops", *names) if name in names), "")
     return [x, next((name for name in (*GAINS, "gflops", *names) if name in names and name != x), x)]
 
@@ -146,7 +146,7 @@ def _manifest(run: str | Path) -> dict[str, Any]:
 
 
 def _facts(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested values by their path, as in "models · bundled · images"; without what is empty."""
+    """Nested values by their path, as in "models · bundled · images"; empty ones are left out."""
     facts: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, dict):

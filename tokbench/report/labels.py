@@ -1,8 +1,7 @@
-"""Where the labels of a plot go, so that none covers a point, a line or another label. Geometry only, in pixels.
+"""Placing the labels of a plot so that none covers a point, a line or another label. Geometry only, in pixels.
 
-Every label comes with the spots it could take. First each takes the cheapest in turn, then each in turn moves to
-what is cheapest given all the others, a few times over: that undoes most of what an early label spoiled for a late
-one.
+Every label has candidate spots with costs. Labels first take their cheapest free spots in turn; then, a few times over,
+each moves to the spot that is cheapest given all the others.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-STEP = 3.0  # between the points that stand for a line
+STEP = 3.0  # between sampled points of a line
 _SWEEPS = 4
-# Costs are in points of distance from where one would look first.
+# Costs are distances from the preferred spot, in points.
 _COVERS_LINE, _LEADER_OVER_MARKER, _LEADER_OVER_LABEL, _LEADERS_CROSS = 2.5, 15.0, 60.0, 30.0
-_MISSING = 120.0  # a label dearer than this is left out
+_MISSING = 120.0  # a label that costs more is left out
 _DISTANCES_PT = (5.0, 11.0, 19.0, 29.0, 41.0, 55.0, 70.0)
 _LEADER_FROM_PT = 19.0
 # Best first: towards the upper right (mirrored where the upper left is the better corner), then around.
@@ -56,13 +55,13 @@ def place(
     lines = lines[np.argsort(lines[:, 0])]
     priced = [[(spot, _own_cost(spot, markers, lines, frame)) for spot in spots] for spots in options]
     indices = range(len(options))
-    # Who chooses first matters even after the sweeps, so both directions are tried.
+    # The order matters even after the sweeps, so both directions are tried.
     settled = [_settle(priced, order) for order in (indices, indices[::-1])]
     return list(min(settled, key=lambda result: result[0])[1])
 
 
 def _settle(priced: Sequence[Sequence[tuple[Spot, float]]], order: Sequence[int]) -> tuple[float, list[Spot | None]]:
-    """Total cost, and the spots that labels choosing in this order end up with."""
+    """Total cost, and the spots that labels end up with if they choose in this order."""
     chosen: list[Spot | None] = [None] * len(priced)
     costs = [_MISSING] * len(priced)
     for _ in range(_SWEEPS):
@@ -128,7 +127,7 @@ def _own_cost(spot: Spot, markers: np.ndarray, lines: np.ndarray, frame: np.ndar
 
 
 def _clash(spot: Spot, others: Sequence[Spot]) -> float:
-    """What it costs to have the spot together with the spots of the other labels."""
+    """The cost of what a spot covers of the other labels' spots."""
     if not others:
         return 0.0
     boxes = np.stack([other.box for other in others])

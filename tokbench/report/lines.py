@@ -1,4 +1,4 @@
-"""Plots with a line for each cell: by batch size, where fusion begins to pay; by block, how many tokens are left."""
+"""Plots with a line for each cell: a metric by batch size, or the tokens left by block."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tokbench.results.table import PANEL, group_by, measured_names
 
 
 def draw_sweep(cells: Sequence[Cell], y: str | None, art: Art) -> Figure:
-    """A panel for each model and data: metric y, the speed-up where it is None, by batch size; a line for each cell.
+    """A panel for each model and data: metric y (default: the speed-up) by batch size, a line for each cell.
 
-    Raises UserError where no cell was timed at several sizes, or none has the metric.
+    Raises UserError if no cell was timed at several sizes, or none has the metric.
     """
     name = metric_name(y or "speedup")
     find_metric(name)
@@ -50,8 +50,8 @@ def draw_sweep(cells: Sequence[Cell], y: str | None, art: Art) -> Figure:
 def draw_tokens(cells: Sequence[Cell], y: str | None, art: Art) -> Figure:
     """A panel for each model and data: the tokens that each block leaves, a line for each cell.
 
-    Where schedules were searched, only these, and the others of the same budgets. Raises UserError for a y, of which
-    there is no choice, and where no cell says its tokens.
+    If schedules were searched, only these and others of the same budgets. Raises UserError if y is given, and if no
+    cell has token counts.
     """
     if y is not None:
         raise UserError("--x block goes with no --y: it draws the tokens that each block leaves")
@@ -63,7 +63,7 @@ def draw_tokens(cells: Sequence[Cell], y: str | None, art: Art) -> Figure:
     return _figure(shown, art, lambda panel, group: _draw_tokens(panel, group, art))
 
 
-DRAW_LINES = {"batch": draw_sweep, "batch_size": draw_sweep, "block": draw_tokens}  # by what the x axis is called
+DRAW_LINES = {"batch": draw_sweep, "batch_size": draw_sweep, "block": draw_tokens}  # by the name of the x axis
 
 
 def _figure(shown: Sequence[Cell], art: Art, draw: Callable[[Axes, Sequence[Cell]], None]) -> Figure:
@@ -100,7 +100,7 @@ def _draw_sweep(panel: Axes, group: Sequence[Cell], name: str, art: Art) -> None
         first, figures = line[0], [figure for cell in line if (figure := cell[name])]
         dashes = schedules.setdefault(first.variant, [])
         dashes += [] if first.schedule in dashes else [first.schedule]
-        # A little beside each other, so that no bar covers another.
+        # Shifted a little, so that no bar covers another.
         across = [(cell.at.batch_size or 0) * 2 ** (0.03 * (place - (len(lines) - 1) / 2)) for cell in line]
         marks = art.marks(first) | {"linestyle": DASHES[dashes.index(first.schedule) % len(DASHES)]}
         up, label = bars_within(figures, reach), broken(cell_name(first, several), 28)

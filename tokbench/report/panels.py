@@ -27,19 +27,19 @@ from tokbench.results.cell import Cell, Figure
 from tokbench.results.metrics import METRICS
 from tokbench.results.table import group_by
 
-MOST_LABELS = 30  # of cells, in a panel: more take minutes to place, and nobody reads them
-_LABEL_CHARACTERS = 36  # in a line
-_FILLS = ("full", "none", "left", "right", "bottom", "top")  # of markers: the method as it is, then with parameters
+MOST_LABELS = 30  # per panel: more take minutes to place, and nobody reads them
+_LABEL_CHARACTERS = 36  # per line
+_FILLS = ("full", "none", "left", "right", "bottom", "top")  # of markers: the method's defaults, then with parameters
 DASHES: tuple[Any, ...] = ("-", (0, (3, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 
 
 @dataclass(frozen=True)
 class Size:
-    """A figure's measures: inches, and font sizes in points.
+    """Sizes of a figure in inches, and of fonts in points.
 
     Attributes:
-        panel: width of a panel; None where the figure's width is fixed.
-        width: of the figure; the legend's, where panels have a width.
+        panel: width of a panel; None if the figure's width is fixed.
+        width: of the figure; of the legend if panels have a width.
         height: of a row of panels.
         stacked: one panel a row, instead of all panels of a model beside each other.
         text: whether title, conditions and notes are in the picture; in a paper they are in its caption.
@@ -72,11 +72,11 @@ class Size:
 
 @dataclass(frozen=True)
 class Art:
-    """What all parts of a figure draw with.
+    """The style shared by all parts of a figure.
 
     Attributes:
-        cells: all that are drawn; a method's sets of parameters are told apart among them.
-        runs: those laid over each other, by what the legend calls them.
+        cells: all that are drawn; each of a method's sets of parameters among them gets its own marker.
+        runs: the overlaid runs, with their names in the legend.
     """
 
     size: Size
@@ -86,7 +86,7 @@ class Art:
 
     @cached_property
     def ranks(self) -> dict[str, int]:
-        """By variant: 0 for a method as it is, then 1, 2, … for each set of parameters it is given."""
+        """By variant: 0 for a method's defaults, then 1, 2, … for each set of parameters."""
         ranks: dict[str, int] = {}
         for group in group_by(self.cells, lambda cell: cell.method):
             method = group[0].method
@@ -95,7 +95,7 @@ class Art:
         return ranks
 
     def place(self, run: str) -> int:
-        """0 for the first of the runs laid over each other, then 1, 2, …; 0 for a run by itself."""
+        """0 for the first of the overlaid runs, then 1, 2, …; 0 for a single run."""
         return list(self.runs).index(run) if run in self.runs else 0
 
     def slant(self, run: str) -> str:
@@ -119,13 +119,13 @@ class Art:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Of matplotlib."""
+        """Settings of matplotlib."""
         return {"font.size": self.size.font, "grid.linewidth": 0.7, "axes.spines.top": False,
                 "axes.spines.right": False}  # fmt: skip
 
     @cached_property
     def searched(self) -> bool:
-        """Whether schedules that were searched are drawn, filled then, and those that were not are hollow."""
+        """Whether searched schedules are drawn: these are filled, and others hollow."""
         return any(cell.is_searched for cell in self.cells)
 
     def marks(self, cell: Cell) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def _at(points: Iterable[Point]) -> tuple[list[float], list[float]]:
 
 
 def _draw_equal(panel: Axes, shown: Scene, art: Art) -> str:
-    """Bands and ticks where cells were moved aside; what the axis says of it."""
+    """Draw bands and ticks where cells were moved aside; returns the axis's note on it."""
     equal, ink = shown.equal, art.theme.ink
     if equal is None:
         return ""
@@ -236,7 +236,7 @@ def _draw_series(panel: Axes, points: Sequence[Point], art: Art) -> None:
 
 
 def _draw_bars(panel: Axes, shown: Scene, art: Art) -> None:
-    """Error bars; what reaches too far is cut and ends in an arrow head."""
+    """Draw error bars; long ones are cut and end in an arrow head."""
     points = [point for point in shown.points if not point.cell.is_baseline]
     colors = {point.cell: art.marks(point.cell)["color"] for point in points}
     width: float = 0.136 * art.size.marker
@@ -279,7 +279,7 @@ def draw_published(panel: Axes, printed: Sequence[Published], x: str, y: str, ar
 
 
 def scale_y(panel: Axes, cells: Sequence[Cell], y: str, linear: bool) -> None:
-    """Limits, ticks and, where a few cells fall far behind, a scale that leaves the others room."""
+    """Set limits, ticks and, if a few cells fall far behind, a scale that leaves the others room."""
     bases = [figure.value for cell in cells if cell.is_baseline and (figure := cell[y])]
     values = [figure.value for cell in cells if not cell.is_baseline and (figure := cell[y])]
     unit = 0.0 if linear or not bases else _stretch_unit(np.array(values) - bases[0], y)
@@ -314,7 +314,7 @@ def _stretch_unit(gaps: np.ndarray, y: str) -> float:
 
 
 def _spread_ticks(low: float, high: float, base: float, to_axis: Any) -> list[float]:
-    """Numbers that stand apart on a scale stretched around `base`; the farther from it, the rounder."""
+    """Tick values for a scale stretched around `base`; the farther from it, the rounder."""
     room = 0.065 * abs(np.diff(to_axis.transform(np.array([low, high])))[0])
     ticks: list[float] = []
     for step in (50, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1):
@@ -336,16 +336,16 @@ class _Label:
 
 
 def named_points(shown: Scene) -> list[Point]:
-    """The members of the front that get a label where there is room: spread over it where it has too many."""
+    """The members of the front to label; if there are too many, a few spread over it."""
     front = [point for point in shown.points if point.on_front and not point.cell.is_baseline]
-    # The end of the front first: it has the frame beside it, so the fewest spots to choose from.
+    # The end of the front first: next to the frame it has the fewest spots to choose from.
     front.sort(key=lambda point: point.x.value, reverse=METRICS[shown.x].better == "higher")
     chosen = np.linspace(0, len(front) - 1, min(len(front), MOST_LABELS)).round().astype(int)
     return [front[index] for index in chosen]
 
 
 def label_panel(panel: Axes, shown: Scene, art: Art, printed: Sequence[Published]) -> None:
-    """Name the members of the front, what was published and the reference lines, where there is room."""
+    """Label the members of the front, published points and reference lines, where there is room."""
     x, y = shown.x, shown.y
     labels: list[_Label] = []
     for point in named_points(shown):
@@ -371,7 +371,7 @@ def label_panel(panel: Axes, shown: Scene, art: Art, printed: Sequence[Published
 def _add_label(
     labels: list[_Label], panel: Axes, text: str, at: tuple[float, float], method: str, slant: str, x: str, art: Art
 ) -> None:
-    """Add a label to those of other points, or name the same cell of another run with it."""
+    """Add a label, or let an existing one name the same cell of another run."""
     text, point, scale = broken(text, _LABEL_CHARACTERS), panel.transData.transform(at), _pixels_per_point(panel)
     for index, other in enumerate(labels):
         if other.text == text and np.hypot(*(panel.transData.transform(other.at) - point)) < 8 * scale:

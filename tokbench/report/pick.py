@@ -1,10 +1,10 @@
-"""From a run to a decision: the cell that best meets given limits, and the Python that applies it.
+"""Pick the cell that best meets given limits, with the Python that applies it.
 
-A limit is met if the unfavorable end of the 95 % interval meets it, and cells are ranked by that end too: a cell that
-was lucky must not win. Where accuracy is limited, the fastest of those that meet the limits is the best, and of those
-whose speed cannot be told from its own the most accurate, which is the same in every run; where only cost is, the most
-accurate: by top-1, by agreement where images have no labels, by features where there are no classes.
-The unreduced model takes part, with a drop of 0 and a speed-up of 1. What failed, or gave NaN, never does.
+Limits and ranking use the unfavorable end of the 95 % interval, so that no cell wins by luck. With a limit on accuracy,
+the fastest cell wins, or rather the most accurate of those whose speed cannot be told from the fastest one's, which is
+the same in every run. With limits on cost only, the most accurate wins: by top-1, by agreement without labels, by
+features without classes. The unreduced model takes part, with a drop of 0 and a speed-up of 1. Cells that failed or
+gave NaN do not.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tokbench.results.folder import RunFolder
 from tokbench.results.metrics import METRICS
 from tokbench.results.table import columns_of, comparable, group_by, load_cells
 
-# For each limit one may ask for: the metric, and how it is said.
+# Each limit's metric and wording.
 LIMITS = {
     "max_drop": ("drop", "a drop of at most {} points of top-1"),
     "min_agreement": ("agreement", "at least {} % agreement with the unreduced model"),
@@ -33,14 +33,14 @@ LIMITS = {
     "max_latency_ms": ("latency", "a median latency at batch 1 of at most {} ms"),
     "max_gflops": ("gflops", "at most {} GFLOPs an image"),
 }
-# Limits on what is lost; and what is lost, best known first.
+# Limits on accuracy, and measures of accuracy, the best first.
 _ACCURACY = ("max_drop", "min_agreement")
 _QUALITIES = ("drop", "agreement", "similarity", "output_correlation")
 
 
 @dataclass(frozen=True)
 class _Words:
-    """How a metric is said: what has to be measured for it, its values, and cells that are first or later by it."""
+    """Wording of a metric: what has to be measured for it, its values, and cells that are first or later by it."""
 
     measured: str
     unit: str
@@ -69,7 +69,7 @@ _WORDS = {
     "latency": _Words("latency", " ms", "{} at batch 1", "a median latency of {}"),
     "gflops": _Words("FLOPs", " GFLOPs", "{}", "{}", "the one with the fewest FLOPs", "more FLOPs", "cheaper"),
 }  # fmt: skip
-# What is known of the unreduced model without measuring, being compared with itself.
+# The unreduced model compared with itself.
 _OF_ITSELF = {"drop": 0.0, "agreement": 100.0, "similarity": 1.0, "output_correlation": 1.0, "speedup": 1.0}
 _FIELDS = (
     "cell", "method", "params", "schedule", "resolved", "top1", "drop", "drop_low", "drop_high", "agreement",
@@ -87,16 +87,16 @@ class Pick:
         title: model and conditions.
         asked: the limits, in words.
         limits: the limits, by option.
-        rule: what made the best the best.
-        best: None where nothing meets the limits.
-        other: the runner-up, or where nothing meets the limits what comes nearest; None where there is no other.
+        rule: why the best is the best.
+        best: None if nothing meets the limits.
+        other: the runner-up, or the nearest cell if nothing meets the limits; None if there is no other.
         other_meets: whether `other` meets the limits.
         why: why `other` lost, or what it misses; without `other`, why nothing could be judged.
         misses: by how much `other` misses which limits, in the limits' units.
-        alike: those that meet the limits and whose speed cannot be told from that of the fastest, or without a best
-            from the unreduced model's; without the best.
-        notes: what else to know.
-        code: lines of Python that apply the best; "" where there is none.
+        alike: other cells that meet the limits and whose speed cannot be told from the fastest one's or, without a
+            best, from the unreduced model's.
+        notes: further remarks.
+        code: lines of Python that apply the best; "" if there is none.
         export: the command that exports the best, and lines that run what it wrote.
     """
 
@@ -141,8 +141,8 @@ class Pick:
 def pick_cells(run: str | Path, **limits: float | None) -> list[Pick]:
     """The best cell of each model of a run under the limits given (keys: `LIMITS`).
 
-    A model that cannot be judged is passed over, saying why, as long as another can be. Raises UserError for no
-    limit, one that cannot be, and one on something that the run has not measured.
+    A model that cannot be judged is skipped with the reason if another can be. Raises UserError for no limit, an
+    impossible one, and one on something that the run has not measured.
     """
     asked = {name: value for name, value in limits.items() if value is not None}
     _require_limits(asked)
@@ -181,15 +181,15 @@ def _said(asked: Mapping[str, float]) -> str:
 
 
 def _compared_with_itself(cell: Cell) -> Cell:
-    """The unreduced model with what is known of it without measuring, so that its figures are exact."""
+    """The unreduced model with the exact figures of a comparison with itself."""
     known = {name: Figure(value, value, value) for name, value in _OF_ITSELF.items() if cell[name]}
     return replace(cell, figures={**cell.figures, **known}) if cell.is_baseline else cell
 
 
 def _ends(cell: Cell) -> dict[str, float]:
-    """What counts of a cell, by metric: the unfavorable end of the interval, the value where there can be none.
+    """The values that count, by metric: the unfavorable end of the interval, or the value of metrics without intervals.
 
-    A latency of a run that kept no interval of it counts as it is; other metrics without their interval do not.
+    A latency that lacks its interval counts as it is; other metrics that lack theirs do not count.
     """
     ends = {}
     for metric in _WORDS:
@@ -236,7 +236,7 @@ def _decide(found: Pick, group: Sequence[Cell], folder: RunFolder) -> None:
     met.sort(key=lambda cell: (tier(cell), cell not in alike, costs[cell][cell in alike :]))
     found.alike = [cell for cell in alike if cell is not met[0] and not cell.is_baseline]
     found.notes = _notes(group, known, needed, asked, rank)
-    # A cell that is not faster than the unreduced model is no answer to how much accuracy may be paid for speed.
+    # Someone who gives up accuracy wants speed: the unreduced model is no answer.
     if met and met[0].is_baseline and set(asked) <= set(_ACCURACY):
         met = []
     if found.alike:
@@ -274,9 +274,9 @@ def _decide(found: Pick, group: Sequence[Cell], folder: RunFolder) -> None:
 
 
 def _ranking(sound: Sequence[Cell], asked: Mapping[str, float], run: str) -> tuple[str, str]:
-    """The metric that decides among those that meet the limits, and what tells how much of the model is kept.
+    """The metric that decides among cells that meet the limits, and the measure of accuracy.
 
-    Raises UserError, saying what can be asked instead, for a limit that no sound cell can be held to.
+    Raises UserError, with what can be asked instead, for a limit on something that no sound cell has.
     """
     there = {metric for cell in sound for metric in _ends(cell)}
     on_accuracy = [name for name in asked if name in _ACCURACY]
@@ -305,9 +305,9 @@ def _ranking(sound: Sequence[Cell], asked: Mapping[str, float], run: str) -> tup
 
 
 def _costs(cells: Sequence[Cell], by: Sequence[str]) -> dict[Cell, list[float]]:
-    """What cells are sorted by, smallest first; what is not known comes last.
+    """Sort keys of the cells, smallest first; unknown values come last.
 
-    Costs without an interval that differ too little to matter are equal where they come first.
+    As the first key, costs without an interval are equal if they differ too little to matter.
     """
     signs = {metric: 1 if METRICS[metric].better == "lower" else -1 for metric in by}
     costs = {cell: [sign * _ends(cell).get(metric, math.inf) for metric, sign in signs.items()] for cell in cells}
@@ -333,7 +333,7 @@ def _misses(cell: Cell, asked: Mapping[str, float]) -> dict[str, float]:
 def _nearest(
     cells: Sequence[Cell], misses: Mapping[Cell, Mapping[str, float]], asked: Mapping[str, float], by: Sequence[str]
 ) -> Cell:
-    """The cell that misses the fewest limits, and these by the least, relative to them or in points."""
+    """The cell that misses the fewest limits, by the least (relative to them, or in points)."""
     costs = _costs(cells, by)
 
     def key(cell: Cell) -> tuple[int, float, list[float]]:
@@ -378,7 +378,7 @@ def _fails_by_speed(missed: Iterable[str]) -> bool:
 
 
 def _judged(cell: Cell, metric: str) -> str:
-    """What counts of a cell in a metric, in words."""
+    """A cell's value of a metric that counts, in words."""
     figure, end = cell[metric], _ends(cell)[metric]
     exact = figure is None or figure.interval is None or figure.low == figure.high
     text = f"{end:.4g}" if metric == "gflops" else number(end, METRICS[metric].digits)
@@ -412,7 +412,7 @@ def _notes(
 
 
 def _reasons(out: Iterable[Cell], needed: Iterable[str]) -> str:
-    """Why these cells were left out, those of one reason together: "ToMe at r=8 (failed: out of memory)"."""
+    """Why these cells were left out, grouped by reason: "ToMe at r=8 (failed: out of memory)"."""
 
     def reason(cell: Cell) -> str:
         missing = [metric for metric in needed if metric not in _ends(cell)]
@@ -427,7 +427,7 @@ def _name(cell: Cell) -> str:
 
 
 def _told(cell: Cell, limits: Iterable[str]) -> str:
-    """A cell with what is known of it: what it keeps by the best measure there is and by those that are limited."""
+    """A cell with its best measure of accuracy and its values of the limited metrics."""
     shown = {"latency", "gflops"}
     if not cell.is_baseline:
         shown |= {"speedup", next(metric for metric in _QUALITIES if cell[metric])}

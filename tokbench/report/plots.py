@@ -49,7 +49,7 @@ SIZES = {
 
 
 def plot_run(cells: Sequence[Cell], out: str | Path, tell: Callable[[str], None]) -> Path | None:
-    """Draw what a run measured as `plot_pareto` does; None where there are no two metrics to draw, which is told."""
+    """Draw a run as `plot_pareto` does; if it has no two metrics to draw, tells so and returns None."""
     try:
         return plot_pareto(cells, out, tell=tell)
     except NothingToPlot as nothing:
@@ -58,7 +58,7 @@ def plot_run(cells: Sequence[Cell], out: str | Path, tell: Callable[[str], None]
 
 
 class NothingToPlot(UserError):
-    """No cell has two metrics that could be set against each other."""
+    """No cell has two metrics to plot against each other."""
 
 
 def plot_pareto(
@@ -77,17 +77,17 @@ def plot_pareto(
 
     Args:
         out: the file; .png, .svg or .pdf.
-        x: one or several metrics, a panel each; None means GFLOPs and images/s, as far as they were measured. "batch"
+        x: one or several metrics, a panel each; None means GFLOPs and images/s if measured. "batch"
             alone: y, the speed-up unless another metric is given, against batch size, a line for each cell. "block"
             alone: the tokens that each block leaves.
         y: a metric; None means top-1, agreement where images have no labels, features where there are no classes,
             and the speed-up where only the cost was measured.
         size: "wide", for screens; "page", two columns of a paper; "paper", one column.
         theme: "light" or "dark".
-        published: lay over what papers printed for the same model and metrics.
-        linear: never stretch the y axis near the unreduced model, which happens where a few cells fall far behind.
-        tell: is told in a line which runs are not in a panel, because none of their cells has both of its metrics, and
-            for which panels nothing was published.
+        published: overlay the papers' figures for the same model and metrics.
+        linear: never stretch the y axis near the unreduced model (by default, if a few cells fall far behind).
+        tell: called with a line about runs missing from a panel because none of their cells has both metrics, and about
+            panels for which nothing was published.
 
     Raises UserError for an unknown metric, size, theme or suffix, when nothing was published that fits, and
     NothingToPlot when no cell has both metrics of a panel.
@@ -116,7 +116,7 @@ def plot_pareto(
 
 
 def _axes(cells: Sequence[Cell], x: Sequence[str] | None, y: str | None) -> tuple[list[str], str]:
-    """The metrics of the panels, as asked for or as far as they were measured."""
+    """The metrics of the panels, as asked for or as measured."""
 
     def have(name: str, other: str) -> bool:
         return any(cell[name] and cell[other] for cell in cells)
@@ -126,7 +126,7 @@ def _axes(cells: Sequence[Cell], x: Sequence[str] | None, y: str | None) -> tupl
     for name in filter(None, (*asked, y)):
         find_metric(name)
     if y is None:
-        # What is kept of the model against what it costs; else one cost against the other.
+        # Accuracy against cost, else one cost against another.
         others = (name for name in (known_gain(cells), "speedup", "throughput") if x is None or name not in asked)
         y = next((name for name in others if any(have(name, across) for across in asked if across != name)), None)
         y = y or known_gain(cells)
@@ -151,7 +151,7 @@ def _art(rows: Sequence[Mapping[str, Scene]], size: Size, theme: str) -> Art:
 
 
 def _absent(cells: Sequence[Cell], names: Sequence[str], y: str) -> list[str]:
-    """The x metrics that a run lacks, in words; of a model, where the run has several."""
+    """The x metrics that a run lacks, in words; by model if the run has several."""
     absent = []
     for group in group_by(cells, lambda cell: (cell.run, cell.model)):
         run, model = group[0].run, group[0].model
@@ -163,7 +163,7 @@ def _absent(cells: Sequence[Cell], names: Sequence[str], y: str) -> list[str]:
 
 
 def _tell_unpublished(cells: Sequence[Cell], names: Sequence[str], y: str, tell: Callable[[str], None]) -> None:
-    """Tell what was not printed for these models and metrics. Raises UserError where nothing was."""
+    """Tell for which models and metrics nothing was published. Raises UserError if that is all."""
     models = dict.fromkeys(cell.model for cell in cells)
     lacking = {model: [name for name in names if not published_points(model, name, y)] for model in models}
     told = "; ".join(_unpublished(model, without, y) for model, without in lacking.items() if without)
@@ -174,12 +174,12 @@ def _tell_unpublished(cells: Sequence[Cell], names: Sequence[str], y: str, tell:
 
 
 def _unpublished(model: str, names: Sequence[str], y: str) -> str:
-    """That nothing was printed for a model in these panels, and what was: for it, or else for which models."""
+    """A sentence on what was published for a model, or for other models, instead of these panels."""
     known = ", ".join(name for name in METRICS if published_points(model, name))
     there = known or f"for {', '.join(dict.fromkeys(row.models[0] for row in PUBLISHED))}"
     name, at, _ = model.partition("@")
     official = next((row.models[0] for row in PUBLISHED if at and name in row.models), "")
-    # A file's hash would tell, but nobody publishes one; its owner can.
+    # Nobody publishes hashes of these files, so the user has to say which weights they are.
     hint = f"; if the checkpoint holds the official weights, run it with --label {official}" if official else ""
     return f"no paper printed {y} against {' or '.join(names)} for {model}, only {there}{hint}"
 
@@ -208,7 +208,7 @@ def _draw(rows: Sequence[Mapping[str, Scene]], y: str, art: Art, published: bool
             draw_published(panel, printed, shown.x, y, art)
         scale_y(panels[0], groups[number], y, linear)
     _legend(figure, [(shown, printed) for _, shown, printed in jobs], art)
-    # Labels are placed by their size on the page, so everything else has to be in its place before.
+    # Labels are placed by their size on the page, so everything else has to be laid out before.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for panel, shown, printed in jobs:
@@ -241,7 +241,7 @@ def _row_title(panel: Axes, group: Sequence[Cell], groups: Sequence[Sequence[Cel
 
 
 def _conditions(group: Sequence[Cell], groups: Sequence[Sequence[Cell]]) -> list[str]:
-    """What all cells of the group share, in words; what tells it from another group of the same model included."""
+    """What all cells of the group share, in words, and what tells it from another group of the same model."""
     told = partial(shared, group)
 
     def differing(name: str, form: str) -> str:
@@ -305,7 +305,7 @@ def _method_entries(art: Art, room: int) -> list[tuple[Any, str]]:
 
 
 def _other_entries(shown: Sequence[tuple[Scene, list[Published]]], art: Art) -> list[tuple[Any, str]]:
-    """(lines, text) of what is no method: runs, published points, the front, NaN logits."""
+    """(lines, text) of everything but methods: runs, published points, the front, NaN logits."""
     theme, size = art.theme, art.size.marker
     entries: list[tuple[Any, str]] = []
     for place, name in enumerate(art.runs.values()):

@@ -1,9 +1,9 @@
-"""What papers published for models that timm has, to lay over one's own measurements. Nothing here was measured by us.
+"""Published figures for models in timm, to overlay on measurements. Nothing here was measured by us.
 
 ToMe's rows are "off the shelf", without training (Bolya et al., ICLR 2023): ImageNet-1k, AugReg weights, images/s on
 a V100. Some give FLOPs only (multiply-adds), as printed in the papers of MCTF (Lee et al., CVPR 2024), ToMe and EViT
 (Liang et al., ICLR 2022). Those of DiffRate, PPT and GTP are from their repositories' READMEs, off the shelf as well;
-that of ATS, of whose authors no such figure is known, is a user's (adaptivetokensampling/ATS, issue 2).
+that of ATS is a user's (adaptivetokensampling/ATS, issue 2), as no such figure of its authors is known.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class Published:
     """One printed row.
 
     Attributes:
-        models: labels in a run that mean just these weights.
+        models: labels in a run that mean exactly these weights.
         method, schedule: as the command line writes them.
-        values: by metric, as far as they were printed or follow from what was.
+        values: by metric, if printed or derived from what was printed.
         where: data and hardware, and parameters other than the defaults.
         left_out: the most that the printed FLOPs leave out, as a share: norms, and what choosing tokens takes.
     """

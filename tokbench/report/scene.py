@@ -59,7 +59,7 @@ class Scene:
     equal: Equal | None = None
 
     def fronts(self, searched: bool = True) -> list[list[Point]]:
-        """The members of each front, from low to high x; the fronts without searched cells where these do not count."""
+        """The members of each front, from low to high x. searched: whether searched cells count."""
         of = {point.cell: point for point in self.points}
         groups = comparable([cell for cell in self.cells if searched or not cell.is_searched], self.x, self.y)
         fronts = [[of[cell] for cell in Rivals(group).front(self.x, self.y)] for group in groups]
@@ -89,7 +89,7 @@ class Scene:
 
 
 def scene(cells: Sequence[Cell], x: str, y: str) -> Scene | None:
-    """What of these cells, of one model and data, a panel of y against x shows; None where it would be empty."""
+    """The panel of y against x for these cells of one model and data; None if it would be empty."""
     both = {cell: (across, up) for cell in cells if (across := cell[x]) and (up := cell[y])}
     if not both:
         return None
@@ -101,7 +101,7 @@ def scene(cells: Sequence[Cell], x: str, y: str) -> Scene | None:
 
 
 def bar_reach(cells: Iterable[Cell], metric: str) -> tuple[float, float]:
-    """The lowest and highest value at which an error bar still ends; longer ones are to be cut there.
+    """The lowest and highest value that error bars may reach; longer ones are cut there.
 
     One bar many times longer than all others, or all of them many times longer than the values are spread, would
     press the markers together.
@@ -117,7 +117,7 @@ def bar_reach(cells: Iterable[Cell], metric: str) -> tuple[float, float]:
 
 
 def side_by_side(shown: Scene, marker: float) -> Scene:
-    """The same with each method moved a little along x, where most cells share their cost with several others.
+    """The same with each method moved a little along x if most cells share their cost with several others.
 
     Markers and bars of cells at the same FLOPs would cover each other. The whole series moves, so its shape stays;
     the unreduced model stays where it is. marker: a marker's width as a share of the axis.
@@ -130,7 +130,7 @@ def side_by_side(shown: Scene, marker: float) -> Scene:
     ]
     every = [figure.value for cell in shown.cells if (figure := cell[shown.x])]
     levels = _levels(costs, tie)
-    columns = all(level[-1] <= level[0] * (1 + 5 * tie) for level in levels)  # and not costs all along the axis
+    columns = all(level[-1] <= level[0] * (1 + 5 * tie) for level in levels)  # not spread along the axis
     if not tie or 2 * len(crowded) <= len(costs) or not columns or max(every) == min(every):
         return shown
     order = method_order(point.cell.method for point in moving)
@@ -154,7 +154,7 @@ def _moved(figure: Figure, step: float) -> Figure:
 
 
 def _levels(ordered: Sequence[float], tie: float) -> list[list[float]]:
-    """The values that count as equal to others, together: neighbors within `tie` of each other."""
+    """Groups of values that count as equal: neighbors within `tie` of each other."""
     ends = [place for place, (before, after) in enumerate(pairwise(ordered), 1) if after > before * (1 + tie)]
     levels = [list(ordered[start:end]) for start, end in pairwise([0, *ends, len(ordered)])]
     return [level for level in levels if len(level) > 1]

@@ -1,4 +1,4 @@
-"""How methods look wherever they are drawn: the name papers use, a color and a marker; and the colors of all else."""
+"""Names, colors and markers of methods, and the colors of everything else."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ STYLES: dict[str, Style] = {
     "random": Style("random", "#999999", "X", 1.1),
     "free": Style("free (speed limit)", "#7A5195", "d", 1.1),
 }
-# For methods of other people: which of them depends on the method's name alone, so it is the same in every figure.
+# For plugins' methods: chosen by the method's name, so they are the same in every figure.
 _SPARE_COLORS = ("#6A3D9A", "#8C510A", "#01665E", "#B2182B", "#4D4D4D", "#1B7837")
 _SPARE_MARKERS = ("p", "<", ">", "8")
 
 
 def method_style(method: str) -> Style:
-    """The method's style, in every figure the same; a method that is not ours gets one chosen by its name."""
+    """The method's style, the same in every figure; a plugin's is chosen by its name."""
     if method in STYLES:
         return STYLES[method]
     number = int.from_bytes(hashlib.sha256(method.encode()).digest()[:4], "big")
@@ -62,7 +62,7 @@ def method_order(methods: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Theme:
-    """Colors of everything that is no method, and towards what a method's color is shaded for lines and text."""
+    """Colors of everything but methods, and the ink that methods' colors are shaded towards for lines and text."""
 
     ink: str
     muted: str

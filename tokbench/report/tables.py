@@ -56,7 +56,7 @@ _GAINS = {
     "output_correlation": f"{GAINS['output_correlation']}, as the model has but one,",
 }
 _ALL = 100_000  # characters: wide enough for every column
-_TOKENS = 8  # the place of the tokens' column among those of the metrics
+_TOKENS = 8  # the place of the tokens' column among the metrics
 _SORT_ALSO: dict[str, Callable[[Cell], Any]] = {
     "model": lambda cell: cell.model,
     "method": lambda cell: cell.method,
@@ -67,7 +67,7 @@ _SORT_ALSO: dict[str, Callable[[Cell], Any]] = {
 
 
 class Fronts:
-    """Who is on which front, among all cells of a table whatever is shown of them."""
+    """The fronts among all cells of a table, also those that filters hide."""
 
     names = (*(f"front_{x}" for x in FRONTS.values()), "front_by", "front")
 
@@ -78,7 +78,7 @@ class Fronts:
             gain = known_gain(group)
             self.gain |= dict.fromkeys(group, gain)
             for x, members in self._members.items():
-                # Of several runs the speed-ups compare, and not the throughputs, which follow the machine's pace.
+                # Between runs only speed-ups compare: throughputs follow the machine's pace.
                 members |= pareto_front(group, "speedup" if x == "throughput" else x, gain)
 
     def word(self, cell: Cell) -> str:
@@ -97,16 +97,16 @@ class _Column:
     head: str
     texts: list[str]  # of each cell
     left: bool = False
-    # Where a terminal is too narrow for all, the highest rank goes first; 0 never goes. Files get every column.
+    # In a narrow terminal the highest rank is left out first, 0 never. Files get every column.
     rank: float = 0
-    # What sorts its cells, None where it is missing; without it the texts do.
+    # Sort values, None where missing; without them the texts sort.
     values: list[float | None] | None = None
     falls: bool = False  # whether the best is the highest
     metric: str = ""
 
     @property
     def name(self) -> str:
-        """The head, where no neighbor explains it."""
+        """The head where it stands alone."""
         return "Speed-up [95 %]" if self.head == "[95 %]" else self.head
 
     @cached_property
@@ -117,7 +117,7 @@ class _Column:
 
 @dataclass(frozen=True)
 class _Sheet:
-    """The table for reading: its columns, and what stands in them."""
+    """The table for reading: its columns and their texts."""
 
     cells: Sequence[Cell]
     fronts: Fronts
@@ -125,7 +125,7 @@ class _Sheet:
 
     @classmethod
     def of(cls, cells: Sequence[Cell], fronts: Fronts) -> _Sheet:
-        """All columns that say something, in their order."""
+        """All columns that are not empty, in order."""
         columns = [column for column in _columns(cells, fronts) if column.left or {*column.texts} - {"", "failed"}]
         return cls(cells, fronts, columns)
 
@@ -135,7 +135,7 @@ class _Sheet:
         return sum(column.width + 1 for column in self.columns) - 1
 
     def fitting(self, width: int) -> _Sheet:
-        """With the columns that there is room for, the lowest ranks first; those of rank 0 in any case."""
+        """With the columns that fit, the lowest ranks first; always those of rank 0."""
         chosen = replace(self, columns=[])
         for column in sorted(self.columns, key=lambda column: column.rank):
             wider = replace(chosen, columns=[*chosen.columns, column])
@@ -148,7 +148,7 @@ class _Sheet:
         return zip(self.cells, zip(*(column.texts for column in self.columns), strict=True), strict=True)
 
     def is_best(self, column: _Column, cell: Cell) -> bool:
-        """Whether this is what puts the cell on a front."""
+        """Whether the column's metric puts the cell on a front."""
         return column.metric == self.fronts.gain[cell] and bool(self.fronts.word(cell))
 
 
@@ -164,21 +164,20 @@ def render_table(
 ) -> Any:
     """Cells as a table: a rich Table for "rich", else text.
 
-    `rich`, `md` and `tex` are for reading: rounded, columns nobody measured left out, the best for their cost (members
-    of a Pareto front) marked, drops that cannot be told from none followed by `n.s.`. `csv` and `json` carry every
-    column unrounded.
+    `rich`, `md` and `tex` are for reading: numbers are rounded, empty columns left out, members of a front marked, and
+    drops that are not significant followed by `n.s.`. `csv` and `json` have every column, unrounded.
 
     Args:
         sort: a metric (best first), or model, method, schedule, batch_size, tokens_final; "" keeps the runs' order.
         pareto: only members of a front, and the unreduced models.
-        filters: conditions as of `filter_cells`; who is on a front does not depend on them.
+        filters: conditions as of `filter_cells`; fronts do not depend on them.
         columns: names of metrics, of columns of `load_table`, or "front": these only, in this order. LaTeX then has
             methods and schedules as the plots name them.
-        width: characters to fill, the terminal's when None; the least important columns go where all do not
-            fit (`rich` only).
+        width: characters to fill (default: the terminal's); the least important columns are left out if not all fit
+            (`rich` only).
 
     Raises UserError for an unknown format, sort column, column or filter, for filters that no cell meets, and for a
-    metric or a front that cells were to be chosen or sorted by, or that was to be shown, and that none has.
+    metric or front to filter, sort by or show that no cell has.
     """
     require_known(format, FORMATS, "table format")
     fronts, chosen = Fronts(cells), list(cells)
@@ -220,8 +219,8 @@ def render_table(
 def readable(cells: Sequence[Cell]) -> dict[str, Any]:
     """The table for reading, in parts for a page: title, heads, rows of cells with sort values, notes.
 
-    A cell's `value` sorts it where its text does not: the number behind it, "" where it is missing. A head's `first` is
-    the order that puts the best first.
+    A cell's `value` is the number to sort by where its text does not sort, "" if it is missing. A head's `first` is the
+    order that puts the best first.
     """
     sheet = _Sheet.of(cells, Fronts(cells))
     heads = [
@@ -256,10 +255,9 @@ def print_table(
     columns: Sequence[str] | None = None,
     every_column: bool = False,
 ) -> None:
-    """Print a table of `render_table` on a console: the columns that fit, or every one.
+    """Print a table of `render_table` on a console: the columns that fit, or all.
 
-    Where not even those fit that are always there, lines are longer than the console is wide: a number without its
-    last digits would be another one.
+    If not even the columns of rank 0 fit, lines are longer than the console: cut numbers would be wrong.
     """
     width = _ALL if every_column else console.width
     table = render_table(cells, "rich", sort, pareto, filters=filters, columns=columns, width=width)
@@ -302,7 +300,7 @@ def _sorted(cells: list[Cell], sort: str) -> list[Cell]:
 
 
 def _some_cells(cells: Sequence[Cell]) -> str:
-    """What a filter could have named."""
+    """Names that a filter could have used."""
     words = {name: sorted({getattr(cell, name) for cell in cells} - {""}) for name in ("method", "schedule")}
     return "; ".join(f"{name}s {', '.join(values)}" for name, values in words.items())
 
@@ -332,7 +330,7 @@ def _figures(name: str, cells: Sequence[Cell]) -> list[_Column]:
 
 
 def _text(name: str, cell: Cell) -> str:
-    """A figure as its column has it: a loss with its interval, without which nobody should read it."""
+    """A figure as its column shows it, a loss with its interval."""
     is_loss = name in ("drop", "knn_drop")
     if is_loss and cell.is_baseline:
         return ""
@@ -345,7 +343,7 @@ def _failed(cell: Cell) -> str:
 
 
 _Described = tuple[str, Callable[[Cell], str], Callable[[Cell], float | None] | None]
-# Columns that are no metrics: head, text, and the number that sorts; text is on the left.
+# Columns other than metrics: head, text, and the number to sort by; text is left-aligned.
 _READ: dict[str, _Described] = {
     "run": ("Run", lambda cell: cell.run, None),
     "model": ("Model", lambda cell: cell.model, None),
@@ -381,7 +379,7 @@ def _title(cells: Sequence[Cell]) -> str:
 
 
 def _notes(sheet: _Sheet) -> list[str]:
-    """Only what a reader of this table, with these columns, needs."""
+    """The notes that this table's columns need."""
     cells, shown = sheet.cells, {column.metric for column in sheet.columns}
     notes = []
     runs = {run: name for run, name in run_names(cells).items() if run != name}
@@ -423,7 +421,7 @@ def _notes(sheet: _Sheet) -> list[str]:
 
 
 def _cell_words(cell: Cell, several: Sequence[str]) -> str:
-    """A cell as the command line writes it, with its run and model where there are several."""
+    """A cell as the command line writes it, with its run and model if there are several."""
     return " ".join(filter(None, (*(getattr(cell, name) for name in several), cell.variant, cell.schedule)))
 
 
@@ -478,7 +476,7 @@ def _latex(sheet: _Sheet) -> str:
     styled = table.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
     styled = styled.apply(lambda own: pd.DataFrame(bold, own.index, own.columns), axis=None)
     aligned = "".join("l" if column.left else "r" for column in sheet.columns)
-    # What LaTeX has no letters for.
+    # Characters that LaTeX lacks.
     text = styled.to_latex(hrules=True, column_format=aligned).replace("−", "$-$").replace("×", r"$\times$")
     notes = [f"{_title(sheet.cells)}. Needs \\usepackage{{booktabs}}.", *_notes(sheet)]
     return "".join(f"% {note}\n" for note in notes[:1]) + text + "".join(f"% {note}\n" for note in notes[1:])

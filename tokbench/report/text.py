@@ -1,4 +1,4 @@
-"""Names, numbers and intervals in words: the one place that says how each is written."""
+"""How names, numbers and intervals are written, everywhere."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from tokbench.results.metrics import METRICS
 
 
 def number(value: float, digits: int) -> str:
-    """A number with its sign as printed: −0.1, and 0.0 for what is rounded to −0.0."""
+    """A number as printed: −0.1, and 0.0 instead of −0.0."""
     text = f"{value:,.{digits}f}"
     return (text.removeprefix("-") if float(text.replace(",", "")) == 0 else text).replace("-", "−")
 
 
 def interval(figure: Figure, digits: int) -> str:
-    """`[−1.3, 1.1]`, "" where no interval is known."""
+    """`[−1.3, 1.1]`, "" if no interval is known."""
     return f"[{', '.join(number(end, digits) for end in figure.interval)}]" if figure.interval else ""
 
 
 def figure_text(cell: Cell, metric: str, *, bounds: bool = False, unit: str = "") -> str:
-    """A cell's figure with as many digits as its images allow, "" where it was not measured.
+    """A cell's figure with as many digits as its images allow, "" if it was not measured.
 
-    bounds: with its interval, where one is known. unit: between the two.
+    bounds: with its interval, if known. unit: between the two.
     """
     figure, digits = cell[metric], METRICS[metric].digits_for(cell.images)
     if figure is None:
@@ -49,7 +49,7 @@ def variant_name(method: str, variant: str) -> str:
 
 
 def short_schedule(schedule: str) -> str:
-    """A schedule in few words, and no two schedules in the same: `constant:13` is "r=13", `keep:0.7@3,6,9`
+    """A short and unambiguous name of a schedule: `constant:13` is "r=13", `keep:0.7@3,6,9`
     "keep 0.7@3,6,9", `flops:0.5` "50 % FLOPs", `list:8,8,8,0` "list 3×8 0".
     """
     if schedule.startswith("searched:"):
@@ -68,7 +68,7 @@ def short_schedule(schedule: str) -> str:
 
 
 def cell_name(cell: Cell, several_runs: bool = False) -> str:
-    """A cell as one says it: "ToMe at r=13", with its run where there are several."""
+    """A cell's name: "ToMe at r=13", with its run if there are several."""
     name = variant_name(cell.method, cell.variant)
     if cell.schedule and not cell.is_baseline:
         name += f" at {short_schedule(cell.schedule)}"
@@ -76,8 +76,8 @@ def cell_name(cell: Cell, several_runs: bool = False) -> str:
 
 
 def told_caveats(cells: Sequence[Cell]) -> list[str]:
-    """What was warned of while the figures of these cells were measured: "accuracy: labels were guessed", a text each,
-    with the number of cells where it is not all that have the figures."""
+    """The warnings given while these cells were measured, such as "accuracy: labels were guessed", each with the number
+    of cells if it is not all that have the figures."""
     told = []
     for kind in dict.fromkeys(kind for cell in cells for kind in cell.caveats):
         measured = sum(kind in cell.kinds for cell in cells)
@@ -90,7 +90,7 @@ def told_caveats(cells: Sequence[Cell]) -> list[str]:
 def passed_over(
     best: Cell, cells: Iterable[Cell], enough: float | None = None, name: Callable[[Cell], str] = cell_name
 ) -> str:
-    """Which of the cells may be faster than `enough` (None: than the best), and why none is it; "" where none may."""
+    """Which cells may be faster than `enough` (None: than the best), and why they are passed over; "" if none may."""
 
     def unknown(cell: Cell) -> tuple[int, bool]:
         speedup = cell["speedup"]
@@ -108,7 +108,7 @@ def passed_over(
 
 
 def shared(cells: Iterable[Cell], name: str, form: str = "{}") -> str:
-    """What all cells say of that name that say anything, in this form; "" where they differ."""
+    """The attribute `name` of all cells that have it, in this form; "" if they differ."""
     values = {getattr(cell, name) for cell in cells} - {None}
     return form.format(*values) if len(values) == 1 else ""
 
@@ -130,17 +130,17 @@ def group_title(group: Sequence[Cell]) -> str:
 
 
 def hardware(cell: Cell) -> str:
-    """What it was measured on, "" where that is not known."""
+    """The hardware a cell was measured on, "" if not known."""
     return cell.machine or cell.device or ""
 
 
 def for_markdown(text: str) -> str:
-    """Without tables, markup and HTML. An underscore between letters is none."""
+    """Escaped for Markdown tables, markup and HTML; an underscore between letters needs no escape."""
     return re.sub(r"[\\`*|<>&\[\]~#$!]|(?<!\w)_|_(?!\w)", r"\\\g<0>", printable(text))
 
 
 def for_sheet(value: Any) -> Any:
-    """Text that no spreadsheet takes for a formula; what is no text as it is."""
+    """Text escaped so that no spreadsheet takes it for a formula; other values unchanged."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
@@ -149,7 +149,7 @@ _BREAKS = (r"(?<=\s)", r"(?<=[:,;])", r"(?<=[=/@])", r"(?<=[_-])", r"(?<=\.)")
 
 
 def broken(text: str, width: int) -> str:
-    """A text in lines of at most so many characters. What has no end of a word in so many stays whole."""
+    """A text in lines of at most `width` characters; longer words stay whole."""
     lines = [""]
     for piece in _pieces(text, width):
         if lines[-1] and len((lines[-1] + piece).rstrip()) > width:
@@ -165,7 +165,7 @@ def _pieces(text: str, width: int, level: int = 0) -> list[str]:
 
 
 def plural(count: int, word: str, several: str = "") -> str:
-    """The word for so many."""
+    """The word in singular or plural."""
     return word if count == 1 else several or f"{word}s"
 
 

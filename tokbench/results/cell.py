@@ -1,4 +1,4 @@
-"""A measured cell: which one it is, by meaning, and what a run says of it."""
+"""A measured cell: its identity and its figures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tokbench.schedules import Schedule, parse_schedule
 
 @dataclass(frozen=True)
 class CellKey:
-    """What a cell is, however its schedule and parameters were written: `13` is `constant:13`, and 1 is 1.0."""
+    """A cell's identity, however its schedule and parameters are written: `13` is `constant:13`, and 1 is 1.0."""
 
     model: str
     method: str
@@ -46,25 +46,25 @@ def _by_value(value: Any) -> Any:
 
 
 class Setting(NamedTuple):
-    """A way in which a run times its cells, where it times them in several. What is None is not told apart."""
+    """The batch size and runtime of a timing, where a run has several; None matches any."""
 
     batch_size: int | None = None
     runtime: str | None = None
 
     @classmethod
     def of(cls, record: Record) -> Setting:
-        """Of a timing, or of a failure to time it; other records have none."""
+        """The setting of a timing, or of a failed one; other records have none."""
         if record.kind not in ("speed", "failure"):
             return cls()
         return cls(getattr(record, "batch_size", None), getattr(record, "runtime", None))
 
     def fits(self, other: Setting) -> bool:
-        """Whether both are the same as far as both are told."""
+        """Whether both agree where both are set."""
         return all(mine is None or its is None or mine == its for mine, its in zip(self, other, strict=True))
 
     @property
     def words(self) -> str:
-        """As it follows the name of a cell."""
+        """The setting as printed after a cell's name."""
         size, runtime = self
         return (f" at batch {size}" if size else "") + (f" in {runtime}" if runtime else "")
 
@@ -73,7 +73,7 @@ ANYHOW = Setting()
 
 
 class RecordIndex:
-    """The records of a run by cell and kind, in the order in which cells first came; speed by setting, too.
+    """The records of a run by cell and kind, and speed by setting, in the order of the cells' first records.
 
     A later record replaces an earlier one of its cell, kind and setting, and a failure to measure it.
     """
@@ -84,7 +84,7 @@ class RecordIndex:
             self.add(record)
 
     def add(self, record: Record) -> None:
-        """Take one more record."""
+        """Add a record."""
         kinds, at = self.cells.setdefault(key_of(record), {}), Setting.of(record)
         for slot, other in [*kinds.items()]:
             if getattr(other, "phase", None) in (record.kind, "setup") and slot[1].fits(at):
@@ -92,12 +92,12 @@ class RecordIndex:
         kinds[record.kind, at] = record
 
     def find(self, key: CellKey, kind: str, at: Setting = ANYHOW) -> Any:
-        """The last record of that kind for the cell, of speed also in that setting; None where there is none."""
+        """The last record of that kind for the cell (of speed: in that setting), None if there is none."""
         kinds = self.cells.get(key, {})
         return next((kinds[slot] for slot in reversed(kinds) if slot[0] == kind and slot[1].fits(at)), None)
 
     def rows(self) -> list[tuple[CellKey, Setting, dict[str, Record]]]:
-        """Each cell with its records by kind; once for each setting where cells were timed in several, and that."""
+        """Each cell with a setting and its records by kind; once for each setting that cells were timed in."""
         told = {key: [slot[1] for slot in kinds if slot[1] != ANYHOW] for key, kinds in self.cells.items()}
         sizes, runtimes = (
             any(len({setting[axis] for setting in own} - {None}) > 1 for own in told.values()) for axis in range(2)
@@ -120,7 +120,7 @@ class RecordIndex:
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured value in the unit of its metric, and the ends of its 95 % interval where one is known."""
+    """A measured value in the unit of its metric, and the ends of its 95 % interval if known."""
 
     value: float
     low: float | None = None
@@ -128,7 +128,7 @@ class Figure:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Both ends, None where one is not known."""
+        """Both ends, None if one is not known."""
         return None if self.low is None or self.high is None else (self.low, self.high)
 
 
@@ -140,17 +140,17 @@ class Cell:
         run: what the run is called in a table.
         schedule, id: as they were written when the cell was first recorded.
         variant: the method as the command line writes it: `tome:prop_attn=false`.
-        tokens: left after each block, prefix included; their mean over images where these differ.
-        figures: by the names in `results.metrics.METRICS`, those that were measured.
-        also: figures that are no metrics, by their columns.
+        tokens: left after each block, prefix included; their mean if images differ.
+        figures: the measured ones, by their names in `results.metrics.METRICS`.
+        also: figures other than metrics, by column.
         weights: "trained" or "random".
-        runtime: what ran it while it was timed: "eager", "compile", "onnxruntime", …
+        runtime: that it was timed in: "eager", "compile", "onnxruntime", …
         error: why it failed.
-        kinds: of records that it has, such as "accuracy".
-        caveats: by kind, what was warned of while it was measured.
-        calibrated: the parameters that were measured on images.
-        at: the batch size and the runtime it was timed in, where the run timed it in several: there is a cell for each.
-        processes: that timed it.
+        kinds: of its records, such as "accuracy".
+        caveats: warnings given while it was measured, by kind.
+        calibrated: parameters measured on images.
+        at: the setting it was timed in, if the run has several: there is a cell for each.
+        processes: how many timed it.
     """
 
     key: CellKey
@@ -184,7 +184,7 @@ class Cell:
     processes: int = 1
 
     def __getitem__(self, metric: str) -> Figure | None:
-        """The figure of that metric, None where it was not measured."""
+        """The figure of that metric, None if not measured."""
         return self.figures.get(metric)
 
     def value(self, metric: str) -> float | None:
@@ -208,12 +208,12 @@ class Cell:
 
     @property
     def tokens_final(self) -> int | None:
-        """Tokens left after the last block, in whole ones."""
+        """Tokens left after the last block, rounded."""
         return round(self.tokens[-1]) if self.tokens else None
 
     @property
     def ran(self) -> str:
-        """The runtime as titles have it; "" for eager PyTorch where the run has no other."""
+        """The runtime as in titles; "" for eager PyTorch if the run has no other."""
         return {"eager": self.at.runtime or "", "compile": "compiled"}.get(runtime := self.runtime or "eager", runtime)
 
     @property
@@ -222,12 +222,12 @@ class Cell:
 
     @property
     def is_searched(self) -> bool:
-        """Whether its schedule came out of a search."""
+        """Whether its schedule was searched."""
         return bool(self.key.schedule and self.key.schedule.budget)
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """What was warned of while its speed was measured."""
+        """Warnings given while its speed was measured."""
         return self.caveats.get("speed", ())
 
     @property

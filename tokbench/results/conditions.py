@@ -1,4 +1,4 @@
-"""What runs were measured under: where two differ, what that leaves to compare, and whether one can go on."""
+"""The conditions of runs: how two differ, what can still be compared, and whether a run can continue."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Differences:
 
     Attributes:
         told: one clause each, such as "torch 2.9.0 → 2.10.0".
-        settings: which of device, hardware, dtype, batch_size and runtime are others; speed-ups are not comparable
-            where any is.
-        caveats: what can be compared all the same, what cannot, and what to do about it, a sentence each.
+        settings: which of device, hardware, dtype, batch_size and runtime differ; if any does, speed-ups are not
+            comparable.
+        caveats: what can still be compared, what cannot, and what to do about it, a sentence each.
     """
 
     told: list[str]
@@ -33,7 +33,7 @@ class Differences:
     caveats: list[str]
 
     def lines(self) -> list[str]:
-        """All of it for people; nothing where nothing differs."""
+        """All differences as lines of text; none if nothing differs."""
         return [f"other conditions than the baseline's: {'; '.join(self.told)}", *self.caveats] if self.told else []
 
 
@@ -49,10 +49,10 @@ def differences(before: Manifest, after: Manifest, baseline: Path, has_speed: bo
 
 
 def agreed(before: Manifest, now: Manifest, what: str, grown: Collection[str] = ()) -> Conditions:
-    """The conditions to go on under: those of the run `before`, and those of models and data that are new in `now`.
+    """The conditions of the continued run: those of `before`, and of the models and data that are new in `now`.
 
-    `what` names the run. grown: models whose images are those of before and more. Raises UserError that names every
-    difference between what both have.
+    what: names the run. grown: models that get more images than before. Raises UserError that names every difference in
+    what both have.
     """
     if before.conditions is None or now.conditions is None:
         raise UserError(f"{what} was made by an older tokbench, and cannot be continued; --fresh begins a new run.")
@@ -97,7 +97,7 @@ def _model_differences(label: str, was: ModelConditions, now: ModelConditions, g
 
 
 def in_words(settings: Iterable[str]) -> str:
-    """Settings as one says them: "device and batch size"."""
+    """Settings in words: "device and batch size"."""
     *rest, last = [name.replace("_", " ").replace("gpu", "GPU").replace("cpu", "CPU") for name in settings]
     return f"{', '.join(rest)} and {last}" if rest else last
 
@@ -107,7 +107,7 @@ def decide(settings: list[str]) -> str:
 
 
 def _described(manifest: Manifest, asked: bool = False) -> dict[str, Any]:
-    """Every condition by its name. asked: as it was asked for, where a run says no more."""
+    """All conditions by name. asked: use what was asked for if the run records no more."""
     machine = manifest.machine
     how = manifest.grid.options if asked or manifest.conditions is None else manifest.conditions.plain()
     device = (manifest.conditions and manifest.conditions.device) or machine.device
@@ -121,7 +121,7 @@ def _described(manifest: Manifest, asked: bool = False) -> dict[str, Any]:
 
 
 def _matters(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether a difference in this matters by itself: hardware only where both runs computed on that kind of it."""
+    """Whether a difference in this condition matters: in hardware only if both runs used that kind of it."""
     if name not in _HARDWARE:
         return True
     return then["device"] == now["device"] and (then["device"] == "cuda") == (name == "gpu")

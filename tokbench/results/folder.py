@@ -7,9 +7,8 @@
       partial/            the answers of a pass over the images that is not over yet
       pareto.png          plots
 
-Every write survives a crash from the moment it returns, and never leaves half a file: files are replaced as a whole,
-and a line torn by a crash is ignored by readers and cut off by the next `append`. One process at a time writes to a
-folder: the one in `RunFolder.held`.
+A write survives a crash once it returns. Files are replaced atomically; a line torn by a crash is ignored by readers
+and cut off by the next `append`. Only one process at a time writes to a folder: the one in `RunFolder.held`.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ from tokbench.validation import shown
 
 MANIFEST = "manifest.json"
 RECORDS = "records.jsonl"
-# Which images no cell saw, and why, by model.
+# The images that no cell saw, with reasons, by model.
 SKIPPED = "skipped.json"
 RESULTS = Path("results")
 _LOCK, _OWNER = ".lock", ".owner.json"
-# Of all records: those of some 50,000 cells, which take a minute and 1.5 GB to read. And of one.
+# Bytes of all records (of about 50,000 cells, which take a minute and 1.5 GB to read), and of one.
 _MOST_BYTES, _LONGEST_LINE = 2**27, 2**26
-_TEMPORARY = ".tokbench.tmp"  # nobody else names files so: repair removes those that a crash left
+_TEMPORARY = ".tokbench.tmp"  # no other file ends so: `repair` removes those that a crash left
 
 
 class RunFolder:
@@ -94,8 +93,8 @@ class RunFolder:
     def held(path: str | Path) -> Iterator[None]:
         """Keep other processes from writing to the run folder at `path` inside the block; it need not exist yet.
 
-        Raises UserError at once, naming process and host, when another process holds it. The system lets go of what a
-        killed process held, so nothing is ever left locked.
+        Raises UserError at once, naming process and host, if another process holds it. The system releases the lock of
+        a killed process.
         """
         path = Path(path)
         lock, owner = FileLock(path / _LOCK, timeout=0), path / _OWNER
@@ -119,7 +118,7 @@ class RunFolder:
                 (path / _LOCK).unlink(missing_ok=True)
             lock.release()
             for folder in made:
-                with suppress(OSError):  # not empty, then, or gone
+                with suppress(OSError):  # not empty, or gone
                     folder.rmdir()
 
     def write_manifest(self, manifest: Manifest) -> None:
@@ -128,9 +127,9 @@ class RunFolder:
         self.manifest = manifest
 
     def replace(self, name: str, write: Callable[[BinaryIO], object]) -> Path:
-        """Write a file of this folder as a whole: `write` gets it open, and it takes its name once it is on disk.
+        """Replace a file of this folder atomically: `write` gets it open.
 
-        Raises RunStopped if it cannot be written; what was there under this name is then still there.
+        Raises RunStopped if it cannot be written; the old file is then still there.
         """
         path = self.path / name
         with stopping_at_write_errors(self.path):
@@ -141,10 +140,10 @@ class RunFolder:
         return path
 
     def append(self, fields: Mapping[str, Any]) -> Record:
-        """Make a record of its fields (see `results.records`), add it, and force it to disk; it comes back.
+        """Append a record made of these fields (see `results.records`), sync it to disk, and return it.
 
-        Raises ValueError for fields that cannot be, NaN and infinity among them: absent values are left out or None.
-        Raises RunStopped if it cannot be written; the records before it are then as they were.
+        Raises ValueError for invalid fields, such as NaN and infinity: absent values are left out or None. Raises
+        RunStopped if it cannot be written; earlier records are then unchanged.
         """
         record = KINDS[fields["kind"]].model_validate({"schema": SCHEMA, **fields})
         text = json.dumps(record.plain(), allow_nan=False)
@@ -183,7 +182,7 @@ class RunFolder:
         return records
 
     def repair(self) -> None:
-        """Finish what a crash left half done: a torn last line, temporary files, no records yet."""
+        """Repair what a crash left: a torn last line, temporary files, missing records."""
         with stopping_at_write_errors(self.path):
             with open(self.path / RECORDS, "ab+") as file:
                 _cut_torn_line(file)
@@ -191,7 +190,7 @@ class RunFolder:
                 left.unlink()
 
     def skipped(self) -> dict[str, list[dict[str, Any]]]:
-        """By model, the images that no cell of it saw: index (their place among the run's images), name, reason."""
+        """By model, the images that no cell saw: index (place among the run's images), name, reason."""
         path = self.path / SKIPPED
         try:
             known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -206,7 +205,7 @@ class RunFolder:
         return known
 
     def prediction_name(self, cell_id: str) -> str:
-        """Where in the folder the cell's per-image predictions lie: a readable name, unique per cell id."""
+        """The name of the file with the cell's per-image predictions: readable, unique per cell id."""
         return f"predictions/{_slug(cell_id)}.npz"
 
     def prediction_path(self, cell_id: str) -> Path:
@@ -214,7 +213,7 @@ class RunFolder:
         return self.path / self.prediction_name(cell_id)
 
     def partial_name(self, model: str, end: int) -> str:
-        """Where in the folder the answers lie that a model's cells gave to the images before `end`."""
+        """The name of the file with the answers of a model's cells to images before `end`."""
         return f"partial/{_slug(model)}/{end:09d}.npz"
 
     def partial_paths(self, model: str) -> list[Path]:
@@ -222,7 +221,7 @@ class RunFolder:
         return sorted((self.path / self.partial_name(model, 0)).parent.glob("*.npz"))
 
     def remove_partial(self, model: str) -> None:
-        """Remove that model's answers to some of the images, last ones first, so that no gap is ever left."""
+        """Remove that model's answers to some of the images, the last first, so that there is never a gap."""
         with stopping_at_write_errors(self.path):
             for path in reversed(self.partial_paths(model)):
                 path.unlink()
@@ -233,7 +232,7 @@ class RunFolder:
 
 @contextmanager
 def stopping_at_write_errors(folder: Path) -> Iterator[None]:
-    """Turn an OSError inside the block into RunStopped, which says that what was written before is kept."""
+    """Turn an OSError inside the block into RunStopped, which says that earlier results are kept."""
     try:
         yield
     except OSError as error:
@@ -246,7 +245,7 @@ def stopping_at_write_errors(folder: Path) -> Iterator[None]:
 
 
 def removed(folder: Path) -> RunStopped:
-    """What to raise where a run's folder is no longer there."""
+    """The error for a run folder that no longer exists."""
     return RunStopped(f"the run folder {str(folder)!r} was removed while running; its results are gone.")
 
 
@@ -270,7 +269,7 @@ def require_free(path: Path) -> None:
 
 
 def _is_used(folder: Path) -> bool:
-    # What a process leaves that is killed before it writes the manifest is nothing.
+    # Files of a process that was killed before it wrote the manifest do not count.
     return any(file.name not in (_LOCK, _OWNER) and _TEMPORARY not in file.name for file in folder.iterdir())
 
 
@@ -296,7 +295,7 @@ def _owner(path: Path) -> str:
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         return f"by process {about['pid']} on {about['host']} since {about['started']}"
-    except (OSError, ValueError, LookupError, TypeError):  # it is only just being taken
+    except (OSError, ValueError, LookupError, TypeError):  # it is being written
         return "by another process"
 
 
@@ -311,11 +310,11 @@ def _as_json(manifest: dict[str, Any]) -> bytes:
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object], *, follow: bool = True) -> None:
-    """Write a file as a whole: `write` gets it open, and it takes its name once it is on disk.
+    """Replace a file atomically: `write` gets it open.
 
-    follow: write to what a link names. Without, and always in a run's folder, which may be somebody else's, the link is
-    replaced. Raises OSError if the file cannot be written; what was there under this name is then still there. Pipes
-    and devices are written to as they are.
+    follow: write to a link's target; otherwise, and always in a run's folder, which may come from somebody else, the
+    link is replaced. Raises OSError if the file cannot be written; the old file is then still there. Pipes and devices
+    are written to directly.
     """
     if follow and not (path.parent / MANIFEST).is_file():
         path = path.resolve()
@@ -343,7 +342,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object], *, follow: boo
 
 
 def write_out(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file that somebody asked for, folders included, as a whole. Raises UserError where it cannot be."""
+    """Write an output file atomically and make its folders. Raises UserError if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, write)
@@ -352,7 +351,7 @@ def write_out(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def _cut_torn_line(file: BinaryIO) -> int:
-    """Drop what follows the last newline, and go to the end: its position comes back."""
+    """Cut what follows the last newline, go to the end, and return its position."""
     end = kept = file.seek(0, os.SEEK_END)
     while kept:
         start = max(0, kept - 2**16)
@@ -367,7 +366,7 @@ def _cut_torn_line(file: BinaryIO) -> int:
 
 
 def _links(folder: Path) -> Iterator[Path]:
-    """What should be a run's own files and is links."""
+    """Links in place of a run's own files."""
     own = [folder / name for name in (MANIFEST, RECORDS, SKIPPED, "predictions", "partial")]
     below = (path for root in own[-2:] if not root.is_symlink() for path in root.rglob("*"))
     return (path for path in itertools.chain(own, below) if path.is_symlink())

@@ -1,7 +1,7 @@
-"""The figures of a cell, a row each: how one is called, drawn and compared, and how it is read from the records.
+"""The figures of a cell, one row each: how it is named, drawn, compared, and read from the records.
 
-A new figure is a new row of `METRICS`; tables, plots, reports and files then have it. Any metric goes on any axis of a
-plot, and the Pareto front follows from which way each is better.
+A new figure is a new row of `METRICS`; tables, plots, reports and files then have it. Any metric can be on any axis of
+a plot; the Pareto front follows from which way each is better.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _DIFFERENCE = "95 % interval of the difference from the unreduced model, same im
 _IMAGES = "95 % interval over images."
 _ROUNDS = "95 % interval over timing rounds."
 _MEDIAN = "95 % interval of the median latency."
-# Schedules that aim at the same FLOPs end a fraction of a percent apart, which must not decide who is on a front.
+# Schedules with one FLOPs target end a fraction of a percent apart, which must not decide who is on a front.
 _TIE = 0.01
 
 
@@ -30,24 +30,24 @@ class Metric:
     """One measured quantity.
 
     Attributes:
-        label: for an axis, without the unit where `unit` gives it.
+        label: for an axis, without the unit if `unit` gives it.
         short: with its unit, for a table's head.
         better: which way is better.
         digits: after the decimal point, in tables.
         field: of the records; the ends of its interval are beside it, under `_low` and `_high`.
         unit: as it follows a number.
         scale: from the record's unit to that of the metric.
-        column: of the table `load_table` gives; the field's name unless it says otherwise.
-        interval: columns of the 95 % interval's ends, drawn as error bars: with `bars` the fields of the same names.
-        also: fields that files have beside it, in its unit.
-        bars: what the interval is of, as a plot's footnote says; "" where there is none.
+        column: of `load_table`; default: the field's name.
+        interval: columns of the 95 % interval's ends, drawn as error bars; with `bars`, the fields of the same names.
+        also: further fields in files, in its unit.
+        bars: what the interval is of, for a plot's footnote; "" if there is none.
         tie: values closer than this share of each other count as equal on a Pareto front.
-        paced: whether it follows the machine's pace, which is another in every run (see docs/measuring.md).
-        of_images: whether it is a share of images, in percent or points: few images know it to fewer digits.
+        paced: whether it follows the machine's pace, which differs between runs (see docs/measuring.md).
+        of_images: whether it is a share of images, in percent or points: few images give fewer digits.
         place: where its column stands in tables for reading; None for files only.
-        rank: where a terminal is too narrow for all columns, the highest rank goes first; 0 never goes.
-        note: what the reader of a table needs to know of it.
-        derive: reads it where it is no field of its own.
+        rank: in a narrow terminal the highest rank is left out first, 0 never.
+        note: explains it under a table.
+        derive: computes it if it is no field.
     """
 
     label: str
@@ -75,17 +75,17 @@ class Metric:
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
-        """What files have of it, in order."""
+        """Its columns in files, in order."""
         return (self.column or self.field, *self.also, *self.interval)
 
     @cached_property
     def _ends(self) -> tuple[str, str]:
-        """Fields of the ends of the interval."""
+        """The fields of the interval's ends."""
         stem, ms = (self.field.removesuffix("_ms"), "_ms") if self.field.endswith("_ms") else (self.field, "")
         return f"{stem}_low{ms}", f"{stem}_high{ms}"
 
     def read(self, fields: Fields) -> Figure | None:
-        """The figure, None where it was not measured."""
+        """The figure, None if not measured."""
         if self.derive is not None:
             return self.derive(fields)
         if self.field not in fields:
@@ -96,13 +96,13 @@ class Metric:
         return Figure(fields[self.field] * self.scale, low * self.scale, high * self.scale)
 
     def digits_for(self, images: int | None) -> int:
-        """One digit of what is a share of fewer than 10,000 images, where the second would be noise."""
+        """Digits to print: one for a share of fewer than 10,000 images, where the second is noise."""
         return 1 if self.of_images and (images is None or images < 10_000) else self.digits
 
 
 def _top1(fields: Fields) -> Figure | None:
-    """With the paired interval of the drop, laid around the cell's top-1: all cells saw the same images, so the far
-    wider interval of top-1 itself would hide real differences."""
+    """Top-1 with the paired interval of the drop around it: all cells saw the same images, so the far wider interval of
+    top-1 itself would hide real differences."""
     if "top1" not in fields:
         return None
     value = 100 * fields["top1"]
@@ -232,8 +232,8 @@ METRICS: dict[str, Metric] = {
     ),
 }  # fmt: skip
 
-# What is to be kept of a model, best first, and in words: without labels there is no top-1, without classes no
-# agreement, and a model of one output has no features to compare.
+# Measures of accuracy, best first, in words: without labels there is no top-1, without classes no agreement, and a
+# model of one output has no features to compare.
 GAINS = {
     "top1": "top-1",
     "agreement": "agreement with the unreduced model",
@@ -243,7 +243,7 @@ GAINS = {
 
 
 def metric_name(name: str) -> str:
-    """The name in `METRICS` of a metric given by it or by its column (`latency_ms`); what is neither comes back."""
+    """The name in `METRICS` of a metric given by name or column (`latency_ms`); other names are returned unchanged."""
     return metric_of_column(name) or name
 
 
@@ -256,5 +256,5 @@ def find_metric(name: str) -> Metric:
 
 
 def metric_of_column(column: str) -> str:
-    """The metric whose value stands in that column, "" for a column of another kind."""
+    """The metric whose value is in that column, "" for other columns."""
     return next((name for name, metric in METRICS.items() if column in (name, metric.columns[0])), "")

@@ -1,4 +1,4 @@
-"""What models answered, image by image, and how that is kept on disk."""
+"""Models' answers image by image, and their file format."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LARGEST_ARCHIVE = 2**31  # sixty million answers
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """A model's answers to n images, in the order they came.
+    """A model's answers to n images, in order.
 
     `label` (n,) int64 is the true class, −1 where there is none; such an image is never correct.
     `predicted` (n,) int64 is the class with the largest logit, −1 where the logits were not finite.
@@ -28,11 +28,11 @@ class Predictions:
     `divergence` (n,) float32 is the Kullback-Leibler divergence, in nats, of the answer from the unreduced model's:
     Σ p log(p / q) over the classes, p the unreduced model's probabilities; NaN where either is not finite.
     `similarity` (n,) float32 is the cosine of the pooled features to the unreduced model's, for models without a
-    classifier, of which nothing else is known; NaN for all others, and where either is not finite.
-    `output` (n,) float32 is the one output of a model that has no more (a score, a logit), which chooses no class;
-    NaN for all others, and where it is not finite.
+    classifier; NaN for all others, and where either is not finite.
+    `output` (n,) float32 is the output of a model with only one (a score, a logit); NaN for all others, and where it is
+    not finite.
     `neighbor` (n,) int64 is the class that k-NN gives the image by the features of the others, for models without a
-    classifier; −1 where they are not finite, −2 where it was not asked for.
+    classifier; −1 where they are not finite, −2 if not asked for.
     `classifies` tells whether there are classes at all: not for a model without a classifier or of one output.
     """
 
@@ -68,7 +68,7 @@ class Predictions:
         return float(self.correct[self.label >= 0].mean()) if self.labeled else nan
 
     def top5_accuracy(self) -> float:
-        """Share of the images with a label whose true class is among the five most probable, in [0, 1]; likewise."""
+        """Share of the images with a label whose true class is among the five most probable, in [0, 1]."""
         return float(self.top5[self.label >= 0].mean()) if self.labeled else nan
 
     def nonfinite(self) -> int:
@@ -78,7 +78,7 @@ class Predictions:
         return int((np.isnan(self.similarity) & np.isnan(self.output)).sum())
 
     def with_label(self) -> Predictions:
-        """The answers to the images that have a label: accuracy is of these only."""
+        """The answers to the images that have a label."""
         return self.take(np.flatnonzero(self.label >= 0))
 
     def take(self, places: NDArray[np.int64]) -> Predictions:
@@ -99,7 +99,7 @@ class Predictions:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Predictions:
-        """Answers from their arrays by name. Raises ValueError where one is missing, or of another kind or length."""
+        """Answers from arrays by name. Raises ValueError if one is missing or has the wrong type or length."""
         found = {name: arrays[name] for name in ARRAYS if name in arrays}
         if absent := [name for name in ARRAYS if name not in found and name not in _LATER]:
             raise ValueError(f"it has no array {absent[0]!r}")
@@ -108,14 +108,14 @@ class Predictions:
                 raise ValueError(f"its array {name!r} is {array.dtype} of shape {array.shape}")
         if "classifies" in arrays:
             return cls(**found, classifies=bool(np.all(arrays["classifies"])))
-        # Features of a model without a classifier, in archives of older versions: they were all that was told.
+        # Older archives of a model without a classifier hold nothing but features.
         return cls(**found, classifies=not np.isfinite(found.get("similarity", np.nan)).any())
 
 
 def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of a NumPy archive by name. Nothing is unpickled, and no more than `LARGEST_ARCHIVE` bytes unpacked.
 
-    Raises OSError, and ValueError for all that is no such archive.
+    Raises OSError, and ValueError for anything that is no such archive.
     """
     if path.exists() and not path.is_file():
         raise ValueError("it is no regular file")
@@ -141,7 +141,7 @@ _LATER = ("divergence", "similarity", "output", "neighbor")  # which archives of
 
 
 def join(parts: Iterable[Predictions]) -> Predictions:
-    """Answers to images and to those that came after, as one."""
+    """Join answers to successive images."""
     parts = list(parts)
     arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ARRAYS}
     return Predictions(**arrays, classifies=parts[0].classifies)

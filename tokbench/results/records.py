@@ -1,6 +1,6 @@
-"""What a run writes down: one model per kind of record, and one for the manifest. Checked when written and when read.
+"""A run's records: a pydantic model for each kind and one for the manifest, validated on writing and on reading.
 
-A field that an older tokbench did not write is None, and a field that is not named here is kept as it is.
+Fields that an older tokbench did not write are None; unknown fields are kept.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ENDS = TypeAdapter(dict[str, Number], config=ConfigDict(strict=True, allow_inf_
 
 
 def _known_runtime(compiled: Any) -> str:
-    """What ran the models of a run that knows only whether they were compiled."""
+    """The runtime of a run that recorded only whether models were compiled."""
     return "compile" if compiled else "eager"
 
 
@@ -35,12 +35,12 @@ class _Stored(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, populate_by_name=True)
 
     def plain(self) -> dict[str, Any]:
-        """What was given, as JSON has it."""
+        """The given fields as JSON values."""
         return self.model_dump(by_alias=True, exclude_unset=True)
 
 
 class Record(_Stored):
-    """What all records have: which cell they are about, and under which conditions it was measured."""
+    """Fields of all records: the cell, and the conditions it was measured under."""
 
     version: int = Field(SCHEMA, alias="schema")
     kind: str
@@ -64,7 +64,7 @@ class Record(_Stored):
 
     @model_validator(mode="after")
     def _ends_are_numbers(self) -> Record:
-        """Ends of 95 % intervals stand beside their figure, as `drop_low` and `latency_high_ms`."""
+        """The ends of 95 % intervals are extra fields, such as `drop_low` and `latency_high_ms`."""
         given = (self.model_extra or {}).items()
         ends = {name: end for name, end in given if end is not None and name.removesuffix("_ms").endswith(_LOW_HIGH)}
         if ends:
@@ -85,7 +85,7 @@ class FlopsRecord(Record):
 
 
 class AccuracyRecord(Record):
-    """Shares of images; `drop` in points. The ends of intervals, as `drop_low`, come from `running.figures`.
+    """Shares of images; `drop` in points. The ends of intervals, such as `drop_low`, come from `running.figures`.
 
     pass_seconds: of the pass over the images for all cells in it, since it was last interrupted; reading_seconds: of
     these, waiting for images, on average over the workers that shared them.
@@ -116,7 +116,7 @@ class AccuracyRecord(Record):
 
 
 class SpeedRecord(Record):
-    """Seconds of every round and pass, in a list for each process where there were several, and what follows.
+    """Seconds of every round and pass (a list for each process, if there were several), and derived figures.
 
     provider: what computes inside the runtime, such as ONNX Runtime's "CPUExecutionProvider". same_answers: the share
     of `compared_images` on which the answer is eager's.
@@ -156,7 +156,7 @@ class SpeedRecord(Record):
 
 
 class FailureRecord(Record):
-    """A cell that failed in a phase: "setup", "accuracy" or "speed", and there in one runtime."""
+    """A cell that failed in a phase: "setup", "accuracy" or, in one runtime, "speed"."""
 
     phase: str
     runtime: str | None = None
@@ -170,7 +170,7 @@ KINDS: dict[str, type[Record]] = {
 
 
 class ModelConditions(_Stored):
-    """Of one model of a run. What has no data has None."""
+    """Conditions of one model of a run; those of the data are None without data."""
 
     weights_sha256: str | None = None
     input_size: list[Count] | None = None
@@ -191,7 +191,7 @@ class Conditions(_Stored):
     @model_validator(mode="before")
     @classmethod
     def _before_there_were_runtimes(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):  # as a damaged manifest has it
+        if not isinstance(fields, dict):  # a damaged manifest
             return fields
         return {"runtimes": [_known_runtime(fields.get("compile"))], **fields}
 
@@ -224,7 +224,7 @@ class Machine(_Stored):
     threads: Count | None = None
 
     def name(self, device: str | None) -> str | None:
-        """What computes on such a device."""
+        """The hardware of such a device."""
         return self.gpu if str(device).startswith("cuda") else self.cpu
 
 
@@ -250,17 +250,17 @@ S = TypeVar("S", bound=_Stored)
 
 
 def read_manifest(text: str, path: Path) -> Manifest:
-    """Raises UserError where it is no manifest, naming the field."""
+    """Parse a manifest. Raises UserError that names the wrong field."""
     return _made(Manifest, _json_object(text, path), path)
 
 
 def read_record(line: bytes, where: str) -> Record:
-    """Raises UserError where it is no record, naming the field."""
+    """Parse a record. Raises UserError that names the wrong field."""
     return make_record(_json_object(line, where), where)
 
 
 def make_record(fields: dict[str, Any], where: str = "record") -> Record:
-    """A record of its `kind` from its fields. Raises UserError for a field that cannot be."""
+    """A record of its `kind` from its fields. Raises UserError for an invalid field."""
     return _made(KINDS.get(str(fields.get("kind")), Record), fields, where)
 
 
@@ -272,7 +272,7 @@ def _made(model: type[S], values: dict[str, Any], where: str | Path) -> S:
 
 
 def _json_object(text: str | bytes, where: str | Path) -> dict[str, Any]:
-    """A JSON object of a schema that is known. Raises UserError for anything else."""
+    """A JSON object with a known schema. Raises UserError for anything else."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Runs as cells: loading them, choosing among them, which of them may be compared, and who is on a Pareto front."""
+"""Runs as cells: loading, filtering, groups of comparable cells, and Pareto fronts."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 T = TypeVar("T")
-# Cells that agree in all of these may be compared with each other, whichever run they come from.
+# Cells that agree in all of these are comparable, also between runs.
 COMPARABLE = (
     "model", "weights_sha256", "input_size", "data", "data_fingerprint", "device", "machine", "dtype", "runtime",
 )  # fmt: skip
-# Cells that agree in these lie in the same panel of a plot, so that machines can be laid over each other.
+# Cells that agree in these share a panel of a plot, so that machines can be overlaid.
 PANEL = ("model", "weights_sha256", "input_size", "data", "data_fingerprint")
 
 _DESCRIBED: dict[str, Callable[[Cell], Any]] = {
@@ -55,7 +55,7 @@ COUNTS = frozenset({"tokens_final", "images", "batch_size", "skipped", "nonfinit
 
 
 def figure_columns() -> list[str]:
-    """The columns with what was measured."""
+    """The columns of measured values."""
     return [column for metric in METRICS.values() for column in metric.columns]
 
 
@@ -65,7 +65,7 @@ def all_columns() -> list[str]:
 
 
 def columns_of(cell: Cell) -> dict[str, Any]:
-    """A cell as a row: every column of `load_table`, None where nothing is known."""
+    """A cell as a row: every column of `load_table`, None if not known."""
     row = {name: get(cell) for name, get in _DESCRIBED.items()} | dict.fromkeys(figure_columns()) | dict(cell.also)
     for name, figure in cell.figures.items():
         metric = METRICS[name]
@@ -74,9 +74,9 @@ def columns_of(cell: Cell) -> dict[str, Any]:
 
 
 def find_column(name: str, cells: Sequence[Cell], more: Collection[str] = ()) -> str:
-    """The column of `load_table`, or of `more`, that a name stands for: a metric's, or the one that is called so.
+    """The column of `load_table`, or of `more`, for the name of a metric or column.
 
-    Raises UserError for a name that is neither, and for a metric that none of the cells has.
+    Raises UserError for other names, and for a metric that none of the cells has.
     """
     column, options = METRICS[name].columns[0] if name in METRICS else name, [*all_columns(), *more]
     if column not in options:
@@ -89,7 +89,7 @@ def find_column(name: str, cells: Sequence[Cell], more: Collection[str] = ()) ->
 
 
 def load_table(*runs: str | Path) -> pd.DataFrame:
-    """All cells of these runs, a row each, in the order they were first recorded.
+    """All cells of these runs, a row each, in the order of their first records.
 
     Accuracies and agreement are in percent, drops in points, FLOPs in 1e9 multiply-adds; the ends of 95 % intervals
     are beside their values. What was not measured is NaN or None. Raises UserError for a folder that is no run.
@@ -107,9 +107,9 @@ def frame(cells: Sequence[Cell]) -> pd.DataFrame:
 
 
 def load_cells(runs: Iterable[str | Path]) -> list[Cell]:
-    """All cells of these runs in the order they were first recorded.
+    """All cells of these runs in the order of their first records.
 
-    A run is called by its folder, and by the folder above it too where names repeat; one named twice is read once.
+    A run is named by its folder, and by its parent folder too if names repeat; one given twice is read once.
     Raises UserError for a folder that is no run.
     """
     return [cell for cells in _cells_by_run(runs).values() for cell in cells]
@@ -117,7 +117,7 @@ def load_cells(runs: Iterable[str | Path]) -> list[Cell]:
 
 @contextmanager
 def _without_collecting() -> Iterator[None]:
-    """Leave out garbage collection, which goes through all records again and again: a third of the time of many."""
+    """Suspend garbage collection, which takes a third of the time of reading many records."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -129,7 +129,7 @@ def _without_collecting() -> Iterator[None]:
 
 @_without_collecting()
 def _cells_by_run(runs: Iterable[str | Path]) -> dict[str, list[Cell]]:
-    """By the run as it was given."""
+    """The cells of each run, by the run as given."""
     given = {Path(run).resolve(): str(run) for run in runs}
     folders = [RunFolder.open(path) for path in given]
     names = [folder.path.name for folder in folders]
@@ -141,7 +141,7 @@ def _cells_by_run(runs: Iterable[str | Path]) -> dict[str, list[Cell]]:
 
 
 def load_shown(runs: Sequence[str | Path], tell: Callable[[str], None]) -> list[Cell]:
-    """`load_cells` for runs that are to be shown. Tells which hold nothing; raises UserError where all do."""
+    """`load_cells` for output. Tells which runs are empty; raises UserError if all are."""
     found = _cells_by_run(runs)
     cells, empty = [cell for own in found.values() for cell in own], [run for run, own in found.items() if not own]
     holds = f"{', '.join(empty)} {'holds' if len(empty) == 1 else 'hold'} no records"
@@ -153,7 +153,7 @@ def load_shown(runs: Sequence[str | Path], tell: Callable[[str], None]) -> list[
 
 
 def cells_of(records: Iterable[Record], run: str = "", machine: Machine | None = None) -> list[Cell]:
-    """The cells of one run from its records, as they also are while the run is going on."""
+    """The cells of one run from its records, also while it is running."""
     index = RecordIndex(records)
     return _share_conditions([_cell(key, at, kinds, run, machine) for key, at, kinds in index.rows()])
 
@@ -197,26 +197,26 @@ def _cell(key: CellKey, at: Setting, kinds: Mapping[str, Record], run: str, mach
 
 
 def _share_conditions(cells: list[Cell]) -> list[Cell]:
-    """A cell that failed early lacks the conditions that its model's other cells share: take them from those."""
+    """Give cells that failed early the conditions that their model's other cells share."""
     whole: dict[Cell, Cell] = {}
     for mine in group_by(cells, operator.attrgetter("model")):
         names = (*COMPARABLE[1:], "images", "batch_size")
         known = {name: {getattr(cell, name) for cell in mine} - {None} for name in names}
-        # What was never timed goes with the first runtime.
+        # Cells that were never timed go with the first runtime.
         runtime = next((cell.runtime for cell in mine if cell.runtime), "eager")
         shared = {"runtime": runtime} | {name: values.pop() for name, values in known.items() if len(values) == 1}
         seen = {cell.data_fingerprint for cell in mine if "accuracy" in cell.kinds}
         for cell in mine:
             lacks = {name: value for name, value in shared.items() if getattr(cell, name) is None}
             if "accuracy" not in cell.kinds and len(seen) == 1:
-                # Where a run grew, what has no accuracy still names the fewer images.
+                # In a run that grew, cells without accuracy still have the old number of images.
                 lacks["data_fingerprint"], *_ = seen
             whole[cell] = replace(cell, **lacks) if lacks else cell
     return [whole[cell] for cell in cells]
 
 
 def run_names(cells: Sequence[Cell]) -> dict[str, str]:
-    """What tells runs apart, in words: machine, dtype, batch size, runtime, two of them, or the folder."""
+    """Short names that tell runs apart: by machine, dtype, batch size, runtime, two of them, or the folder."""
     first = {cell.run: cell for cell in reversed(cells)}
     runs = {run: first[run] for run in dict.fromkeys(cell.run for cell in cells)}
     words = {
@@ -285,7 +285,7 @@ def _test(column: str, sign: str, value: str, condition: str) -> Callable[[Any],
 
 
 def group_by(items: Iterable[T], key: Callable[[T], Any]) -> list[list[T]]:
-    """Items with the same key together, in the order in which the keys first come."""
+    """Items grouped by key, in the order of the keys' first occurrence."""
     groups: dict[Any, list[T]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -296,11 +296,11 @@ def comparable(cells: Sequence[Cell], *metrics: str) -> list[list[Cell]]:
     """The cells split into sets that may be compared: same model, weights, input size, data, device, dtype and runtime,
     and one batch size where several were timed.
 
-    In these metrics; one run each where one of them is `paced`.
+    metrics: to compare them in; if one of these is `paced`, each set is from one run.
     """
     paced = any(find_metric(name).paced for name in metrics)
     timed_at = _timed_at(cells)
-    for cell in cells:  # what was timed at several sizes has cells for each; what was not timed goes with the first
+    for cell in cells:  # cells timed at several sizes come once for each; cells never timed go with the first
         if cell.at.batch_size:
             timed_at.setdefault((cell.run, cell.model), cell.at.batch_size)
 
@@ -315,7 +315,7 @@ _conditions = operator.attrgetter(*COMPARABLE)
 
 
 def _timed_at(cells: Sequence[Cell]) -> dict[tuple[str, str], int]:
-    """The batch size that a run timed a model at, where cells that may else be compared were timed at several."""
+    """The batch size that a run timed a model at, where otherwise comparable cells were timed at several."""
     sizes: dict[tuple[str, str], int] = {}
     for cell in cells:
         if (cell["speedup"] or cell["throughput"]) and cell.batch_size is not None:
@@ -329,13 +329,13 @@ def _timed_at(cells: Sequence[Cell]) -> dict[tuple[str, str], int]:
 
 
 def least_doubted(cells: Sequence[Cell]) -> list[Cell]:
-    """Those of whose speed the least was warned."""
+    """The cells with the fewest warnings about their speed."""
     least = min((len(cell.doubts) for cell in cells), default=0)
     return [cell for cell in cells if len(cell.doubts) == least]
 
 
 def known_gain(cells: Sequence[Cell]) -> str:
-    """The first of `GAINS` that was measured; top1 where none was."""
+    """The first of `GAINS` that was measured; top1 if none was."""
     return next((name for name in GAINS if any(cell[name] for cell in cells)), next(iter(GAINS)))
 
 
@@ -345,22 +345,22 @@ def measured(cells: Sequence[Cell]) -> list[str]:
 
 
 def measured_names(cells: Sequence[Cell]) -> str:
-    """The same in words."""
+    """Their names as a list in words."""
     return ", ".join(measured(cells)) or "nothing"
 
 
 def pareto_front(cells: Sequence[Cell], x: str, y: str) -> set[Cell]:
     """The cells that no comparable cell beats: as good in both metrics and better in one.
 
-    x, y: names in `METRICS`; what differs by less than a metric's `tie` counts as equal. Throughput is judged by the
-    speed-up where all cells have it: it is paired within timing rounds, so drift cannot decide, and a run's fronts
-    over both agree. Cells that lack either, or with NaN or infinite logits, are on no front.
+    x, y: names in `METRICS`; values within a metric's `tie` count as equal. Throughput is judged by the speed-up if all
+    cells have it: that is paired within timing rounds, so drift does not decide, and the fronts of both agree. Cells
+    that lack either metric, or with NaN or infinite logits, are on no front.
     """
     return {cell for group in comparable(cells, x, y) for cell in Rivals(group).front(x, y)}
 
 
 class Rivals:
-    """Cells that may all be compared in the metrics that are asked for, see `pareto_front`."""
+    """Cells that are all comparable in the metrics asked for, see `pareto_front`."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         self._cells = [cell for cell in cells if not cell.is_broken]
@@ -376,13 +376,13 @@ class Rivals:
         return [self._cells[place] for place in known[~beaten]]
 
     def _figures(self, name: str) -> NDArray[np.float64]:
-        """The metric's values, NaN where it was not measured."""
+        """The metric's values, NaN if not measured."""
         if name not in self._values:
             self._values[name] = np.array([cell.value(name) for cell in self._cells], dtype=float)
         return self._values[name]
 
     def _costs(self, name: str, known: NDArray[np.intp]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Values of these cells of which lower is better, and the highest of those that each of them ties with."""
+        """Costs of these cells (lower is better), and for each the highest cost that ties with it."""
         if name == "throughput" and np.isfinite(self._figures("speedup")[known]).all():
             name = "speedup"
         metric, values = METRICS[name], self._figures(name)[known]
@@ -394,7 +394,7 @@ class Rivals:
 def _lowest(
     costs: NDArray[np.float64], others: NDArray[np.float64], limits: NDArray[np.float64], side: Literal["left", "right"]
 ) -> NDArray[np.float64]:
-    """For each limit the lowest of `others` where the cost is below it ("left") or not above it ("right")."""
+    """For each limit, the lowest of `others` whose cost is below it ("left") or not above it ("right")."""
     order = np.argsort(costs)
     lowest = np.concatenate([[np.inf], np.minimum.accumulate(others[order])])
     return lowest[np.searchsorted(costs[order], limits, side)]

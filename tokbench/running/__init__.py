@@ -1,1 +1,1 @@
-"""What `tokbench run` does: a grid goes into a folder, a model is measured, what was measured is kept and continued."""
+"""`tokbench run`: measures the models of a grid into a run folder, and continues interrupted runs."""

@@ -90,12 +90,12 @@ class Runnable:
 
     @property
     def name(self) -> str:
-        """The cell's, and the runtime's where it is not eager PyTorch."""
+        """The cell's name, and the runtime's if that is not eager PyTorch."""
         return self.cell.id + self._where
 
     @property
     def limit_name(self) -> str:
-        """The same for cells with the same limit, so that it is timed once."""
+        """The limit's name, the same for cells with the same limit, so that it is timed once."""
         return f"free/{cast(Any, self.model).fusion.method.place}/{self.identity['tokens']}{self._where}"
 
     @property
@@ -108,7 +108,7 @@ class Runnable:
         return replace(self, runtime=runtime, identity=self.identity | {"runtime": runtime}, attention_kernels=kernels)
 
     def require_same_tokens(self) -> None:
-        """Raise ValueError unless the last forward pass had the tokens that the cell's records tell, or their mean."""
+        """Raise ValueError unless the last forward pass had the token counts (or their mean) of the cell's records."""
         if counts_by_image(self.model):
             return
         tokens = tokens_per_block(self.model)
@@ -136,7 +136,7 @@ class Bench:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights and the images."""
+        """The dtype of the weights and the images."""
         return DTYPES[self.options.dtype]
 
     @property
@@ -145,7 +145,7 @@ class Bench:
         return all(getattr(block.attn, "fused_attn", True) for block in self.subject.model.blocks)
 
     def searched(self, cell: PlannedCell) -> Searched | None:
-        """What a cell's `searched:` schedule stands for; None for other schedules."""
+        """The search result of a cell's `searched:` schedule; None for other schedules."""
         return self.subject.searched.get(cell.key)
 
     def lacks(self, cell: PlannedCell, kind: str, at: Setting = ANYHOW) -> bool:
@@ -288,18 +288,18 @@ class Bench:
         }
 
     def let_go(self) -> None:
-        """Free the model: the next one is not to find its weights on the device, where they count to peak memory."""
+        """Free the model, so that its weights do not count to the next one's peak memory."""
         self.running.clear()
         self.subject.model.to("meta")
 
     def fail(self, phase: str, error: Exception) -> None:
-        """Record what failed for no cell in particular as the unreduced model's failure. Raises BaselineFailed."""
+        """Record a failure of no particular cell as the unreduced model's. Raises BaselineFailed."""
         baseline = self.subject.cells[0]
         self._record_failure(baseline, self.identity(baseline), phase, error)
         raise BaselineFailed from error
 
     def drop(self, name: str, phase: str, error: Exception) -> None:
-        """Take what failed out of the running ones: a cell, or with the unreduced model all that run as it does.
+        """Remove what failed: a cell, or with the unreduced model all cells in its runtime.
 
         Raises BaselineFailed where nothing is left.
         """

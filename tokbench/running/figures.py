@@ -1,4 +1,4 @@
-"""What the records of a cell say: figures and their intervals, from what was measured."""
+"""The figures of records and their intervals, computed from measurements."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from tokbench.results.predictions import Predictions
 def accuracy_fields(predictions: Predictions, baseline: Predictions) -> dict[str, Any]:
     """The accuracy part of a record: counts, fractions and their intervals, against the unreduced model's.
 
-    Accuracy is of the images with a label; without any, only what compares the two models; without classes, only their
-    features or their one output.
+    Accuracy is over the images with a label. Without labels there are only comparisons of the two models; without
+    classes, only of their features or their one output.
     """
     fields: dict[str, Any] = {"images": len(predictions.label), "nonfinite": predictions.nonfinite()}
     if predictions.labeled and predictions.classifies:
@@ -56,7 +56,7 @@ def accuracy_fields(predictions: Predictions, baseline: Predictions) -> dict[str
     for name, values, least, most in distances:
         if np.isfinite(values).any():
             mean, low, high = mean_interval(values)
-            # Where the mean can be. Rounded, it may itself be a little beyond.
+            # The range of the mean; rounding may put it slightly outside.
             fields |= _with_ends(name, mean, max(low, min(mean, least)), min(high, max(mean, most)))
     return fields
 
@@ -84,19 +84,19 @@ def output_shift(outputs: Predictions, unreduced: Predictions) -> dict[str, tupl
 
 
 def at_chance_level(baseline: Predictions, num_classes: int) -> bool:
-    """Whether a model knows the labels no better than guessing among the classes that are there would."""
+    """Whether a model is no better than guessing among the classes present."""
     if not (baseline.labeled and baseline.classifies):
         return False
     known = baseline.with_label()
     present = len(np.unique(known.label))
     chance = 1 / (present if present > 1 else max(num_classes, 2))
     low, _ = wilson(int(known.correct.sum()), len(known.label))
-    # Few images make a wide interval: a model that is far above chance on them is not accused.
+    # With few images the interval is wide, but a model far above chance must pass.
     return low <= chance and baseline.top1() <= 2 * chance
 
 
 def flops_fields(count: FlopCount, limit: FlopCount, unreduced: int) -> dict[str, Any]:
-    """The FLOPs part of a record. What the model takes without the method's own work is its speed limit's count."""
+    """The FLOPs part of a record. The FLOPs without the method's own work are those of its speed limit."""
     parts = {
         part: sum(flops for name, flops in limit.by_module.items() if re.fullmatch(rf"blocks\.\d+\.{part}", name))
         for part in ("attn", "mlp")
@@ -164,7 +164,7 @@ def speed_fields(
 
 
 def by_process(samples: list[list[float]]) -> list[float] | list[list[float]]:
-    """As a record has them: the list itself where there was one process."""
+    """Samples as in a record: a plain list if there was one process."""
     return samples[0] if len(samples) == 1 else samples
 
 
@@ -172,13 +172,13 @@ VAGUE = f"the speed-up is known to no better than ±{VAGUE_WIDTH:.0%}".replace("
 
 
 def vague_speedups(fields: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The names of those whose speed-up is known too badly to choose by, or has no interval."""
+    """The names of cells whose speed-up is too vague to choose by, or has no interval."""
     ends = {name: (own.get("speedup_low", 0.0), own.get("speedup_high", inf)) for name, own in fields.items()}
     return [name for name, (low, high) in ends.items() if high - low > 2 * VAGUE_WIDTH * fields[name]["speedup"]]
 
 
 def vague_sentence(vague: Mapping[str, int], count: int, done: int, seconds: float, unit: str) -> str:
-    """A warning about those of so many speed-ups, and how long it would take to know them better.
+    """A warning about vague ones among `count` speed-ups, with how long it would take to know them better.
 
     vague: by name, how many rounds (or processes) would do. done, seconds: how many there were, and how long they took.
     unit: "rounds" or "processes".
@@ -195,7 +195,7 @@ def vague_sentence(vague: Mapping[str, int], count: int, done: int, seconds: flo
 def needed_for_speedup(
     fields: Mapping[str, Any], results: Sequence[SpeedResult], references: Sequence[SpeedResult]
 ) -> int:
-    """About how many rounds like these, or where there were several how many processes, would give it no caveat."""
+    """About how many rounds like these (or processes, if there were several) would give it no caveat."""
     if len(results) == 1:
         return rounds_needed(ratios(references[0].rounds, results[0].rounds), VAGUE_WIDTH)
     half = (fields["speedup_high"] - fields["speedup_low"]) / 2 / fields["speedup"]

@@ -1,8 +1,7 @@
-"""Timing in fresh processes, as pyperf does: the same pass takes another time in every process.
+"""Timing in fresh processes, as pyperf does: memory layout and caches make the same pass differ between processes.
 
-Memory lies elsewhere, and caches are shared otherwise. So one process says little about another one, and several in
-turn, each with its share of the rounds, about all. `python -m tokbench.running.fresh` is such a process: it takes a job
-on standard input, and tells on standard output how far it is and what it timed, each as a pickle.
+Several processes take turns, each with its share of the rounds. `python -m tokbench.running.fresh` is such a process:
+it reads a job from standard input, and writes its progress and timings to standard output, each as a pickle.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Timed:
-    """What one process timed, by the names of cells; among the speeds are those of speed limits, by theirs.
+    """The timings of one process, by the names of cells and of speed limits.
 
     answers: of how many images a cell's answer is eager PyTorch's, and of how many it was asked, where it was.
     """
@@ -78,7 +77,7 @@ class ProcessDied(Exception):
 
 
 def time_in_fresh_processes(bench: Bench, members: list[Runnable], size: int) -> list[Timed]:
-    """What each of the processes that were asked for timed, one after the other; one that dies is left out.
+    """The timings of each process, run one after the other; one that dies is left out.
 
     Raises RunStopped if all die.
     """
@@ -154,7 +153,7 @@ def _raised(kind: str, text: str) -> Exception:
 
 @dataclass
 class _Bench(Bench):
-    """In the process: it has no folder, and keeps what failed for the one that has."""
+    """The bench in such a process: it has no folder, and keeps failures for its parent."""
 
     failed: dict[str, str] = field(default_factory=dict)
 

@@ -38,7 +38,7 @@ class PassFile:
     def load(self) -> HalfPass | None:
         """What an earlier session saved, for the cells that were there to the end of it; None where there is nothing.
 
-        What lies behind a file that is missing or broken is removed.
+        Files after a missing or broken one are removed.
         """
         parts: list[HalfPass] = []
         paths = self.folder.partial_paths(self.model)

@@ -1,6 +1,6 @@
 """Runs a grid: loads its models, opens or continues the run folder, and has every model measured.
 
-The same command on the same folder goes on where the last one stopped, whatever stopped it.
+The same command on the same folder continues where the last one stopped.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def run(
     progress: Progress | None = None,
     fresh: bool = False,
 ) -> pd.DataFrame:
-    """Measure every cell of a grid and draw the Pareto plot; one row per cell comes back (see `load_table`).
+    """Measure every cell of a grid and draw the Pareto plot; returns a row per cell (see `load_table`).
 
     A cell that fails is recorded as a failure (column `error`) and the others go on; a later session tries it again.
 
     Args:
         grid: a Grid, the path of a grid file, or None for the default one.
-        out: the run folder, by default a new one under results/; a run that is there already is continued: only what
-            it lacks is measured.
+        out: the run folder, by default a new one under results/; an existing run is continued: only what it lacks is
+            measured.
         options: instead of the grid's own.
         progress: told what happens; silent by default.
         fresh: never continue, but begin in `out`-2 and so on.
@@ -129,7 +129,7 @@ def run(
         except UserError as error:
             kept = "; what was measured is kept." if is_run(path) else ""
             raise RunStopped(f"{str(error).rstrip('.')}{kept}") from error
-        if not is_run(path):  # removed while it was drawn, which brings back no more than the plot
+        if not is_run(path):  # removed meanwhile: drawing brings back only the plot
             raise removed(path)
         progress.finished(cells, plots)
     return frame(cells)
@@ -291,7 +291,7 @@ def _continued(folder: RunFolder, manifest: Manifest, grown: Collection[str]) ->
 
 
 def _draw(cells: list[Cell], folder: Path, tell: Callable[[str], None]) -> list[Path]:
-    """The Pareto plot of what was measured; none, and why, where there is nothing to set against anything."""
+    """Draw the Pareto plot; if there is nothing to plot, tell why."""
     from tokbench.report.plots import plot_run
 
     drawn = plot_run(cells, folder / "pareto.png", tell)

@@ -1,4 +1,4 @@
-"""What the `searched:` schedules of a grid stand for: what it says, what an earlier session knew, or a search now."""
+"""Finds the `searched:` schedules of a grid: in the grid, in an earlier session, or by a search now."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def searcher_for(
     progress: Progress,
     images: int = DEFAULT_IMAGES,
 ) -> Searcher:
-    """What searches for a model of a grid, on the device and in the dtype that it will run in."""
+    """The searcher for a model of a grid, on the device and in the dtype that it will run in."""
     shown = search_images(data, subject.model, images, options.labels if data != "bundled:train" else None)
     model = subject.model.to(device, DTYPES[options.dtype])
     return Searcher(

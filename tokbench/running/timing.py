@@ -18,7 +18,7 @@ from tokbench.exporting.writing import in_runtime
 from tokbench.measure._model import is_out_of_memory, release_memory
 from tokbench.measure.accuracy import evaluate
 from tokbench.measure.environment import Watch, thread_warnings, together
-from tokbench.measure.speed import SpeedResult, largest_batch, measure_memory, measure_speed
+from tokbench.measure.speed import VAGUE_WIDTH, SpeedResult, largest_batch, measure_memory, measure_speed
 from tokbench.results.cell import Setting
 from tokbench.running.answers import readers
 from tokbench.running.bench import Bench, Runnable, counts_by_image
@@ -34,9 +34,9 @@ from tokbench.running.fresh import Timed, time_in_fresh_processes
 from tokbench.running.half_pass import HalfPass
 from tokbench.running.reader import Reader
 
-# A budget for all rounds together; slow cells exceed it, because each makes eight rounds at least. On a noisy machine
-# rounds go on until every interval is useful, for so many times as long at most.
-SPEED_SECONDS_PER_CELL, PATIENCE = 1.5, 2
+# A budget for all rounds together; slow cells exceed it, as each makes eight rounds at least. On a noisy machine rounds
+# go on while any interval is as wide as this, for so many times as long at most: an answer that is 25 % off is none.
+SPEED_SECONDS_PER_CELL, PATIENCE = 1.5, {VAGUE_WIDTH: 2, 0.25: 6}
 LARGEST_BATCH = 1024
 
 
@@ -240,7 +240,7 @@ def time_members(bench: Bench, members: list[Runnable], size: int, seed: int = 0
         images=images,
         rounds=options.rounds and ceil(options.rounds / options.processes),
         seconds=seconds,
-        longest=PATIENCE * seconds if usual else None,
+        patience=PATIENCE if usual else {},
         latency_of=[member.name for member in members],
         seed=seed,
         on_warm=bench.progress.advance,

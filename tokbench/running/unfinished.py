@@ -37,7 +37,7 @@ def find_unfinished(grid: Grid, root: Path = RESULTS) -> Unfinished | None:
 
 
 def _progress(folder: RunFolder, grid: Grid) -> Unfinished:
-    """How far a run is. What failed was measured."""
+    """How far a run is; failures count as measured."""
     index = RecordIndex(folder.records())
     done = [
         bool(index.find(cell.key, "failure", at) or index.find(cell.key, kind, at))

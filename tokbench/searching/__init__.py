@@ -1,1 +1,1 @@
-"""Schedules searched for a model, a method and a budget: what `tokbench search` does."""
+"""Searching a schedule for a model, a method and a budget: `tokbench search`."""

@@ -1,4 +1,4 @@
-"""What a search may spend: a share of the FLOPs, or of the time."""
+"""The budget of a search: a share of the FLOPs, or a speed-up."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Budget:
 
 
 def parse_budget(text: str) -> Budget:
-    """Raises UserError, which names the wrong part."""
+    """Parse a budget. Raises UserError that names the wrong part."""
     try:
         schedule = parse_schedule(f"searched:{text}")
     except ScheduleError as error:

@@ -1,4 +1,4 @@
-"""What `tokbench search` does: a search for each model, method and budget, and a grid file of what was found."""
+"""`tokbench search`: a search for each model, method and budget, and a grid file with the results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def search_grid(
     tune: bool = False,
     progress: Progress,
 ) -> list[Searched]:
-    """Search, and write what was found to `out` after each search; when interrupted, also the best so far."""
+    """Search, and write the results to `out` after each search; if interrupted, also the best so far."""
     found: list[Searched] = []
     budgets = [str(parse_budget(budget)) for budget in budgets]
     if len(grid.methods) == 1:
@@ -56,7 +56,7 @@ def search_grid(
 
 
 def searched_grid(grid: Grid, found: Sequence[Searched]) -> Grid:
-    """The grid whose cells are what was found."""
+    """The grid of the schedules found."""
     methods: dict[str, MethodSpec] = {}
     for one in found:
         spec = MethodSpec(one.method, (f"searched:{one.budget}",), one.params)
@@ -76,14 +76,14 @@ def write_grid(grid: Grid, path: Path) -> None:
 
 
 def _without_none(value: Any) -> Any:
-    """TOML has no null."""
+    """A value without None, which TOML lacks."""
     if isinstance(value, dict):
         return {key: _without_none(own) for key, own in value.items() if own is not None}
     return [_without_none(own) for own in value] if isinstance(value, list) else value
 
 
 def as_table(found: Sequence[Searched]) -> Table:
-    """What was found, a search a row."""
+    """The results, one row per search."""
     table = Table(
         "Model", "Method", "Budget", "Distance", "searched", "Predicted", "Confirmed", "Tokens removed in each block"
     )

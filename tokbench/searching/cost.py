@@ -1,4 +1,4 @@
-"""What removals cost: predicted from the blocks of a few schedules that were counted or timed, then confirmed."""
+"""The cost of removals: predicted from a few schedules that were counted or timed by block, then confirmed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tokbench.schedules import Schedule
 from tokbench.searching.budget import Budget
 from tokbench.searching.space import Removals, Space
 
-# Schedules that the blocks' costs are read off: how many of the tokens go, and where; even, and falling.
+# Schedules to fit the blocks' costs to: the share of the tokens removed, and its slope over the blocks.
 _PROBES = ((0.0, 0.0), (0.3, 0.0), (0.6, 0.0), (0.9, 0.0), (0.5, 1.0), (0.8, 1.0))
 _TIMED_PASSES = 5
 _CONFIRM_SECONDS = 8.0
@@ -29,7 +29,7 @@ _CONFIRM_SECONDS = 8.0
 
 @dataclass
 class Cost:
-    """What removals cost, as a share of the unreduced model's: FLOPs, or seconds of a batch on this device."""
+    """The cost of removals as a share of the unreduced model's: FLOPs, or seconds of a batch on this device."""
 
     space: Space
     budget: Budget
@@ -50,7 +50,7 @@ class Cost:
             removals = space.of(Schedule("list", tuple(asked.tolist())))
             blocks, total = measure(self.reduced(removals))
             rows += [_features(*step) for step in space.steps(removals)]
-            rows[-space.depth][-1] = float(any(removals))  # what the method does once counts to the first block
+            rows[-space.depth][-1] = float(any(removals))  # one-time work of the method counts to the first block
             costs += blocks
             rests.append(total - sum(blocks))
         self._rest = float(np.median(rests))
@@ -77,7 +77,7 @@ class Cost:
         return self.correction * self._predicted(removals) / self._whole
 
     def confirm(self, removals: Removals, method: Method | None = None) -> float:
-        """The share as it is counted, or timed in turns with the unreduced model; predictions are corrected by it."""
+        """The share as counted, or as timed in turns with the unreduced model; it corrects later predictions."""
         predicted, model = self(removals), self.reduced(removals, method)
         base = remove(fork(self.space.model))
         if self.budget.kind == "flops":
@@ -101,7 +101,7 @@ class Cost:
         return [float(count.by_module[f"blocks.{block}"]) for block in range(self.space.depth)], count.total
 
     def _blocks_timed(self, model: Any) -> tuple[list[float], float]:
-        """Each block's least of several times, and the whole pass's: what others do on the machine only adds."""
+        """The least of several times of each block and of the pass: other work on the machine only adds."""
         images = self.images[torch.arange(self.batch_size) % len(self.images)]
         passes: list[list[float]] = []
 

@@ -1,4 +1,4 @@
-"""The images of a search, and how a run knows them again."""
+"""The images of a search, and how a run recognizes them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def search_images(spec: str, model: nn.Module, count: int = DEFAULT_IMAGES, labe
 
 
 def mark(image: Tensor) -> bytes:
-    """What an image (C, H, W), as it was prepared for the model, is known by."""
+    """A short hash of an image (C, H, W) as prepared for the model."""
     return hashlib.blake2b(image.numpy().tobytes(), digest_size=_MARK).digest()
 
 
@@ -56,7 +56,7 @@ def written_marks(images: Tensor) -> str:
 
 
 def read_marks(text: str) -> set[bytes]:
-    """The marks that were written so. Raises UserError for other text."""
+    """Parse `written_marks`. Raises UserError for other text."""
     try:
         joined = base64.b64decode(text, validate=True)
     except ValueError as error:
@@ -65,7 +65,7 @@ def read_marks(text: str) -> set[bytes]:
 
 
 class Overlap:
-    """Counts the images that are shown to cells of which some were searched on.
+    """Counts, by cell, the shown images that the cell's schedule was searched on.
 
     marks: what `written_marks` gave, by cell; cells without any are left out.
     """

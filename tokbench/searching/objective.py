@@ -1,4 +1,4 @@
-"""How far a reduced model's answers are from the unreduced model's, on images without labels."""
+"""The distance of a reduced model's answers from the unreduced model's, on images without labels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BATCH = 32
 
 @dataclass
 class Memory:
-    """Distances by removals and parameters, batch by batch; with a file they outlive the process."""
+    """Distances by removals and parameters, batch by batch; kept in a file if there is one."""
 
     path: Path | None = None
     known: dict[str, list[float]] = field(default_factory=dict)
@@ -33,12 +33,12 @@ class Memory:
         for line in lines:
             try:
                 key, distance = json.loads(line)
-            except ValueError:  # the last line of a process that was killed
+            except ValueError:  # a killed process's last line
                 continue
             self.known.setdefault(key, []).append(distance)
 
     def add(self, key: str, distance: float) -> None:
-        """The next batch's."""
+        """Add the next batch's distance."""
         self.known.setdefault(key, []).append(distance)
         if self.path:
             with self.path.open("a", encoding="utf-8") as file:
@@ -49,15 +49,15 @@ class Memory:
 class Objective:
     """The mean distance between the answers of `model` to `images` (B, C, H, W) with and without a method.
 
-    It is the KL divergence of the classes; 1 − cosine of the features where there are none; the squared difference over
-    the variance where there is one output.
+    It is the KL divergence of the classes; without classes, 1 − cosine of the features; with one output, the squared
+    difference over the variance.
     """
 
     model: VisionTransformer
     method: Method
     images: Tensor
     memory: Memory = field(default_factory=Memory)
-    shown: dict[str, int] = field(default_factory=dict)  # batches, by candidate; also those that were remembered
+    shown: dict[str, int] = field(default_factory=dict)  # batches, by candidate; remembered ones included
 
     def __post_init__(self) -> None:
         base = remove(fork(self.model))

@@ -23,14 +23,14 @@ from tokbench.searching.objective import Memory, Objective
 from tokbench.searching.space import Removals, Space
 from tokbench.searching.surrogate import cheapest_path, sensitivities
 
-# Images shown to candidates, each as often as it is: 40 passes over 256 of them.
+# Images shown to all candidates together: 40 passes over 256.
 MOST_SHOWN = 10_240
-_FIRST = 2  # batches; a candidate is dropped after so many, 4, 8, …, where it is so much farther than the best:
-_BEHIND = 0.2  # by the root of their number
+_FIRST = 2  # batches; a candidate is dropped after these, after 4, 8, …, if it is that much farther than the best:
+_BEHIND = 0.2  # over the root of the number of batches
 _CHANGED = (0.2, 0.5, 1.0)  # the share of the blocks that change
 _STEPS = (0.1, 1.5)  # least and most standard deviation of the logarithm of a block's share
-_TRIES = 10  # for each pass over the images: what was tried before takes none, and a small model has few schedules
-_RETRIES = 5  # of bringing what was confirmed under the budget
+_TRIES = 10  # per pass over the images; repeated candidates take none, and a small model has few schedules
+_RETRIES = 5  # to bring the confirmed cost under the budget
 # How far under the budget the confirmed cost may be: counts are exact, times are not.
 _UNDER = {"flops": 0.01, "speedup": 0.05}
 
@@ -44,10 +44,10 @@ class Candidate(NamedTuple):
 class Found:
     """The best removals of a search.
 
-    schedule: as `list:…`. method: with its parameters, where these were searched. distance, before: of the answers from
-    the unreduced model's, of this schedule and of the usual one at the same cost, on `images` images. usual: that one.
-    predicted, cost: its share of the unreduced model's FLOPs or time; cost is None where the search was interrupted
-    before it was counted or timed. passes: forward passes over the images.
+    schedule: as `list:…`. method: with its searched parameters. distance: of the answers from the unreduced model's, on
+    `images` images. usual, before: the usual schedule at the same cost, and its distance. predicted, cost: share of the
+    unreduced model's FLOPs or time; cost is None if the search was interrupted before it was counted or timed. passes:
+    forward passes over the images.
     """
 
     schedule: Schedule
@@ -64,7 +64,7 @@ class Found:
 
 @dataclass
 class Search:
-    """One search: `run` it, and ask for `found` at any time once it has begun.
+    """One search: `run` it; `found` gives the best so far.
 
     Raises UserError for a budget that the method cannot reach.
     """
@@ -106,7 +106,7 @@ class Search:
         raise UserError(f"method '{self.method.name}' cannot reach {self.budget} on this model{near}")
 
     def run(self) -> Found:
-        """Search until the images or the seconds are spent, and confirm what was found."""
+        """Search until the images or the seconds are spent, and confirm the result."""
         self.progress.phase(f"{self.method.name} at {self.budget}", self.most_shown)
         even = self.space.fit(np.ones(self.space.depth), self.cost, self.budget.share)
         self.attempt(Candidate(self.usual, self.method))
@@ -116,7 +116,7 @@ class Search:
         return self._confirmed()
 
     def guess(self) -> None:
-        """Try the path through all blocks that what each block alone does to the answers suggests."""
+        """Try the path through all blocks that follows from the effect of each block alone."""
         if self.method.counts_by_image:  # tokens after a block do not follow from those before it
             return
 
@@ -129,7 +129,7 @@ class Search:
             self.attempt(Candidate(path, self.method))
 
     def found(self) -> Found | None:
-        """The best so far, as its cost is predicted; None before anything was tried."""
+        """The best so far, with its predicted cost; None before anything was tried."""
         if self.best is None:
             return None
         whole = len(self.objective.batches)
@@ -147,15 +147,14 @@ class Search:
         )
 
     def _usual(self) -> Removals:
-        """What the method does at this budget without a search: its own shape."""
+        """The method's usual removals at this budget."""
         space = self.space
         scaled, last = own_shape(self.method, space.depth, space.tokens - space.prefix)
         step = bisect_left(range(last), -self.budget.share, key=lambda step: -self.cost(space.of(scaled(step))))
         return space.of(scaled(step))
 
     def polish(self) -> None:
-        """Change some blocks' removals at random, by much or by little, and go on from there where that helps: an
-        evolution strategy of one parent and one child."""
+        """Change some blocks' removals at random and keep what helps: a (1+1) evolution strategy with varying steps."""
         names, random = self._tuned(), np.random.default_rng(self.seed)
         factors = np.zeros(len(names))
         for _ in range(_TRIES * self.most_shown // len(self.images)):
@@ -171,7 +170,7 @@ class Search:
                 factors = tried[self.space.depth :]
 
     def logarithms(self, removals: Removals) -> np.ndarray:
-        """Of each block's share of the removals; blocks without any get a small one, to grow from."""
+        """Logarithms of each block's share of the removals; blocks without any get a small one, to grow from."""
         return np.log(np.array(removals) + 0.05 * np.mean(removals))
 
     def is_over(self) -> bool:
@@ -179,15 +178,15 @@ class Search:
         return self._shown() >= self.most_shown or time.monotonic() - self.began >= self.seconds
 
     def candidate(self, point: np.ndarray, names: list[str]) -> Candidate:
-        """Of logarithms: of each block's share, and of factors for the parameters of these names."""
+        """The candidate at a point: logarithms of each block's share, and of factors for these parameters."""
         weights, factors = np.exp(point[: self.space.depth]), np.exp(point[self.space.depth :])
         tuned = {name: getattr(self.method, name) * float(f) for name, f in zip(names, factors, strict=True)}
         method = make_method(self.method.name, **{**self.method.parameters(), **tuned}) if tuned else self.method
         return Candidate(self.space.fit(weights, self.cost, self.budget.share), method)
 
     def attempt(self, candidate: Candidate) -> float:
-        """Its distance, and keep it where it is the best; where it falls behind on the first images an estimate: as
-        much farther than the best."""
+        """The candidate's distance; keeps it if it is the best. If it falls behind on the first images, an estimate:
+        the best's distance plus the lag."""
         shown, whole = _FIRST, len(self.objective.batches)
         while self.best and shown < whole:
             first, ahead = self._distance(candidate, shown), self._distance(self.best, shown)
@@ -216,7 +215,7 @@ class Search:
         return round(self.objective.passes * len(self.images))
 
     def _confirmed(self) -> Found:
-        """The best one counted or timed; where that is over the budget, or 1 % under, the same shape again."""
+        """The best one, counted or timed; if it misses the budget, its shape is scaled and confirmed again."""
         assert self.best is not None
         share, weights = self.budget.share, np.array(self.best.removals, dtype=float)
         confirmed: list[tuple[float, Candidate]] = []
@@ -225,9 +224,9 @@ class Search:
             if (1 - _UNDER[self.budget.kind]) * share <= confirmed[-1][0] <= share:
                 break
             self.best = self.best._replace(removals=self.space.fit(weights, self.cost, share))
-        # The dearest within the budget; where all were over it, the cheapest.
+        # The most expensive within the budget; if all were over it, the cheapest.
         cost, self.best = max(confirmed, key=lambda one: (one[0] <= share, one[0] if one[0] <= share else -one[0]))
-        if self.budget.kind == "flops" and cost > share:  # times are not exact; the table says what was confirmed
+        if self.budget.kind == "flops" and cost > share:  # times are not exact; the table shows the confirmed one
             raise UserError(
                 f"no schedule of method '{self.method.name}' was found within {self.budget}: the nearest is {cost:.3f}"
             )

@@ -1,4 +1,4 @@
-"""Searches for a loaded model: each is made once, and what was found is kept for the next time."""
+"""Searches for a loaded model, with their results kept for the next time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tokbench.searching.objective import Memory
 from tokbench.searching.search import Found, Search
 from tokbench.validation import validated
 
-# Part of what a finding is kept under: a search that finds other schedules makes older findings stale.
+# Part of the key of kept results: increase it when the search finds other schedules.
 _VERSION = 3
 
 
@@ -45,10 +45,10 @@ def search(
         model: a timm ViT; a method in it is left where it is.
         method: a name from `list_methods()`.
         budget: "flops:0.35", at most that share of the unreduced model's FLOPs, or "speedup:1.5", as timed here.
-        images: (B, C, H, W), preprocessed, 256 say, without labels and none of those to be measured on.
+        images: (B, C, H, W), preprocessed, about 256, and none that will be measured on.
         batch_size: of the timing, for a speed-up.
         seed: of the search.
-        seconds: when to end. Searches that time cuts short do not repeat exactly.
+        seconds: time limit. Searches that it cuts short do not repeat exactly.
         progress: told what happens; silent by default.
         params: the method's own parameters.
 
@@ -75,10 +75,10 @@ def _searchable(name: str, params: dict[str, Any]) -> Any:
 
 @dataclass
 class Searcher:
-    """Searches for one loaded model; what was found before, with the same weights and images, is found at once.
+    """Searches for one loaded model; earlier results for the same weights and images are returned at once.
 
-    label, weights: of the model, as records have them. model: on the device and in the dtype to search in. data,
-    images: what `search_images` was given, and gave.
+    label, weights: of the model, as in records. model: on the device and in the dtype to search in. data, images: the
+    argument and the result of `search_images`.
     """
 
     label: str
@@ -99,7 +99,7 @@ class Searcher:
         self._marks = written_marks(self.images)
 
     def search(self, method: MethodSpec, budget: str) -> Searched:
-        """What `searched:` and the budget stand for. Raises UserError where the method cannot reach it."""
+        """The searched schedule for a budget. Raises UserError if the method cannot reach it."""
         made = _searchable(method.name, method.params)
         goal = parse_budget(budget)
         kept = _folder() / f"{self._key(method, goal, self.seed, self.tune)}.json"
@@ -115,7 +115,7 @@ class Searcher:
         return searched
 
     def so_far(self, method: MethodSpec, budget: str) -> Searched | None:
-        """The best of a search that was interrupted; None where nothing was tried yet."""
+        """The best of an interrupted search; None if nothing was tried yet."""
         found = self.current.found() if self.current else None
         return None if found is None else self._written(method, budget, found)
 
@@ -159,7 +159,7 @@ def _folder() -> Path:
 
 
 def _kept(path: Path) -> Searched | None:
-    """What was found before; None where there is no such file, or it is half written or another version's."""
+    """An earlier result; None if there is no such file, or it is half written or of another version."""
     try:
         return validated(Searched, json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, UserError):

@@ -26,7 +26,7 @@ Removals = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Space:
-    """Removals of `method` in `model`, for images as those in `images` (B, C, H, W)."""
+    """Removals of `method` in `model`, for images like `images` (B, C, H, W)."""
 
     model: VisionTransformer
     method: Method
@@ -49,13 +49,13 @@ class Space:
 
     @cached_property
     def returned(self) -> int:
-        """Tokens that a block adds where it removes any: EViT's fused one. 0 where it depends on the image."""
+        """Tokens that a block adds if it removes any: EViT's fused one. 0 if it depends on the image."""
         if self.method.counts_by_image:
             return 0
         return round(self._count((2,) * self.depth)[self.acting[0]]) - (self.tokens - 2)
 
     def _count(self, removals: Removals) -> list[float]:
-        """Tokens after each block, their mean over the images."""
+        """Tokens after each block, mean over the images."""
         if removals not in self._counted:
             images = self.images if self.method.counts_by_image else self.images[:1]
             model = insert(remove(fork(self.model)), self.method, Schedule("list", removals))
@@ -78,7 +78,7 @@ class Space:
         return self._most[block, tokens]
 
     def of(self, schedule: Schedule) -> Removals:
-        """What the method really removes at a schedule."""
+        """What the method actually removes at a schedule."""
         tokens, done = self.tokens, []
         for block in range(self.depth):
             asked = schedule.removals(block, self.depth, tokens - self.prefix)
@@ -98,7 +98,7 @@ class Space:
 
     def fit(self, weights: np.ndarray, cost: Callable[[Removals], float], most: float) -> Removals:
         """Removals in proportion to `weights` (depth,), as far as the method can: the fewest that cost at most `most`,
-        or all it can do where these cost more."""
+        or its maximum if that costs more."""
         weights = np.where(np.isin(np.arange(self.depth), self.acting), np.maximum(weights, 0), 0)
         if not weights.sum():
             return (0,) * self.depth

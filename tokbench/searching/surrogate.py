@@ -1,4 +1,4 @@
-"""A first guess at removals: what each block alone does to the answers, and the cheapest path through all blocks."""
+"""A first guess at removals: the effect of each block alone, and the best path through all blocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from tokbench.searching.cost import Cost
 from tokbench.searching.space import Removals, Space
 
-# Shares of the tokens that one block alone removes to see what that does.
+# Shares of the tokens that one block alone removes to measure its effect.
 _SHARES = (0.1, 0.25, 0.5)
 _STEPS = 40  # of the bisection for the price of cost
 
@@ -17,9 +17,9 @@ _STEPS = 40  # of the bisection for the price of cost
 def sensitivities(
     space: Space, distance: Callable[[Removals], float], is_over: Callable[[], bool]
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """For each block that can remove tokens: shares that it removes, and the distance when no other removes any.
+    """For each block that can remove tokens: shares that it removes, and the distance if no other removes any.
 
-    Empty where it `is_over` before all blocks have had their turn.
+    Empty if it `is_over` before all blocks are done.
     """
     patches, found = space.tokens - space.prefix, {}
     for block in space.acting:
@@ -34,8 +34,8 @@ def sensitivities(
 
 
 def cheapest_path(space: Space, cost: Cost, most: float, found: dict[int, tuple[np.ndarray, np.ndarray]]) -> Removals:
-    """The removals of least distance that cost at most `most`, if distances of blocks add up and depend on the share
-    of their tokens that goes: dynamic programming over (block, tokens), with a price of cost found by bisection."""
+    """The removals of least distance that cost at most `most`, if blocks' distances add up and depend on the share of
+    tokens removed: dynamic programming over (block, tokens), with a Lagrange multiplier found by bisection."""
     tokens = space.tokens
     price_of = np.full((tokens + 1, tokens + 1), np.inf)
     for before in range(space.prefix + 1, tokens + 1):
@@ -64,7 +64,7 @@ def cheapest_path(space: Space, cost: Cost, most: float, found: dict[int, tuple[
 
 
 def _losses(space: Space, block: int, seen: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
-    """The distance where a block goes from n tokens to m: (n, m), ∞ where it cannot. Beyond what was seen it grows with
+    """The distance if a block goes from n tokens to m: (n, m), ∞ if it cannot. Beyond the measured shares it grows with
     the square of the share."""
     losses = np.full((space.tokens + 1, space.tokens + 1), np.inf)
     for before in range(space.prefix + 1, space.tokens + 1):
@@ -75,5 +75,5 @@ def _losses(space: Space, block: int, seen: tuple[np.ndarray, np.ndarray] | None
             shares = removed / (before - space.prefix)
             last = np.maximum(shares / seen[0][-1], 1)
             losses[before, after] = np.interp(shares, *seen) * last**2
-            losses[before, before] = 0  # where what is added makes up for what goes
+            losses[before, before] = 0  # if the block adds as many as it removes
     return losses
