@@ -118,7 +118,7 @@ def _actor() -> type:
             importlib.import_module("tokbench.config").require_data(data)
 
         def begin(self, job: bytes, marks: dict[str, str]) -> dict[str, Any]:
-            self.worker = None  # the last one's memory
+            self.worker: Any = None  # the last one's memory
             self.worker = importlib.import_module("tokbench.running.cluster").Worker(pickle.loads(job), marks)
             return self.worker.conditions()
 
