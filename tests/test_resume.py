@@ -33,6 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def quiet_stand_in(patch) -> Source:
     patch.setattr(half_pass, "SAVE_SECONDS", 0)
+    patch.setattr(accuracy, "FETCH_SECONDS", 0)
     patch.setattr(runner, "_draw", lambda *_: [])
     return stand_in(patch, Source())
 
@@ -110,8 +111,9 @@ def test_a_finished_run_is_not_measured_again(source, tmp_path, monkeypatch):
     assert table.equals(again)
 
 
-@pytest.mark.parametrize("stop", [0, 15, 23])
-def test_a_half_done_pass_goes_on_from_the_last_batch(source, whole, tmp_path, monkeypatch, stop):
+@pytest.mark.parametrize(("stop", "fetch"), [(0, 0), (15, 0), (23, 0), (23, 1e9)])
+def test_a_half_done_pass_goes_on_from_the_last_batch(source, whole, tmp_path, monkeypatch, stop, fetch):
+    monkeypatch.setattr(accuracy, "FETCH_SECONDS", fetch)
     stop_at(monkeypatch, source, stop, UNTIMED, tmp_path / "run")
     runner.run(UNTIMED, tmp_path / "run")
     assert source.read == list(range(stop // 10 * 10, IMAGES))
@@ -374,7 +376,6 @@ def test_a_run_of_an_older_version_is_not_continued(source, tmp_path):
 def test_progress_tells_what_is_there(source, tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(Listener, "continued", lambda self, records: told.append(len(records)))
-    monkeypatch.setattr(accuracy, "FETCH_SECONDS", 0)
     stop_at(monkeypatch, source, 15, UNTIMED, tmp_path / "run")
     listener = Listener()
     runner.run(UNTIMED, tmp_path / "run", progress=listener)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from math import prod
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -28,29 +29,38 @@ def sharing_first_blocks(base: Any, *cells: Any, input_size: tuple[int, ...]) ->
     Answers stay the same, bit for bit: a cell whose answer to a random image does not, shares nothing, nor does one
     that fails. input_size: (C, H, W).
     """
-    device, dtype = placement(base)
-    image = torch.rand(1, *input_size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    with ExitStack() as everything:
-        first = _FirstBlocks(base, everything)
-        for cell in (cell for cell in cells if blocks_before_removal(cell.fusion)):
-            with torch.inference_mode(), evaluation_mode([base, cell]), ExitStack() as trial:
-                try:
-                    alone = cell(image)
-                    first.share_with(cell, trial)
-                    base(image)
-                    alike = torch.equal(cell(image), alone)
-                except Exception:  # it will fail in the pass, too, where that is recorded
-                    alike = False
-                if alike:
-                    everything.push(trial.pop_all())
+    with ExitStack() as stack:
+        first = _FirstBlocks(base, stack)
+        for cell in cells:
+            if cell not in _ALIKE:
+                _ALIKE[cell] = blocks_before_removal(cell.fusion) > 0 and _answers_alike(first, cell, input_size)
+            if _ALIKE[cell]:
+                first.share_with(cell, stack)
         yield
+
+
+# Whether cells answer alike when they share: workers show the same ones many ranges of images.
+_ALIKE: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def _answers_alike(first: _FirstBlocks, cell: Any, input_size: tuple[int, ...]) -> bool:
+    device, dtype = placement(cell)
+    image = torch.rand(1, *input_size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    with torch.inference_mode(), evaluation_mode([first.base, cell]), ExitStack() as stack:
+        try:
+            alone = cell(image)
+            first.share_with(cell, stack)
+            first.base(image)
+            return torch.equal(cell(image), alone)
+        except Exception:  # it will fail in the pass, too, where that is recorded
+            return False
 
 
 class _FirstBlocks:
     """What the unreduced model's blocks gave for the images that it was last shown."""
 
     def __init__(self, base: Any, until: ExitStack) -> None:
-        self._base = base
+        self.base = base
         self._given: dict[int, Tensor] = {}  # by block
         self._images: object = None
         until.callback(base.register_forward_pre_hook(self._begin).remove)
@@ -81,7 +91,7 @@ class _FirstBlocks:
 
             return forward
 
-        until.callback(self._base.blocks[before - 1].register_forward_hook(keep).remove)
+        until.callback(self.base.blocks[before - 1].register_forward_hook(keep).remove)
         until.callback(cell.register_forward_pre_hook(look).remove)
         for block in cell.blocks[:before]:
             block.forward = taking_over(block)
