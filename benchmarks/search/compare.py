@@ -1,8 +1,8 @@
 """Compare ways to search, at the same number of forward passes: `python benchmarks/search/compare.py --out ways.csv`.
 
-random: random perturbation of the usual schedule or the even one, the better of the two, kept where it helps.
-surrogate: what `tokbench search` does, the same from the path that the blocks' sensitivities suggest, if it is better.
-cma, surrogate-cma: CMA-ES (package cmaes) from these two.
+cma: what `tokbench search` does, CMA-ES from the usual schedule or the even one, the better of the two.
+random: random changes of that schedule, kept where they help.
+path: the same from the path that each block's sensitivity suggests (`surrogate.py`), if it is better.
 Each is judged on the 256 images it searched on and on the 256 others of bundled:train. `prefix` is the share of block
 FLOPs that another candidate before it had made already, with the same tokens up to there.
 """
@@ -15,35 +15,42 @@ import time
 
 import numpy as np
 import torch
-from cmaes import CMA
+from surrogate import cheapest_path, sensitivities
 
 from tokbench.fusion.core import make_method
 from tokbench.models import load_model
 from tokbench.searching.budget import parse_budget
 from tokbench.searching.images import search_images
 from tokbench.searching.objective import Objective
-from tokbench.searching.search import Search
+from tokbench.searching.search import Candidate, Search
 from tokbench.searching.space import Removals
 
 
 class Random(Search):
-    def guess(self) -> None:
-        pass
+    """An evolution strategy of one parent and one child, which changes some blocks by much or by little."""
 
-
-class SurrogateCma(Search):
     def polish(self) -> None:
-        cma = CMA(self.logarithms(self.best.removals), 0.5, seed=self.seed)
+        random = np.random.default_rng(self.seed)
         while not self.is_over():
-            points = [cma.ask() for _ in range(cma.population_size)]
-            cma.tell([(point, self.attempt(self.candidate(point, []))) for point in points])
+            point = self.logarithms(self.best.removals)
+            changed = random.random(point.size) < random.choice((0.2, 0.5, 1.0))
+            step = np.exp(random.uniform(*np.log((0.1, 1.5))))
+            if changed.any():
+                self.attempt(self.candidate(point + step * changed * random.normal(size=point.size), []))
 
 
-class Cma(SurrogateCma):
-    guess = Random.guess
+class Path(Random):
+    def polish(self) -> None:
+        def alone(removals: Removals) -> float:
+            return self.objective.of_batches(removals, self.method, 1)[0]
+
+        found = sensitivities(self.space, alone, self.is_over)
+        path = cheapest_path(self.space, self.cost, self.budget.share, found)
+        self.attempt(Candidate(path, self.method))
+        super().polish()
 
 
-WAYS = {"random": Random, "cma": Cma, "surrogate": Search, "surrogate-cma": SurrogateCma}
+WAYS = {"cma": Search, "random": Random, "path": Path}
 
 
 def shared_prefix(search: Search) -> float:

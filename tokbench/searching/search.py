@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
+from cmaes import CMA
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -21,14 +22,12 @@ from tokbench.searching.budget import Budget
 from tokbench.searching.cost import Cost
 from tokbench.searching.objective import Memory, Objective
 from tokbench.searching.space import Removals, Space
-from tokbench.searching.surrogate import cheapest_path, sensitivities
 
 # Images shown to all candidates together: 40 passes over 256.
 MOST_SHOWN = 10_240
 _FIRST = 2  # batches; a candidate is dropped after these, after 4, 8, …, if it is that much farther than the best:
 _BEHIND = 0.2  # over the root of the number of batches
-_CHANGED = (0.2, 0.5, 1.0)  # the share of the blocks that change
-_STEPS = (0.1, 1.5)  # least and most standard deviation of the logarithm of a block's share
+_STEP = 0.5  # first standard deviation of the logarithm of a block's share
 _TRIES = 10  # per pass over the images; repeated candidates take none, and a small model has few schedules
 _RETRIES = 5  # to bring the confirmed cost under the budget
 # How far under the budget the confirmed cost may be: counts are exact, times are not.
@@ -111,22 +110,8 @@ class Search:
         even = self.space.fit(np.ones(self.space.depth), self.cost, self.budget.share)
         self.attempt(Candidate(self.usual, self.method))
         self.attempt(Candidate(even, self.method))
-        self.guess()
         self.polish()
         return self._confirmed()
-
-    def guess(self) -> None:
-        """Try the path through all blocks that follows from the effect of each block alone."""
-        if self.method.counts_by_image:  # tokens after a block do not follow from those before it
-            return
-
-        def alone(removals: Removals) -> float:
-            self._tell()
-            return self.objective.of_batches(removals, self.method, 1)[0]
-
-        if found := sensitivities(self.space, alone, self.is_over):
-            path = cheapest_path(self.space, self.cost, self.budget.share, found)
-            self.attempt(Candidate(path, self.method))
 
     def found(self) -> Found | None:
         """The best so far, with its predicted cost; None before anything was tried."""
@@ -154,20 +139,20 @@ class Search:
         return space.of(scaled(step))
 
     def polish(self) -> None:
-        """Change some blocks' removals at random and keep what helps: a (1+1) evolution strategy with varying steps."""
-        names, random = self._tuned(), np.random.default_rng(self.seed)
-        factors = np.zeros(len(names))
-        for _ in range(_TRIES * self.most_shown // len(self.images)):
-            if self.is_over():
-                break
-            assert self.best is not None
-            before, point = self.best, np.concatenate([self.logarithms(self.best.removals), factors])
-            changed = random.random(point.size) < random.choice(_CHANGED)
-            tried = point + np.exp(random.uniform(*np.log(_STEPS))) * changed * random.normal(size=point.size)
-            if changed.any():
-                self.attempt(self.candidate(tried, names))
-            if self.best is not before:
-                factors = tried[self.space.depth :]
+        """Go on from there by CMA-ES (Hansen 2016, arXiv 1604.00772)."""
+        assert self.best is not None
+        names = self._tuned()
+        start = np.concatenate([self.logarithms(self.best.removals), np.zeros(len(names))])
+        if start.size < 2:  # one block: the budget leaves no choice
+            return
+        cma = CMA(start, _STEP, seed=self.seed)
+        for _ in range(_TRIES * self.most_shown // len(self.images) // cma.population_size):
+            told = []
+            for point in [cma.ask() for _ in range(cma.population_size)]:
+                if self.is_over():
+                    return
+                told.append((point, self.attempt(self.candidate(point, names))))
+            cma.tell(told)
 
     def logarithms(self, removals: Removals) -> np.ndarray:
         """Logarithms of each block's share of the removals; blocks without any get a small one, to grow from."""
