@@ -178,12 +178,14 @@ def test_nothing_is_left_of_a_driver_that_is_stopped(word, tmp_path):
     while driver.poll() is None and sum(map(is_at_work, others)) < 2:  # amid the pass
         time.sleep(0.1)
         others = psutil.Process(driver.pid).children(recursive=True)
+    workers = [one for one in others if is_at_work(one)]
     (os.killpg if word == signal.SIGINT else os.kill)(driver.pid, word)
     _, err = driver.communicate(timeout=600)
     if word == signal.SIGINT:
         assert driver.returncode == 130, err
         assert err.startswith("tokbench: interrupted; 2 of 4 measurements are kept") and err.count("\n") == 1
-    assert not psutil.wait_procs(others, timeout=60)[1]
+    # After SIGKILL Ray's own agents take a minute to see that they are alone.
+    assert len(workers) == 2 and not psutil.wait_procs(others if word == signal.SIGINT else workers, timeout=60)[1]
 
 
 @pytest.fixture
