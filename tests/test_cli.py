@@ -365,9 +365,10 @@ def test_what_a_user_means_is_understood_or_answered(tokbench_command, source, w
 
 
 def test_readers_may_be_called_workers_for_a_release(tokbench_command):
-    code, _, err = tokbench_command("run", "--workers", "2", "--dry-run")
-    assert code == 0
-    assert err == "tokbench: --workers is called --readers now; the next release no longer takes the old name\n"
+    code, _, err = tokbench_command("run", "--workers", "-2")
+    warning, refusal = err.splitlines()
+    assert warning == "tokbench: --workers is called --readers now; the next release no longer takes the old name"
+    assert code == 2 and "readers" in refusal
     assert "--workers" not in tokbench_command("run", "--help")[1]
 
 

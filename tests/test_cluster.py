@@ -164,6 +164,7 @@ def is_at_work(process: psutil.Process) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", [signal.SIGINT, signal.SIGKILL])
 def test_nothing_is_left_of_a_driver_that_is_stopped(word, tmp_path):
     """Ctrl-C in a terminal is for all processes of a group."""
@@ -227,6 +228,7 @@ def test_answers_that_come_in_any_order_are_put_in_the_images(fake, source, tmp_
 
 def test_half_a_pass_of_one_process_is_continued_by_workers(fake, source, tmp_path, monkeypatch):
     monkeypatch.setattr(half_pass, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(accuracy, "FETCH_SECONDS", 0)
     source.count = 99
     runner.run(SMALL, tmp_path / "alone")
     with pytest.raises(KeyboardInterrupt):

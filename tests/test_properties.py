@@ -118,14 +118,14 @@ def test_a_model_is_the_composition_of_its_plans_for_each_image_alone(name):
         model, (method, params) = models[prefix], EVERY[name]
         x = torch.randn(3, 3, 20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         tokbench.apply(model, method, f"list:{','.join(map(str, removals))}", trace=True, **params)
-        moves, advance = [], State.advance
+        moves, carry_out = [], State.carry_out
 
-        def spy(state, plan, tokens, *rest):
-            moves.append(plan.target(tokens).tolist())
-            return advance(state, plan, tokens, *rest)
+        def spy(state, plan, x, *rest):
+            moves.append(plan.target(x.shape[1]).tolist())
+            return carry_out(state, plan, x, *rest)
 
         with pytest.MonkeyPatch.context() as patched, torch.inference_mode():
-            patched.setattr(State, "advance", spy)
+            patched.setattr(State, "carry_out", spy)
             out = model(x)
         where, size = tokbench.token_map(model), model.fusion.state.size
         left = tokens_per_image(model)[-1]

@@ -590,7 +590,7 @@ def best_proposals(score: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, 
     ranked = best.argsort(dim=-1, descending=True, stable=True)
     a, b = positions(score, prefix)
     source, staying = a[ranked[:, :r]], a[ranked[:, r:].sort(dim=-1).values]
-    kept = after_prefix(prefix, staying, b.expand(len(staying), -1))
+    kept = after_prefix(prefix, staying, b.expand(staying.shape[0], -1))
     return kept, source, prefix + staying.shape[1] + partner.gather(1, ranked[:, :r])
 
 
