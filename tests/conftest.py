@@ -31,8 +31,8 @@ settings.load_profile("short")
 
 # By how long they take: begun last, one of them would run for a minute with the other cores idle.
 _LONGEST = (
-    "runner", "regression", "cluster", "modes", "fusion", "resume", "per_image", "kill", "speed", "data", "export", "search",
-    "coverage", "families", "fuzz", "converted", "plugins",
+    "runner", "regression", "cluster", "modes", "fusion", "resume", "per_image", "kill", "speed", "data", "export",
+    "search", "coverage", "families", "fuzz", "converted", "plugins",
 )  # fmt: skip
 
 
