@@ -356,10 +356,11 @@ def _summary(forecast: _Forecast, took: float, device: torch.device) -> list[str
     if not forecast.cells:
         return ["Everything is measured already."]
     low, likely, high = (_words(seconds) for seconds in whole)
+    reach = f" (between {low} and {high})" if low != high else ""
     where = " of the GPU" if device.type == "cuda" else ""
     parts = [f"{_words(span[1])} {part}" for part, span in forecast.parts.items() if span[1] >= 0.02 * whole[1]]
     return [
-        f"About {likely} (between {low} and {high}): {', '.join(parts)}.",
+        f"About {likely}{reach}: {', '.join(parts)}.",
         f"At the peak about {_peak_bytes(device) / 1e9:.1f} GB of memory{where}.",
         f"This is from a probe of {_words(took)}, in which {forecast.probed} of {_count(forecast.cells, 'cell')} ran. "
         "Other work on the machine makes it longer, above all timing; so do images on a slow disk.",
