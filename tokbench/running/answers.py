@@ -58,10 +58,7 @@ def _pass_over_images(
     reference = members[0]
     before = _stored_answers(bench, reference)
     skips = _stored_skips(bench, reference)
-    reader = Reader(
-        source, bench.batch_size, readers(source, bench.options, bench.device), half, skips, bench.options.max_bad,
-        pinned=bench.device.type == "cuda",
-    )  # fmt: skip
+    reader = reader_for(bench, bench.batch_size, half, skips, bench.options.max_bad)
     batch_sizes = dict(half.batch_sizes)
     if bench.cluster:
         bench.cluster.start()
@@ -229,6 +226,21 @@ def _require_same_answers(before: Predictions, now: Predictions, start: int, wha
                 f"the unreduced model no longer answers as in {what}: its {word}s differ among images {start:,} to "
                 f"{start + len(is_):,}, and new cells cannot be compared with old ones. --fresh begins a new run."
             )
+
+
+def reader_for(
+    bench: Bench,
+    size: int,
+    half: HalfPass,
+    expected: list[int] | None,
+    max_bad: float = 100.0,
+    stop: int | None = None,
+) -> Reader:
+    """A `Reader` of a bench's images, `size` at a time, with as many processes as its options and device ask for."""
+    source = bench.subject.source
+    assert source is not None
+    count, pinned = readers(source, bench.options, bench.device), bench.device.type == "cuda"
+    return Reader(source, size, count, half, expected, max_bad, stop, pinned)
 
 
 def readers(source: ImageSource | ImageStream, options: RunOptions, device: torch.device) -> int:

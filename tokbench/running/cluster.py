@@ -29,7 +29,7 @@ from tokbench.errors import RunStopped, UserError, one_line, shortened
 from tokbench.plugins import load_plugins
 from tokbench.progress import Progress
 from tokbench.results.predictions import Predictions, join
-from tokbench.running.answers import readers, shown
+from tokbench.running.answers import reader_for, shown
 from tokbench.running.bench import Bench, Runnable, Subject
 from tokbench.running.fresh import Job, remade
 from tokbench.running.half_pass import HalfPass
@@ -77,12 +77,8 @@ class Worker:
     def show(self, start: int, end: int, cells: list[str]) -> Range:
         """Show these images to these cells, the unreduced model first."""
         bench, failed = self._bench, dict[str, str]()
-        source = bench.subject.source
-        assert source is not None
-        count = readers(source, bench.options, bench.device)
-        pinned = bench.device.type == "cuda"
-        reader = Reader(source, bench.batch_size, count, HalfPass(start), None, stop=end, pinned=pinned)
-        overlap = Overlap(source, self._marks)
+        reader = reader_for(bench, bench.batch_size, HalfPass(start), None, stop=end)
+        overlap = Overlap(reader.source, self._marks)
         members = [member for member in bench.running if member.cell.id in cells]
 
         def fail(cell: str, error: Exception) -> None:

@@ -32,6 +32,7 @@ from tokbench.measure.environment import available_cores
 from tokbench.measure.speed import FEWEST_ROUNDS, MOST_ROUNDS, VAGUE_WIDTH
 from tokbench.progress import Progress
 from tokbench.rates import look_up
+from tokbench.report.text import plural
 from tokbench.resolve import relative_cost
 from tokbench.results.cell import RecordIndex, Setting
 from tokbench.results.conditions import agreed
@@ -132,7 +133,7 @@ def _foresee(bench: Bench, forecast: _Forecast) -> None:
 
 
 def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+    return f"{number:,} {plural(number, what)}"
 
 
 def _budget(cell: PlannedCell) -> str:

@@ -20,7 +20,7 @@ from tokbench.measure.accuracy import evaluate
 from tokbench.measure.environment import Watch, thread_warnings, together
 from tokbench.measure.speed import VAGUE_WIDTH, SpeedResult, largest_batch, measure_memory, measure_speed
 from tokbench.results.cell import Setting
-from tokbench.running.answers import readers
+from tokbench.running.answers import reader_for
 from tokbench.running.bench import Bench, Runnable, counts_by_image
 from tokbench.running.figures import (
     VAGUE,
@@ -32,7 +32,6 @@ from tokbench.running.figures import (
 )
 from tokbench.running.fresh import Timed, time_in_fresh_processes
 from tokbench.running.half_pass import HalfPass
-from tokbench.running.reader import Reader
 
 # A budget for all rounds together; slow cells exceed it, as each makes eight rounds at least. On a noisy machine rounds
 # go on while any interval is as wide as this, for so many times as long at most: an answer that is 25 % off is none.
@@ -296,10 +295,7 @@ def _same_answers(
     source = bench.subject.source
     assert source is not None
     others = [member for member in members if member.runtime != "eager"]
-    reader = Reader(
-        source, size, readers(source, bench.options, bench.device), HalfPass(), None, bench.options.max_bad,
-        pinned=bench.device.type == "cuda",
-    )  # fmt: skip
+    reader = reader_for(bench, size, HalfPass(), None, bench.options.max_bad)
     bench.phase("comparing answers", len(source))
     shown = {member.cell.id: member.model for member in others} | {own.name: models[own.name] for own in others}
     unlabelled = ((images, torch.full_like(labels, -1)) for images, labels in reader.batches())
