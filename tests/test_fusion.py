@@ -14,7 +14,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock, VisionTransformer
 
 import tokbench
-from tokbench.fusion.core import Assignment, attend, attend_merged, bipartite_match, merge, pick, reduce_attention, wide
+from tokbench.fusion.core import Assignment, attend_merged, attend_reduced, bipartite_match, merge, pick, wide
 from tokbench.fusion.patch import tokens_per_image
 
 METHODS = [name for name in tokbench.list_methods() if name != "none"]
@@ -328,7 +328,7 @@ def test_attending_after_a_merge_is_attending_with_the_reduced_matrix(prefix, pa
     size = torch.randint(1, 9, (2, tokens), generator=generator).double()
     attention = torch.randn(2, heads, tokens, tokens, dtype=torch.float64, generator=generator).softmax(-1)
     values = torch.randn(2, heads, kept.shape[1], 4, dtype=torch.float64, generator=generator)
-    expected = attend(reduce_attention(attention, plan, size), values)
+    expected = attend_reduced(attention, plan, size, values)
     torch.testing.assert_close(attend_merged(attention, plan, size, values), expected, rtol=0, atol=1e-12)
 
 

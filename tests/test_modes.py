@@ -16,6 +16,7 @@ from tiny_vits import eva, rotary, vit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tokbench
+from tokbench.fusion.anatomy import write_attention_out
 from tokbench.fusion.core import Assignment, View, make_method, merge
 from tokbench.measure.compiled import compile_model
 from tokbench.measure.kernels import attention_kernels
@@ -175,6 +176,17 @@ def test_the_kernels_that_attention_came_to_are_named(build):
     for block in model.blocks:
         block.attn.fused_attn = False
     assert attention_kernels(model, x) == []
+
+
+@pytest.mark.parametrize("method", slowly(METHODS))
+def test_with_attention_written_out_a_method_gives_the_same(method):
+    model, x = vit().double(), torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    with torch.inference_mode():
+        expected = tokbench.apply(tokbench.fork(model), method, 9)(x)
+        write_attention_out(model)
+        plain = tokbench.apply(model, method, 9)
+        torch.testing.assert_close(plain(x), expected, rtol=0, atol=1e-10)
+    assert not plain.fusion.fused and attention_kernels(plain, x) == []
 
 
 # Input sizes

@@ -682,6 +682,16 @@ def test_a_baseline_without_fused_attention_is_said(source, tmp_path, monkeypatc
     assert "Fused attention was off" not in render_table(changed(cells, fused_attention="on"), "md")
 
 
+def test_attention_can_be_written_out_for_a_whole_run(source, tmp_path):
+    listener, out = Listener(), tmp_path / "run"
+    runner.run(small_grid(only=("flops", "speed"), fused="off"), out, progress=listener)
+    assert not any("fused" in text for text in listener.warnings)
+    speeds = [record for record in plain_records(out) if record["kind"] == "speed"]
+    assert {(record["fused_attention"], *record["attention_kernels"]) for record in speeds} == {("off",)}
+    with pytest.raises(UserError, match="fused attention was off and is on"):
+        runner.run(small_grid(only=("flops", "speed")), out)
+
+
 def test_a_cell_that_fails_in_latency_alone_is_the_one_that_failed(source, tmp_path, monkeypatch):
     real = speed._host_seconds
 

@@ -176,6 +176,9 @@ def run(
         str | None, _option("NAMES", "Time in each of eager,compile,onnxruntime,openvino,tensorrt (default: eager).")
     ] = None,
     compile: Annotated[bool | None, _flag("--compile", "The same as --runtime compile.")] = None,
+    fused: Annotated[
+        str | None, _option("on|off", "off: attention written out, methods by their definitions (default: on).")
+    ] = None,
     check_answers: Annotated[
         bool | None, _flag("--check-answers", "Compare the answers in other runtimes with eager's.")
     ] = None,
@@ -230,6 +233,7 @@ def run(
         processes=processes,
         runtimes=runtime,
         compile=compile,
+        fused=fused,
         check_answers=check_answers,
         limit=limit,
         only=only,

@@ -224,6 +224,7 @@ class RunOptions:
         runtimes: which of RUNTIMES to time every cell in; accuracy is measured in eager PyTorch.
         check_answers: compare what the models of other runtimes answer with what they answer in eager PyTorch.
         compile: the same as runtimes=("compile",).
+        fused: "off" for attention written out, and methods by their definitions: no fused kernel, no shortcut.
         seconds: timing for each model that is timed; None for the usual, and longer while an interval is wide.
         rounds: in which every model has a turn, None for as many as fit.
         processes: fresh ones to share the rounds between, in turn; intervals are then over processes.
@@ -243,6 +244,7 @@ class RunOptions:
     max_bad: Annotated[float, Field(ge=0, le=100)] = 1.0
     runtimes: Annotated[tuple[StrictStr, ...], Field(min_length=1), AfterValidator(_known_runtimes)] = ("eager",)
     check_answers: StrictBool = False
+    fused: Literal["on", "off"] = "on"
     seconds: Annotated[float, Field(gt=0, le=1e6)] | None = None
     rounds: AtLeast1 | None = None
     processes: AtLeast1 = 1

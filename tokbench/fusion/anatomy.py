@@ -8,6 +8,18 @@ from tokbench.errors import UserError
 from tokbench.measure._model import resolve_input_size
 
 
+def is_fused(model: Any) -> bool:
+    """Whether all of a model's attention is PyTorch's fused one, as it is in timm unless one turns it off."""
+    return all(getattr(block.attn, "fused_attn", True) for block in model.blocks)
+
+
+def write_attention_out(model: Any) -> None:
+    """Have a model attend without fused kernels; methods put into it then go by their definitions alone."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+
+
 def stem(model: Any) -> Any:
     """The module that turns images into tokens."""
     return model.patch_embed if hasattr(model, "patch_embed") else model.embeds

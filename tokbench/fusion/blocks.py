@@ -17,7 +17,7 @@ from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
 from tokbench.errors import UserError, one_line
-from tokbench.fusion.core import Assignment, Method, State, View, attend, attend_merged, for_every_head
+from tokbench.fusion.core import Assignment, Method, State, View, attend, attend_merged, attend_reduced, for_every_head
 from tokbench.schedules import Schedule
 
 # From values (B, H, M, d) of a block's tokens to what its attention makes of them, (B, M, H·d).
@@ -39,6 +39,7 @@ class Fusion:
     has_class_token: bool
     positional: bool = False
     trace: bool = False
+    fused: bool = True  # whether shortcuts may stand in for definitions
     checks: bool = False  # each plan before it is carried out: not while anything is timed
     counted: bool = False  # traced to count the FLOPs of just these images
     states: dict[bool, State] = field(default_factory=lambda: {False: State(), True: State()})
@@ -162,6 +163,7 @@ class Fusion:
             begun=self.state.begun,
             nominal=(self.state.nominal or int(x.shape[1])) - self.prefix,
             padded=self.state.count is not None,
+            fused=self.fused,
             fixed=torch.compiler.is_compiling() or (torch.jit.is_tracing() and not self.counted),
         )
 
@@ -173,7 +175,9 @@ class Fusion:
             reduced = self.state.carry_out(plan, view.x, self.method.tracks_size)
             if not self.method.reuses_attention:
                 return reduced, None
-            return reduced, partial(attend_merged, view.attention(), plan, before)
+            # FLOPs are those of the definition.
+            attend = attend_merged if self.fused and not torch.jit.is_tracing() else attend_reduced
+            return reduced, partial(attend, view.attention(), plan, before)
 
     def finish(self, r: int, tokens: int) -> None:
         """Note what a block left of the r tokens that were to go from it."""

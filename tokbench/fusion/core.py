@@ -160,15 +160,15 @@ def merge(x: Tensor, plan: Assignment, size: Tensor | None) -> Tensor:
     if weight is None:
         weight = torch.ones(x.shape[:2], dtype=score_dtype(x), device=x.device)
     own, others, total = plan.members(weight)
-    if plan.combine != "sum":
-        # Shares that sum to 1, so that no intermediate is larger than a token: float16 can't overflow here.
-        own, others = own / total, others / total.gather(1, plan.slot)
     sources = pick(x, plan.source)
-    joined = kept * own.unsqueeze(-1).to(x.dtype)
-    joined = joined.scatter_add_(1, wide(plan.slot, x), sources * others.unsqueeze(-1).to(x.dtype))
-    if plan.combine == "mlerp":
-        joined = _lengthen(joined, kept, sources, plan.slot)
-    return joined
+    if plan.combine == "sum":
+        joined = kept * own.unsqueeze(-1).to(x.dtype)
+        return joined.scatter_add_(1, wide(plan.slot, x), sources * others.unsqueeze(-1).to(x.dtype))
+    # Shares of a mean sum to 1: each source moves its token by its share of the way between them. Only tokens that are
+    # joined are computed, and no intermediate is larger than a token, so float16 can't overflow here.
+    share = (others / total.gather(1, plan.slot)).unsqueeze(-1).to(x.dtype)
+    joined = kept.scatter_add(1, wide(plan.slot, x), sources * share - pick(kept, plan.slot) * share)
+    return _lengthen(joined, kept, sources, plan.slot) if plan.combine == "mlerp" else joined
 
 
 def _mix(x: Tensor, plan: Assignment) -> Tensor:
@@ -244,7 +244,7 @@ class View:
     method's `begin` gave. Methods that set `counts_by_image` find images filled up (`padded`) with tokens of size 0,
     and in `nominal` the patch tokens there would be if each block had removed what was asked for. fixed: shapes
     cannot depend on what images show, for the model is compiled, exported or traced; all images then get the most that
-    may be left.
+    may be left. fused: whether shortcuts may stand in for definitions.
     """
 
     x: Tensor
@@ -266,6 +266,7 @@ class View:
     nominal: int = 0
     padded: bool = False
     fixed: bool = False
+    fused: bool = True
     _heads: tuple[Tensor, Tensor] | None = None
     _attention: Tensor | None = None
 
@@ -285,7 +286,7 @@ class View:
     def mean_keys(self) -> Tensor:
         """k̄: keys averaged over heads, (B, N, d), float32 at least."""
         keys = self.keys.to(score_dtype(self.keys))
-        if keys.device.type != "cpu":
+        if keys.device.type != "cpu" or not self.fused:
             return keys.mean(1)
         # Reduction over a dimension amid others takes three times as long on the CPU as adding whole heads.
         return sum(keys.unbind(1)[1:], keys[:, 0]) / keys.shape[1]
@@ -490,16 +491,20 @@ def attend(attention: Tensor, values: Tensor) -> Tensor:
     return (attention.to(values.dtype) @ values).transpose(1, 2).flatten(2)
 
 
-def attend_merged(attention: Tensor, plan: Assignment, size: Tensor | None, values: Tensor) -> Tensor:
-    """What attending by A (B, H, N, N) gives after a merge, for values (B, H, M, d): (B, M, H·d).
+def attend_reduced(attention: Tensor, plan: Assignment, size: Tensor | None, values: Tensor) -> Tensor:
+    """What attending by A (B, H, N, N) gives after a merge, for values (B, H, M, d): (B, M, H·d)."""
+    return attend(reduce_attention(attention, plan, size), values)
 
-    The same as `attend` with `reduce_attention`, which reads and writes A twice more. A sum of columns times a value is
-    each column times that value, and rows of a product are averaged as those of A are.
+
+def attend_merged(attention: Tensor, plan: Assignment, size: Tensor | None, values: Tensor) -> Tensor:
+    """The same as `attend_reduced`, which reads and writes A twice more.
+
+    A sum of columns times a value is each column times that value, and rows of a product are averaged as those of A are.
     """
     tokens = attention.shape[-1]
     plain = plan.source is not None and plan.kept.shape[1] + plan.source.shape[1] == tokens and plan.combine != "mlerp"
-    if not plain or torch.jit.is_tracing():  # FLOPs are those of the definition
-        return attend(reduce_attention(attention, plan, size), values)
+    if not plain:
+        return attend_reduced(attention, plan, size, values)
     spread = pick(values.transpose(1, 2).flatten(2), plan.target(tokens))
     return merge(attend(attention, spread.unflatten(2, (len(values[0]), -1)).transpose(1, 2)), plan, size)
 
@@ -568,16 +573,15 @@ class State:
         return merged
 
 
+def first_of_sets(prefix: int) -> tuple[int, int]:
+    """Where ToMe's sets A and B begin: at the first even and odd positions past the prefix. Each has every other token."""
+    return prefix + prefix % 2, prefix + 1 - prefix % 2
+
+
 def two_sets(x: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """ToMe's sets A and B of tokens x (B, N, …): at even and at odd positions of the full sequence, prefix aside."""
-    return x[:, prefix + prefix % 2 :: 2], x[:, prefix + 1 - prefix % 2 :: 2]
-
-
-def positions(score: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """Where the tokens of A and B are in the full sequence, for scores (B, |A|, |B|) between them: (|A|,), (|B|,)."""
-    sequence = torch.arange(prefix + score.shape[1] + score.shape[2], device=score.device)
-    a, b = two_sets(sequence.unsqueeze(0), prefix)
-    return a[0], b[0]
+    """Tokens x (B, N, …) in ToMe's sets A and B."""
+    a, b = first_of_sets(prefix)
+    return x[:, a::2], x[:, b::2]
 
 
 def best_proposals(score: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -588,10 +592,11 @@ def best_proposals(score: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, 
     """
     best, partner = score.max(-1)
     ranked = best.argsort(dim=-1, descending=True, stable=True)
-    a, b = positions(score, prefix)
-    source, staying = a[ranked[:, :r]], a[ranked[:, r:].sort(dim=-1).values]
-    kept = after_prefix(prefix, staying, b.expand(staying.shape[0], -1))
-    return kept, source, prefix + staying.shape[1] + partner.gather(1, ranked[:, :r])
+    going, staying = ranked[:, :r], ranked[:, r:].sort(dim=-1).values
+    a, b = first_of_sets(prefix)
+    all_of_b = torch.arange(b, b + 2 * score.shape[2], 2, device=score.device)
+    kept = after_prefix(prefix, a + 2 * staying, all_of_b.expand(staying.shape[0], -1))
+    return kept, a + 2 * going, prefix + staying.shape[1] + partner.gather(1, going)
 
 
 def bipartite_match(metric: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:

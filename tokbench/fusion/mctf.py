@@ -15,8 +15,8 @@ from tokbench.fusion.core import (
     View,
     after_prefix,
     best_proposals,
+    first_of_sets,
     pick,
-    positions,
     register_method,
     two_sets,
 )
@@ -98,7 +98,6 @@ def _root(score: Tensor, temperature: float) -> Tensor:
 def _both_ways(attraction: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """r // 2 from A to B, then the rest from B to the A tokens left; order: prefix, A ascending, B by falling score."""
     batch = attraction.shape[0]
-    a, b = positions(attraction, prefix)
     best, partner = attraction.max(-1)
     ranked = best.argsort(dim=-1, descending=True, stable=True)
     going, staying = ranked[:, : r // 2], ranked[:, r // 2 :].sort(dim=-1).values
@@ -110,8 +109,9 @@ def _both_ways(attraction: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor,
 
     # Where each B token ends: in the slot of an A token, or in its own. What A tokens joined goes along.
     slot_back = prefix + partner_back.gather(1, going_back)
-    own = prefix + staying.shape[1] + torch.arange(staying_back.shape[1], device=b.device).expand(batch, -1)
+    own = prefix + staying.shape[1] + torch.arange(staying_back.shape[1], device=attraction.device).expand(batch, -1)
     slot_of_b = torch.zeros_like(ranked_back).scatter(1, going_back, slot_back).scatter(1, staying_back, own)
-    kept = after_prefix(prefix, a[staying], b[staying_back])
-    source = torch.cat([a[going], b[going_back]], dim=1)
+    a, b = first_of_sets(prefix)
+    kept = after_prefix(prefix, a + 2 * staying, b + 2 * staying_back)
+    source = torch.cat([a + 2 * going, b + 2 * going_back], dim=1)
     return kept, source, torch.cat([slot_of_b.gather(1, partner.gather(1, going)), slot_back], dim=1)

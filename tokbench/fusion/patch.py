@@ -29,7 +29,7 @@ from timm.models.vision_transformer import (
 from torch import Tensor, nn
 
 from tokbench.errors import UserError
-from tokbench.fusion.anatomy import grid_for, has_class_token, takes_any_size
+from tokbench.fusion.anatomy import grid_for, has_class_token, is_fused, takes_any_size
 from tokbench.fusion.beit import BORROWED, ReducedBeitAttention, ReducedBeitBlock
 from tokbench.fusion.blocks import REDUCED_ATTENTIONS, REDUCED_BLOCKS, Fusion, Tap, is_plain, tapped_modules
 from tokbench.fusion.core import Method
@@ -253,6 +253,7 @@ def insert(model: Model, method: Method, schedule: Schedule, trace: bool = False
         has_class_token=has_class_token(vit),
         positional=getattr(vit, "rope", None) is not None or isinstance(vit, Beit),
         trace=trace,
+        fused=is_fused(vit),
     )
     vit.fusion = fusion
     vit.__class__ = REDUCED_MODELS[type(vit)]

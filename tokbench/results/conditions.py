@@ -11,7 +11,7 @@ from typing import Any
 from tokbench.errors import UserError
 from tokbench.results.records import Conditions, Manifest, ModelConditions
 
-_MOVES_SPEED = ("device", "gpu", "cpu", "threads", "dtype", "batch_size", "runtime")
+_MOVES_SPEED = ("device", "gpu", "cpu", "threads", "dtype", "batch_size", "runtime", "fused_attention")
 _HARDWARE = ("gpu", "cpu", "threads")
 # What predictions and speed may depend on, so that one run has one version of each.
 _VERSIONS = ("tokbench", "torch", "torchvision", "timm", "onnx", "onnxruntime", "openvino")
@@ -23,8 +23,8 @@ class Differences:
 
     Attributes:
         told: one clause each, such as "torch 2.9.0 → 2.10.0".
-        settings: which of device, hardware, dtype, batch_size and runtime differ; if any does, speed-ups are not
-            comparable.
+        settings: which of device, hardware, dtype, batch_size, runtime and fused attention differ; if any does,
+            speed-ups are not comparable.
         caveats: what can still be compared, what cannot, and what to do about it, a sentence each.
     """
 
@@ -60,7 +60,7 @@ def agreed(before: Manifest, now: Manifest, what: str, grown: Collection[str] = 
     hardware = ("gpu",) if here["device"] == "cuda" else ("cpu", "threads")
     found = [
         f"{name.replace('_', ' ')} was {then.get(name)} and is {here.get(name)}"
-        for name in ("dtype", "device", "batch_size", "runtime", *hardware, *_VERSIONS)
+        for name in ("dtype", "device", "batch_size", "runtime", "fused_attention", *hardware, *_VERSIONS)
         if then.get(name) != here.get(name)
     ]
     found += [
@@ -116,6 +116,7 @@ def _described(manifest: Manifest, asked: bool = False) -> dict[str, Any]:
         "device": device.partition(":")[0] if device else None,
         **{name: getattr(machine, name, None) for name in ("gpu", "cuda", "cpu", "threads")},
         **{name: how.get(name) for name in ("dtype", "batch_size")},
+        "fused_attention": how.get("fused", "on"),
         "runtime": ", ".join(how.get("runtimes") or ["compile" if how.get("compile") else "eager"]),
     }
 

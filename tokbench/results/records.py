@@ -186,6 +186,7 @@ class Conditions(_Stored):
     device: str | None = None
     batch_size: Count | list[Count] | None = None
     runtimes: list[str] = ["eager"]
+    fused: str = "on"
     models: dict[str, ModelConditions] = {}
 
     @model_validator(mode="before")

@@ -31,6 +31,7 @@ T = TypeVar("T")
 # Cells that agree in all of these are comparable, also between runs.
 COMPARABLE = (
     "model", "weights_sha256", "input_size", "data", "data_fingerprint", "device", "machine", "dtype", "runtime",
+    "fused_attention",
 )  # fmt: skip
 # Cells that agree in these share a panel of a plot, so that machines can be overlaid.
 PANEL = ("model", "weights_sha256", "input_size", "data", "data_fingerprint")

@@ -19,7 +19,7 @@ from tokbench.config import Grid, ModelSpec, PlannedCell, RunOptions, Searched
 from tokbench.data import ImageSource, ImageStream, load_batches
 from tokbench.errors import BaselineFailed, RunStopped, one_line
 from tokbench.exporting.runtimes import RUNTIMES
-from tokbench.fusion.anatomy import grid_for
+from tokbench.fusion.anatomy import grid_for, is_fused
 from tokbench.fusion.core import METHODS, make_method
 from tokbench.fusion.patch import fork, rehearse, tokens_per_block, watch
 from tokbench.measure._model import release_memory
@@ -142,7 +142,7 @@ class Bench:
     @property
     def is_fused(self) -> bool:
         """Whether all of the model's attention is PyTorch's fused one, as it is in timm unless one turns it off."""
-        return all(getattr(block.attn, "fused_attn", True) for block in self.subject.model.blocks)
+        return is_fused(self.subject.model)
 
     def searched(self, cell: PlannedCell) -> Searched | None:
         """The search result of a cell's `searched:` schedule; None for other schedules."""

@@ -24,6 +24,7 @@ from tokbench.config import Grid, ModelSpec, RunOptions, require_data
 from tokbench.data import ImageStream, open_dataset
 from tokbench.errors import BaselineFailed, RunStopped, UserError
 from tokbench.exporting.runtimes import require_runtimes, runtime_versions
+from tokbench.fusion.anatomy import write_attention_out
 from tokbench.fusion.core import make_method
 from tokbench.fusion.patch import require_supported
 from tokbench.measure._model import resolve_input_size
@@ -195,6 +196,8 @@ def load_subject(spec: ModelSpec, grid: Grid, options: RunOptions, *, keep: bool
     load = partial(load_model, random_weights=True) if spec.random_weights else load_model
     model = cast(VisionTransformer, load(spec.name, spec.checkpoint, input_size=spec.input_size))
     require_supported(model)
+    if options.fused == "off":
+        write_attention_out(model)
     cells = grid.cells(spec)
     for cell in cells:
         if cell.schedule:
@@ -231,6 +234,7 @@ def manifest_of(
             "device": device.type,
             "batch_size": list(options.sizes) or batch_size,
             "runtimes": list(options.runtimes),
+            "fused": options.fused,
             "models": {subject.spec.label: subject.conditions() for subject in subjects},
         },
         "machine": describe_machine(device),

@@ -43,7 +43,7 @@ def time_cells(bench: Bench) -> None:
     """Time the cells that lack it in turns with the unreduced model, at each batch size that was asked for."""
     if bench.cluster:
         bench.cluster.stop()  # its workers would share the device
-    if not bench.is_fused and bench.waiting():
+    if not bench.is_fused and bench.options.fused == "on" and bench.waiting():
         bench.progress.warn("fused attention is off (TIMM_FUSED_ATTN?): speed-ups are over a slower model than timm's")
     bench.running[:] = [member.timed_in(runtime) for runtime in bench.options.runtimes for member in bench.running]
     for size in bench.options.sizes or (None,):
