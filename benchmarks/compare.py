@@ -19,6 +19,7 @@ import argparse
 import csv
 import importlib.util
 import itertools
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -35,13 +36,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from tokbench import apply, run
-from tokbench.config import DTYPES, Grid
+from tokbench.config import Grid
 from tokbench.fusion.anatomy import grid_for, write_attention_out
 from tokbench.fusion.patch import fork
+from tokbench.measure.environment import Watch
 from tokbench.measure.speed import keep_freed_memory, measure_speed
 from tokbench.results.cell import key_of
 from tokbench.results.folder import RunFolder
 from tokbench.results.records import Record
+from tokbench.running.bench import DTYPES, speed_limit
 from tokbench.running.figures import speed_fields
 from tokbench.running.runner import find_device, load_subject
 
@@ -120,14 +123,16 @@ def compare(grid: Grid, folder: RunFolder, others: dict[str, dict[str, Build]]) 
 
 def add(folder: RunFolder, base: Any, record: Any, name: str, build: Build, images: Tensor) -> None:
     """Time other code beside the unreduced model and tokbench's, and write it down as a cell."""
-    unreduced = (grid_for(base)[0] * grid_for(base)[1]) + base.num_prefix_tokens
-    removals = [int(before - after) for before, after in itertools.pairwise([unreduced, *record.tokens])]
+    tokens = [math.prod(grid_for(base)) + base.num_prefix_tokens, *record.tokens]
+    removals = [int(before - after) for before, after in itertools.pairwise(tokens)]
     ours = apply(fork(base), record.method, record.resolved, **record.params)
     theirs = build(fork(base), record, removals)
+    watch = Watch(images.device)
     results = measure_speed(
         {"none": base, "ours": ours, "theirs": theirs},
         batch_size=len(images), images=images, seconds=6, latency_of=("none", "ours", "theirs"),
     )  # fmt: skip
+    disturbance = watch.stop()
     with torch.inference_mode():
         apart = (ours(images).float() - theirs(images).float()).abs().max().item()
     method = f"{record.method}-{name}"
@@ -135,6 +140,7 @@ def add(folder: RunFolder, base: Any, record: Any, name: str, build: Build, imag
     identity |= {"method": method, "cell": record.cell.replace(f"/{record.method}/", f"/{method}/")}
     fields = speed_fields([results[2]], references=[results[0]])
     again = {"reference_seconds": results[0].rounds, "reference_latency_seconds": results[0].latency}
+    again |= {"other_cpu": disturbance.other_cpu, "gpu_state": disturbance.gpu, "caveats": disturbance.warnings}
     folder.append(identity | {"kind": "speed", **fields, **again})
     flops = next(one for one in folder.records() if one.kind == "flops" and key_of(one) == key_of(record))
     folder.append(flops.plain() | {name: identity[name] for name in ("method", "cell")})
@@ -230,20 +236,17 @@ def roofline(base: Any, record: Any, images: Tensor, machine: Machine) -> dict[s
     model = fork(base)
     if record.method != "none":
         apply(model, record.method, record.resolved, **record.params)
-    bandwidth = machine.bandwidth(grid_for(base)[0] * grid_for(base)[1] * base.embed_dim * images.shape[0] * 4)
-    own = work_of(model, images).seconds(machine, bandwidth)
-    took = median(record.seconds)
-    row = {"cell": record.cell, "batch": record.batch_size, "ms": 1000 * took, "limit ms": 1000 * own, "share": own / took}
-    if record.free_seconds:
-        place = model.fusion.method.place
-        counts = [grid_for(base)[0] * grid_for(base)[1] + base.num_prefix_tokens, *map(round, record.tokens)]
-        removals = ",".join(str(before - after) for before, after in itertools.pairwise(counts))
-        free = apply(fork(base), "free", f"list:{removals}", place=place)
+    tokens = math.prod(grid_for(base)) + base.num_prefix_tokens
+    bandwidth = machine.bandwidth(len(images) * tokens * base.embed_dim * images.element_size())
+    own, took = work_of(model, images).seconds(machine, bandwidth), median(record.seconds)
+    row = {"cell": record.cell, "batch": record.batch_size, "ms": 1000 * took, "limit ms": 1000 * own}
+    row["share"] = own / took
+    if free := speed_limit(model, base) if record.free_seconds else None:
         more, limit = own - work_of(free, images).seconds(machine, bandwidth), median(record.free_seconds)
-        goal = GOALS.get(record.method, SINGLE_GOAL if record.batch_size == 1 else USUAL_GOAL)
-        row |= {"efficiency": record.efficiency, "ceiling": limit / (limit + max(more, 0)), "goal": goal}
-        row |= {"low": record.plain().get("efficiency_low"), "high": record.plain().get("efficiency_high")}
-        row |= {"speed-up": record.speedup}
+        ends = {end: record.plain().get(f"efficiency_{end}") for end in ("low", "high")}
+        row |= {"speed-up": record.speedup, "efficiency": record.efficiency, **ends}
+        row["ceiling"] = limit / (limit + max(more, 0))
+        row["goal"] = GOALS.get(record.method, SINGLE_GOAL if record.batch_size == 1 else USUAL_GOAL)
     return row
 
 

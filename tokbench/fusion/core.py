@@ -285,11 +285,11 @@ class View:
 
     def mean_keys(self) -> Tensor:
         """k̄: keys averaged over heads, (B, N, d), float32 at least."""
-        keys = self.keys.to(score_dtype(self.keys))
+        keys, precise = self.keys, score_dtype(self.keys)
         if keys.device.type != "cpu" or not self.fused:
-            return keys.mean(1)
+            return keys.mean(1, dtype=precise)
         # Reduction over a dimension amid others takes three times as long on the CPU as adding whole heads.
-        return sum(keys.unbind(1)[1:], keys[:, 0]) / keys.shape[1]
+        return sum(keys.unbind(1)[1:], keys[:, 0].to(precise)) / keys.shape[1]
 
     def attention(self) -> Tensor:
         """A = softmax(Q Kᵀ/√d, + log s and a position bias where the block uses them): (B, H, N, N), computed once."""
@@ -499,7 +499,7 @@ def attend_reduced(attention: Tensor, plan: Assignment, size: Tensor | None, val
 def attend_merged(attention: Tensor, plan: Assignment, size: Tensor | None, values: Tensor) -> Tensor:
     """The same as `attend_reduced`, which reads and writes A twice more.
 
-    A sum of columns times a value is each column times that value, and rows of a product are averaged as those of A are.
+    A sum of columns times a value is each column times that value; rows of a product are averaged as those of A are.
     """
     tokens = attention.shape[-1]
     plain = plan.source is not None and plan.kept.shape[1] + plan.source.shape[1] == tokens and plan.combine != "mlerp"
@@ -574,7 +574,7 @@ class State:
 
 
 def first_of_sets(prefix: int) -> tuple[int, int]:
-    """Where ToMe's sets A and B begin: at the first even and odd positions past the prefix. Each has every other token."""
+    """Where ToMe's sets A and B begin: the first even and odd positions past the prefix. Each has every other token."""
     return prefix + prefix % 2, prefix + 1 - prefix % 2
 
 

@@ -257,7 +257,7 @@ class Bench:
             rehearse(model, image)
         kernels = attention_kernels(model, image)
         identity["tokens"] = tokens_per_block(model)
-        return Runnable(cell, model, identity, kernels, _speed_limit(model, base))
+        return Runnable(cell, model, identity, kernels, speed_limit(model, base))
 
     @cached_property
     def _unreduced_flops(self) -> int:
@@ -346,7 +346,7 @@ class Bench:
         self.progress.phase(f"{self.subject.spec.label}: {name}", total)
 
 
-def _speed_limit(model: VisionTransformer, base: VisionTransformer) -> VisionTransformer | None:
+def speed_limit(model: VisionTransformer, base: VisionTransformer) -> VisionTransformer | None:
     """The control `free` with the tokens per block of a model that has made a forward pass."""
     fusion = getattr(model, "fusion", None)
     unreduced = math.prod(grid_for(base)) + base.num_prefix_tokens
