@@ -97,7 +97,7 @@ def stand_in(monkeypatch, source: Source) -> Source:
         for module in (bench, timing):
             monkeypatch.setattr(module, "release_memory", lambda device: None)
     quiet = Disturbance(0.0, None, ())
-    monkeypatch.setattr(timing, "Watch", lambda device: SimpleNamespace(look=lambda: None, stop=lambda: quiet))
+    monkeypatch.setattr(timing, "Watch", lambda device: SimpleNamespace(begin=lambda: None, look=lambda: None, stop=lambda: quiet))
     monkeypatch.setattr(timing, "vague_speedups", lambda results: [])
     return source
 

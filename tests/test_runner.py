@@ -449,7 +449,7 @@ def test_flops_are_broken_down(source, tmp_path):
 def test_what_makes_a_timing_worthless_is_warned_of_and_stays_in_its_records(source, tmp_path, monkeypatch):
     busy = "other work took 52% of the machine's CPU time"
     disturbed = Disturbance(0.52, None, (f"{busy}: time again",))
-    monkeypatch.setattr(timing, "Watch", lambda device: SimpleNamespace(look=lambda: None, stop=lambda: disturbed))
+    monkeypatch.setattr(timing, "Watch", lambda device: SimpleNamespace(begin=lambda: None, look=lambda: None, stop=lambda: disturbed))
     monkeypatch.setattr(timing, "vague_speedups", lambda fields: ["tiny/tome/8"])
     listener = Listener()
     runner.run(small_grid(only=("flops", "speed")), tmp_path / "run", progress=listener)
@@ -461,6 +461,17 @@ def test_what_makes_a_timing_worthless_is_warned_of_and_stays_in_its_records(sou
     told = [f"Speed is in doubt: {busy}.", f"Speed is in doubt: {figures.VAGUE} (1 of 3 cells)."]
     assert all(sentence in render_table(cells, "md") for sentence in told)
     assert all(sentence in findings(cells)[0].sentences for sentence in told)
+
+
+def test_compilers_are_no_other_work(source, tmp_path, monkeypatch):
+    told = []
+    watch = SimpleNamespace(
+        begin=lambda: told.append("begin"), look=lambda: told.append("look"), stop=lambda: Disturbance(0.0, None, ())
+    )
+    monkeypatch.setattr(timing, "Watch", lambda device: watch)
+    runner.run(small_grid(MethodSpec("tome", ("8",)), only=("flops", "speed")), tmp_path / "run")
+    first = told.index("look")
+    assert first == 5 and set(told[first:]) == {"look"}  # two models, one limit, and two on single images
 
 
 def test_threads_that_outnumber_the_cores_are_told_once_and_first(source, tmp_path, monkeypatch):

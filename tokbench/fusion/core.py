@@ -167,8 +167,10 @@ def merge(x: Tensor, plan: Assignment, size: Tensor | None) -> Tensor:
     # Shares of a mean sum to 1: each source moves its token by its share of the way between them. Only tokens that are
     # joined are computed, and no intermediate is larger than a token, so float16 can't overflow here.
     share = (others / total.gather(1, plan.slot)).unsqueeze(-1).to(x.dtype)
-    joined = kept.scatter_add(1, wide(plan.slot, x), sources * share - pick(kept, plan.slot) * share)
-    return _lengthen(joined, kept, sources, plan.slot) if plan.combine == "mlerp" else joined
+    step = sources * share - pick(kept, plan.slot) * share
+    if plan.combine == "mlerp":
+        return _lengthen(kept.scatter_add(1, wide(plan.slot, x), step), kept, sources, plan.slot)
+    return (kept.clone() if plan.sliced else kept).scatter_add_(1, wide(plan.slot, x), step)
 
 
 def _mix(x: Tensor, plan: Assignment) -> Tensor:

@@ -157,7 +157,8 @@ class Disturbance:
 class Watch:
     """Watches the machine while speed is measured: `watch = Watch(device)`, the work, then `watch.stop()`.
 
-    Call `watch.look()` after each round to sample a GPU: soon after the work it is idle and no longer throttled.
+    Call `watch.begin()` after each warm-up, for compilers are no other work, and `watch.look()` after each round to
+    sample a GPU: soon after the work it is idle and no longer throttled.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -166,6 +167,10 @@ class Watch:
         self._library = ExitStack()
         if device.type == "cuda":
             self._library.enter_context(_nvml())  # keep NVML open, so that looks are quick
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what happened up to now."""
         self._began = _cpu_seconds()
 
     def look(self) -> None:

@@ -219,6 +219,10 @@ def time_members(bench: Bench, members: list[Runnable], size: int, seed: int = 0
     bench.phase("compiling" if compiling else "warming up for speed", 2 * len(members) + len(limits))
     expected = 0
 
+    def warm(done: int) -> None:
+        watch.begin()
+        bench.progress.advance(done)
+
     def advance(done: int, planned: int) -> None:
         nonlocal expected
         watch.look()
@@ -242,7 +246,7 @@ def time_members(bench: Bench, members: list[Runnable], size: int, seed: int = 0
         patience=PATIENCE if usual else {},
         latency_of=[member.name for member in members],
         seed=seed,
-        on_warm=bench.progress.advance,
+        on_warm=warm,
         on_round=advance,
         on_failure=fail,
     )
