@@ -110,14 +110,14 @@ def compare(grid: Grid, folder: RunFolder, others: dict[str, dict[str, Build]]) 
         images = torch.rand(max(grid.options.sizes), *subject.input_size, generator=torch.Generator().manual_seed(0))
         images = images.to(device, dtype)
         records = [one for one in folder.records() if one.model == spec.label]
-        for record in [one for one in records if one.kind == "speed" and one.runtime == "eager"]:
+        timed = [one for one in records if one.kind == "speed" and one.runtime == "eager"]
+        for record in timed:
             for name, build in others.get(record.method, {}).items():
-                if not any(one.method == f"{record.method}-{name}" for one in records):
+                if (f"{record.method}-{name}", record.batch_size) not in {(one.method, one.batch_size) for one in timed}:
                     add(folder, base, record, name, build, images[: record.batch_size])
         limits = Machine(device, dtype)
-        for record in folder.records():
-            if record.model == spec.label and record.kind == "speed" and "-" not in record.method:
-                rows.append({"model": spec.label, **roofline(base, record, images, limits)})
+        ours = [one for one in timed if not one.method.endswith(("-plain", "-original"))]
+        rows += [{"model": spec.label, **roofline(base, one, images, limits)} for one in ours]
     show(rows, folder.path / "roofline.csv")
 
 
