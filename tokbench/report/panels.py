@@ -242,10 +242,8 @@ def _draw_bars(panel: Axes, shown: Scene, art: Art) -> None:
     width: float = 0.136 * art.size.marker
     look: dict[str, Any] = {"alpha": 0.6, "zorder": 2}
     if points:
-        across, up = (
-            bars_within([point.x for point in points], shown.reach[0]),
-            bars_within([p.y for p in points], shown.reach[1]),
-        )
+        across = bars_within([point.x for point in points], shown.reach[0])
+        up = bars_within([point.y for point in points], shown.reach[1])
         bars: dict[str, Any] = {"ecolor": list(colors.values()), "elinewidth": width, **look}
         panel.errorbar(*_at(points), xerr=across, yerr=up, fmt="none", **bars)
     for axis, heads in enumerate(("<>", "^v" if METRICS[shown.y].better == "lower" else "v^")):

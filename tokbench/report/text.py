@@ -37,10 +37,15 @@ def figure_text(cell: Cell, metric: str, *, bounds: bool = False, unit: str = ""
     return f"{number(figure.value, digits)}{unit}{' ' if ends else ''}{ends}"
 
 
-def not_significant(cell: Cell) -> bool:
-    """Whether the 95 % interval of the cell's drop holds 0."""
-    drop = cell["drop"]
-    return bool(drop and drop.interval and drop.interval[0] <= 0 <= drop.interval[1])
+def side_of(figure: Figure | None, low: float = 0, high: float | None = None) -> int | None:
+    """-1 if the figure's interval lies below `low`, 1 if above `high` (default: `low`), else 0: not significant.
+
+    None if there is no interval.
+    """
+    if figure is None or figure.interval is None:
+        return None
+    first, last = figure.interval
+    return -1 if last < low else int(first > (low if high is None else high))
 
 
 def variant_name(method: str, variant: str) -> str:

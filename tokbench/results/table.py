@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tokbench.errors import UserError, nearest, printable
 from tokbench.results.cell import Cell, CellKey, RecordIndex, Setting
 from tokbench.results.folder import RunFolder
-from tokbench.results.metrics import GAINS, METRICS, find_metric, metric_of_column
+from tokbench.results.metrics import GAINS, METRICS, metric_name, metric_of_column
 from tokbench.results.records import Machine, Record
 
 if TYPE_CHECKING:
@@ -298,7 +298,7 @@ def comparable(cells: Sequence[Cell], *metrics: str) -> list[list[Cell]]:
 
     metrics: to compare them in; if one of these is `paced`, each set is from one run.
     """
-    paced = any(find_metric(name).paced for name in metrics)
+    paced = any(METRICS[metric_name(name)].paced for name in metrics)
     timed_at = _timed_at(cells)
     for cell in cells:  # cells timed at several sizes come once for each; cells never timed go with the first
         if cell.at.batch_size:
