@@ -121,16 +121,10 @@ def shared(cells: Iterable[Cell], name: str, form: str = "{}") -> str:
 def group_title(group: Sequence[Cell]) -> str:
     """Model and conditions of comparable cells in one line."""
     first = group[0]
-    images = max((cell.images for cell in group if cell.images is not None), default=None)
-    batch = max((cell.batch_size for cell in group if cell.batch_size is not None), default=None)
-    parts = [
-        first.model,
-        "" if images is None else f"{images:,} {plural(images, 'image')} of {first.data}",
-        hardware(first),
-        first.dtype or "",
-        first.ran,
-        "" if batch is None else f"batch {batch}",
-    ]
+    images = max(cell.images or 0 for cell in group)
+    batch = max(cell.batch_size or 0 for cell in group)
+    seen = f"{images:,} {plural(images, 'image')} of {first.data}" if images else ""
+    parts = [first.model, seen, hardware(first), first.dtype, first.ran, f"batch {batch}" if batch else ""]
     return ", ".join(filter(None, parts))
 
 
