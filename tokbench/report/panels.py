@@ -139,18 +139,16 @@ class Art:
         color, size = theme.method(style), self.size.marker
         paler = min(0.5 * place, 0.75)
         line, edge = (blend(theme.shade(color, share), theme.background, paler) for share in (0.15, 0.38))
+        dashes = DASHES[(place if len(self.runs) > 1 else min(rank, 1) + 2 * hollow) % len(DASHES)]
+        is_empty = hollow or rank % len(_FILLS) == 1
         return {
             "color": line,
             "linewidth": 0.17 * size,
-            "linestyle": "none"
-            if method == "none"
-            else DASHES[(place if len(self.runs) > 1 else min(rank, 1) + 2 * hollow) % len(DASHES)],
+            "linestyle": "none" if method == "none" else dashes,
             "marker": style.marker,
             "markersize": size * style.size * (0.85 if place else 1),
             "fillstyle": _FILLS[rank % len(_FILLS)],
-            "markerfacecolor": theme.background
-            if hollow or rank % len(_FILLS) == 1
-            else blend(color, theme.background, paler),
+            "markerfacecolor": theme.background if is_empty else blend(color, theme.background, paler),
             "markerfacecoloralt": theme.background,
             "markeredgecolor": line if rank or hollow else edge,
             "markeredgewidth": (0.2 if rank or hollow else 0.11) * size,

@@ -187,16 +187,15 @@ def render_table(
     if before and not chosen:
         raise UserError(f"no cell meets {' and '.join(filters)}; there are {_some_cells(before)}.")
     names = None if columns is None else list(dict.fromkeys(find_column(n, chosen, Fronts.names) for n in columns))
+    kept = names or [name for name in (*all_columns(), *fronts.names) if name != "front"]
     if format == "csv":
-        more = {name: [fronts.columns(cell)[name] for cell in chosen] for name in fronts.names}
-        table = frame(chosen).assign(**more)
-        table = table.drop(columns="front") if names is None else table[names]
+        table = frame(chosen).assign(**{name: [fronts.columns(cell)[name] for cell in chosen] for name in fronts.names})
+        table = table[kept]
         texts = [name for name in table.columns if table[name].dtype == object]
         table[texts] = table[texts].map(for_sheet)
         return table.to_csv(index=False, lineterminator="\n")
     if format == "json":
         rows = [columns_of(cell) | {"params": dict(cell.params)} | fronts.columns(cell) for cell in chosen]
-        kept = names or [name for name in (*all_columns(), *fronts.names) if name != "front"]
         return json.dumps([{name: row[name] for name in kept} for row in rows], indent=2, ensure_ascii=False) + "\n"
     if names is None:
         sheet = _Sheet.of(chosen, fronts)
