@@ -186,7 +186,6 @@ class PlannedCell:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether this is the unreduced model."""
         return self.method.name == "none"
 
     @property

@@ -30,7 +30,6 @@ class Check:
     """All verdicts on a run.
 
     Attributes:
-        run, baseline: the run folders.
         scope: what was compared, in one line.
         differ: conditions that are not the baseline's, and what that means. None of them fails.
         limits: for each gate that was asked for, in the order they are told, what cells that pass it do.

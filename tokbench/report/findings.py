@@ -43,7 +43,6 @@ class Findings:
     """Findings on one model under one set of conditions.
 
     Attributes:
-        title: model and conditions.
         answer: the cell to use without losing accuracy, in one sentence; "" if that is not known.
         sentences: all findings.
     """
@@ -127,7 +126,6 @@ class _Group:
         return told and f" {capital(told)}."
 
     def sentences(self) -> list[str]:
-        """All findings."""
         told = [self._unreduced()]
         if not self.reduced:
             return [*told, "Nothing but the unreduced model was measured, so there is nothing to compare."]
@@ -383,7 +381,6 @@ def _on(cell: Cell) -> str:
 
 
 def _images(cells: Iterable[Cell]) -> str:
-    """How many images the cells saw."""
     count = max(cell.images or 0 for cell in cells)
     return f"{count:,} {plural(count, 'image')}"
 

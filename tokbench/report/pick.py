@@ -84,8 +84,6 @@ class Pick:
     """The decision for one model under one set of conditions.
 
     Attributes:
-        model: its label.
-        title: model and conditions.
         asked: the limits, in words.
         limits: the limits, by option.
         rule: why the best is the best.
@@ -96,7 +94,6 @@ class Pick:
         misses: by how much `other` misses which limits, in the limits' units.
         alike: other cells that meet the limits and whose speed cannot be told from the fastest one's or, without a
             best, from the unreduced model's.
-        notes: further remarks.
         code: lines of Python that apply the best; "" if there is none.
         export: the command that exports the best, and lines that run what it wrote.
     """

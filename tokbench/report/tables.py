@@ -299,7 +299,6 @@ def _columns(cells: Sequence[Cell], fronts: Fronts) -> list[_Column]:
 
 
 def _figures(name: str, cells: Sequence[Cell]) -> list[_Column]:
-    """The columns of a metric."""
     metric, falls = METRICS[name], METRICS[name].better == "higher"
     values, texts = [cell.value(name) for cell in cells], [_text(name, cell) for cell in cells]
     column = _Column(metric.short, texts, rank=metric.rank, values=values, falls=falls, metric=name)

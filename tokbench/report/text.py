@@ -164,7 +164,6 @@ def _pieces(text: str, width: int, level: int = 0) -> list[str]:
 
 
 def plural(count: int, word: str, several: str = "") -> str:
-    """The word in singular or plural."""
     return word if count == 1 else several or f"{word}s"
 
 

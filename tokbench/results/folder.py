@@ -209,7 +209,6 @@ class RunFolder:
         return f"predictions/{_slug(cell_id)}.npz"
 
     def prediction_path(self, cell_id: str) -> Path:
-        """The path of the cell's per-image predictions."""
         return self.path / self.prediction_name(cell_id)
 
     def partial_name(self, model: str, end: int) -> str:

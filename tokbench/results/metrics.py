@@ -80,7 +80,6 @@ class Metric:
 
     @cached_property
     def _ends(self) -> tuple[str, str]:
-        """The fields of the interval's ends."""
         stem, ms = (self.field.removesuffix("_ms"), "_ms") if self.field.endswith("_ms") else (self.field, "")
         return f"{stem}_low{ms}", f"{stem}_high{ms}"
 
