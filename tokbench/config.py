@@ -443,8 +443,7 @@ class Grid:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, for the manifest of a run."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
-        return plain
+        return json.loads(json.dumps(asdict(self), default=str))
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Grid:
