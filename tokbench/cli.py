@@ -621,6 +621,8 @@ def list_(
     require_known(what, ("models", "methods", "schedules", "data"), "list of")
     if pattern and what != "models":
         raise UserError(f"'{pattern}': only models are listed by a pattern, not {what}")
+    from tokbench.config import SPECS, describe_methods, describe_schedules
+
     _load_plugins(plugin)
     match what:
         case "models":
@@ -632,14 +634,8 @@ def list_(
                 raise UserError(f"no model is called {pattern!r}.{nearest(pattern, families)}")
             say("\n".join(names))
         case "methods":
-            from tokbench.config import describe_methods
-
             say(describe_methods())
         case "schedules":
-            from tokbench.config import describe_schedules
-
             say(describe_schedules())
         case "data":
-            from tokbench.config import SPECS
-
             say(SPECS)

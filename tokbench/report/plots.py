@@ -22,16 +22,7 @@ from matplotlib.lines import Line2D
 
 from tokbench.errors import UserError, require_known
 from tokbench.report.lines import DRAW_LINES
-from tokbench.report.panels import (
-    DASHES,
-    MOST_LABELS,
-    Art,
-    Size,
-    draw_panel,
-    draw_published,
-    label_panel,
-    scale_y,
-)
+from tokbench.report.panels import DASHES, MOST_LABELS, Art, Size, draw_panel, draw_published, label_panel, scale_y
 from tokbench.report.published import PUBLISHED, Published, published_points
 from tokbench.report.scene import Scene, scene, side_by_side
 from tokbench.report.styles import find_theme, method_order
