@@ -418,9 +418,7 @@ def _frame(panel: Axes) -> np.ndarray:
 
 
 def _pixels_per_point(panel: Axes) -> float:
-    figure = panel.get_figure(root=True)
-    assert figure is not None, "labels are placed on panels of a figure"
-    return figure.dpi / 72
+    return panel.figure.dpi / 72
 
 
 def _line_points(panel: Axes) -> np.ndarray:
