@@ -31,14 +31,13 @@ _NEEDS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A method: its name, its paper, the first line of its docstring, and its parameters with their defaults.
+    """A method: its name, its paper, and its parameters with their defaults.
 
     needs: what it looks at in a model beside the tokens, such as "keys".
     """
 
     name: str
     paper: str
-    summary: str
     parameters: dict[str, Any]
     needs: tuple[str, ...] = ()
 
@@ -52,9 +51,7 @@ def catalogue() -> list[Entry]:
     core = sys.modules.get("tokbench.fusion.core")
     if core is not None and "tokbench.fusion.tome" in sys.modules:
         return [
-            Entry(
-                name, method.paper, _first_line(method.__doc__), core.make_method(name).parameters(), _needs_of(method)
-            )
+            Entry(name, method.paper, core.make_method(name).parameters(), _needs_of(method))
             for name, method in core.METHODS.items()
         ]
     return built_in()
@@ -81,7 +78,7 @@ def _entry(node: ast.ClassDef) -> Entry:
                 said[line.targets[0].id] = ast.literal_eval(line.value)
         elif isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value is not None:
             parameters[line.target.id] = ast.literal_eval(line.value)
-    return Entry(said["name"], said["paper"], _first_line(ast.get_docstring(node)), parameters, _needs(node))
+    return Entry(said["name"], said["paper"], parameters, _needs(node))
 
 
 def _needs(node: ast.AST) -> tuple[str, ...]:
@@ -95,7 +92,3 @@ def _needs_of(method: type) -> tuple[str, ...]:
         return _needs(ast.parse(textwrap.dedent(inspect.getsource(method))))
     except (OSError, TypeError):  # written where there is no file
         return ()
-
-
-def _first_line(doc: str | None) -> str:
-    return (doc or "").strip().partition("\n")[0]

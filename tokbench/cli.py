@@ -23,6 +23,7 @@ from tokbench.interrupts import ending_after_unwinding, ending_at_once, ignoring
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tokbench.config import Grid
     from tokbench.progress import LiveProgress
 
 app = typer.Typer(
@@ -115,6 +116,19 @@ def _usage(error: TyperException) -> str:
     return f"{param.opts[0]} must be {kinds[found[0]['type']]}, not {found[0]['input']!r}"
 
 
+def _grid(context: typer.Context, *others: str) -> Grid:
+    """The grid file that a command names, if any, with what the flags say instead.
+
+    others: the command's parameters that are no part of a grid.
+    """
+    from tokbench.config import Grid
+
+    plural = {name: f"{name}s" for name in ("model", "method", "schedule", "runtime")}
+    given = {name: value for name, value in context.params.items() if value is not None and name not in others}
+    base = Grid.from_toml(given.pop("grid")) if "grid" in given else None
+    return Grid.from_flags(base, **{plural.get(name, name): value for name, value in given.items()})
+
+
 def _load_plugins(paths: list[Path] | None) -> None:
     if paths:
         from tokbench.plugins import load_plugins
@@ -139,6 +153,7 @@ def _global_flags(
 
 @app.command()
 def run(
+    context: typer.Context,
     grid: Annotated[
         Path | None,
         typer.Argument(metavar="GRID.toml", help="What to measure; flags replace what it says.", show_default=False),
@@ -209,40 +224,13 @@ def run(
     """
     from rich.console import Console
 
-    from tokbench.config import Grid
     from tokbench.results.folder import is_run
 
     _load_plugins(plugin)
     if workers is not None:
         complain("--workers is called --readers now; the next release no longer takes the old name")
-    chosen = Grid.from_flags(
-        Grid.from_toml(grid) if grid else None,
-        models=model or (),
-        checkpoint=checkpoint,
-        random_weights=random_weights,
-        input_size=input_size,
-        label=label,
-        methods=method or (),
-        schedules=schedule or (),
-        data=data,
-        device=device,
-        dtype=dtype,
-        batch_size=batch_size,
-        seconds=seconds,
-        rounds=rounds,
-        processes=processes,
-        runtimes=runtime,
-        compile=compile,
-        fused=fused,
-        check_answers=check_answers,
-        limit=limit,
-        only=only,
-        readers=workers if readers is None else readers,
-        ray=ray,
-        cache=cache,
-        labels=labels,
-        max_bad=max_bad,
-    )
+        context.params["readers"] = workers if readers is None else readers
+    chosen = _grid(context, "plugin", "out", "fresh", "workers", "dry_run")
     if dry_run:
         with _live_progress(Console(stderr=True, quiet=not sys.stderr.isatty()), out, continuable=False) as progress:
             from tokbench.running.estimate import preview
@@ -269,6 +257,7 @@ def run(
 
 @app.command()
 def search(
+    context: typer.Context,
     grid: Annotated[
         Path | None,
         typer.Argument(metavar="GRID.toml", help="Models and methods; flags replace what it says.", show_default=False),
@@ -301,26 +290,16 @@ def search(
     """
     from rich.console import Console
 
-    from tokbench.config import Grid
+    from tokbench.progress import LiveProgress
 
     _load_plugins(plugin)
     if out.suffix != ".toml":
         raise UserError(f"--out {out}: a grid file ends in .toml")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: the folder {str(out.parent)!r} does not exist")
-    chosen = Grid.from_flags(
-        Grid.from_toml(grid) if grid else None,
-        models=model or (),
-        checkpoint=checkpoint,
-        input_size=input_size,
-        label=label,
-        methods=method or (),
-        data=None if data == "bundled:train" else data,
-        device=device,
-        dtype=dtype,
-    )
-    from tokbench.progress import LiveProgress
-
+    if data == "bundled:train":  # the images to search on, and none that a grid's accuracy is measured on
+        context.params["data"] = None
+    chosen = _grid(context, "budget", "plugin", "images", "params", "time", "seed", "out")
     progress = LiveProgress(Console())
 
     def kept() -> str:
@@ -436,14 +415,15 @@ def table(
     from tokbench.report.tables import print_table, render_table
     from tokbench.results.table import load_shown
 
-    cells, filters = load_shown(runs, complain), filter or ()
+    cells = load_shown(runs, complain)
     names = None if columns is None else [name.strip() for name in columns.split(",")]
+    asked: dict[str, Any] = {"sort": sort, "pareto": pareto, "filters": filter or (), "columns": names}
     if format == "rich":
         console = Console()
         piped = not console.is_terminal and "COLUMNS" not in os.environ
-        print_table(console, cells, sort, pareto, filters=filters, columns=names, every_column=piped)
+        print_table(console, cells, every_column=piped, **asked)
     else:
-        say(render_table(cells, format, sort, pareto, filters=filters, columns=names))
+        say(render_table(cells, format, **asked))
 
 
 @app.command()
@@ -644,6 +624,8 @@ def list_(
     require_known(what, ("models", "methods", "schedules", "data"), "list of")
     if pattern and what != "models":
         raise UserError(f"'{pattern}': only models are listed by a pattern, not {what}")
+    from tokbench.config import SPECS, describe_methods, describe_schedules
+
     _load_plugins(plugin)
     match what:
         case "models":
@@ -655,14 +637,8 @@ def list_(
                 raise UserError(f"no model is called {pattern!r}.{nearest(pattern, families)}")
             say("\n".join(names))
         case "methods":
-            from tokbench.config import describe_methods
-
             say(describe_methods())
         case "schedules":
-            from tokbench.config import describe_schedules
-
             say(describe_schedules())
         case "data":
-            from tokbench.config import SPECS
-
             say(SPECS)

@@ -186,7 +186,6 @@ class PlannedCell:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether this is the unreduced model."""
         return self.method.name == "none"
 
     @property
@@ -446,8 +445,7 @@ class Grid:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, for the manifest of a run."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
-        return plain
+        return json.loads(json.dumps(asdict(self), default=str))
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Grid:

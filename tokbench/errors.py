@@ -23,9 +23,9 @@ class RunStopped(UserError):
     """A run that started and cannot continue; its results are kept. The CLI prints the message and exits with 3."""
 
 
-def nearest(word: str, options: Iterable[str], count: int = 3) -> str:
+def nearest(word: str, options: Iterable[str]) -> str:
     """A hint to append to an error, " Did you mean …?", with the closest of `options`; "" if none is close."""
-    matches = difflib.get_close_matches(word, list(options), n=count, cutoff=0.5)
+    matches = difflib.get_close_matches(word, list(options), cutoff=0.5)
     return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
 
 

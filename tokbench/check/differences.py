@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -163,14 +161,15 @@ def render(found: Sequence[Difference], format: str) -> str:
     if format == "json":
         return json.dumps([asdict(one) for one in found], indent=2, ensure_ascii=False) + "\n"
     require_known(format, FORMATS, "format")
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
+    import pandas as pd
+
     ends = ("value", "low", "high")
-    writer.writerow(["cell", "against", "images", *(f"{name}_{end}" for name in _HEADS for end in ends)])
-    for one in found:
-        figures = [getattr(one.figures.get(name), end, None) for name in _HEADS for end in ends]
-        writer.writerow([for_sheet(one.cell), for_sheet(one.against), one.images, *figures])
-    return file.getvalue()
+    rows = [
+        {"cell": for_sheet(one.cell), "against": for_sheet(one.against), "images": one.images}
+        | {f"{name}_{end}": getattr(one.figures.get(name), end, None) for name in _HEADS for end in ends}
+        for one in found
+    ]
+    return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
 
 
 def as_table(found: Sequence[Difference]) -> Table:

@@ -91,7 +91,6 @@ class Run:
         return list(dict.fromkeys(own.cell.model for own in self.cells))
 
     def has(self, kind: str) -> bool:
-        """Whether any cell has that measurement."""
         return any(kind in own.kinds for own in self.cells)
 
     def known(self, model: str, field: str) -> Any:

@@ -30,7 +30,6 @@ class Check:
     """All verdicts on a run.
 
     Attributes:
-        run, baseline: the run folders.
         scope: what was compared, in one line.
         differ: conditions that are not the baseline's, and what that means. None of them fails.
         limits: for each gate that was asked for, in the order they are told, what cells that pass it do.
@@ -70,15 +69,11 @@ class Check:
             return told
         return f"{told}; {'worst' if good == len(verdicts) else 'worst of these'} {nearest.cell}: {nearest.text}"
 
-    def gate_passed(self, gate: str) -> bool:
-        """Whether no cell failed the gate."""
-        return all(verdict.passed for verdict in self.of_gate(gate))
-
     def word(self, gate: str) -> str:
         """pass, FAIL, or skip for a gate that had nothing to compare."""
         if not self.of_gate(gate):
             return "skip"
-        return "pass" if self.gate_passed(gate) else "FAIL"
+        return "FAIL" if self.failed(gate) else "pass"
 
     def failed(self, gate: str) -> list[str]:
         """The cells that failed the gate and their numbers, a line each; cells of which the same is said share one."""
@@ -97,8 +92,8 @@ class Check:
             only = f", but for {' and '.join(skipped)}, which could not be compared" if skipped else ""
             return f"passed: this run says what the baseline says{only}{under}"
         moved = dict.fromkeys(verdict.cell for verdict in self.verdicts if not verdict.passed)
-        gates = [gate for gate in self.limits if not self.gate_passed(gate)]
-        return f"failed: {', '.join(gates)}, in {len(moved)} of {len(self.of_gate('cells'))} cells{under}"
+        gates = ", ".join(filter(self.failed, self.limits))
+        return f"failed: {gates}, in {len(moved)} of {len(self.of_gate('cells'))} cells{under}"
 
     def lines(self) -> list[str]:
         """Everything, for a terminal or a log: a line per gate, below it the cells that failed it."""
@@ -147,17 +142,6 @@ def write_junit(check: Check, path: Path) -> None:
         raise RunStopped(f"cannot write {path}: {error.strerror or error}.") from error
 
 
-def github_errors(check: Check) -> list[str]:
-    """GitHub's workflow commands, one per gate that failed (it shows no more than ten in a step)."""
-    commands = []
-    for gate in check.limits:
-        if not check.gate_passed(gate):
-            # The only escape there is that of URLs.
-            told = [printable(line).replace("%", "%25") for line in (check.headline(gate), *check.failed(gate))]
-            commands.append(f"::error title=tokbench check, {gate}::{'%0A'.join(told)}")
-    return commands
-
-
 def summary(check: Check) -> str:
     """The check as Markdown, for a job's summary: the gates, then the cells that failed."""
     told = for_markdown
@@ -169,9 +153,8 @@ def summary(check: Check) -> str:
     for gate in check.limits:
         word = check.word(gate).replace("FAIL", "**FAIL**")
         lines.append(f"| {gate} | {word} | {told(check.headline(gate))} |")
-    for gate in check.limits:
-        if not check.gate_passed(gate):
-            lines += ["", f"Failed {gate}:", "", *(f"- {told(line)}" for line in check.failed(gate))]
+    for gate in filter(check.failed, check.limits):
+        lines += ["", f"Failed {gate}:", "", *(f"- {told(line)}" for line in check.failed(gate))]
     lines += [line for note in check.notes for line in ("", f"Note: {told(note)}")]
     return "\n".join(lines) + "\n"
 
@@ -180,8 +163,10 @@ def tell_github(check: Check, environment: Mapping[str, str] = os.environ) -> No
     """In a GitHub Actions job: print annotations, and add to the job's summary. Elsewhere nothing."""
     if environment.get("GITHUB_ACTIONS") != "true":
         return
-    for command in github_errors(check):
-        print(command, flush=True)
+    for gate in filter(check.failed, check.limits):  # GitHub shows no more than ten in a step
+        # The only escape there is that of URLs.
+        told = [printable(line).replace("%", "%25") for line in (check.headline(gate), *check.failed(gate))]
+        print(f"::error title=tokbench check, {gate}::{'%0A'.join(told)}", flush=True)
     path = environment.get("GITHUB_STEP_SUMMARY")
     if path:
         with open(path, "a", encoding="utf-8") as file:

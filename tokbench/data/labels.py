@@ -115,7 +115,6 @@ class Labelling:
         return self.classes[label] if self.classes is not None and label >= 0 else ""
 
     def warned(self, *warnings: DataWarning) -> Labelling:
-        """The same with more to say."""
         return replace(self, warnings=(*self.warnings, *warnings))
 
 

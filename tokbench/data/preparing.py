@@ -52,5 +52,4 @@ def to_pictures(images: Tensor, model: nn.Module) -> np.ndarray:
     config = data_config(model)
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
     colors = (images * std + mean).clamp(0, 1).expand(-1, 3, -1, -1)
-    pictures: np.ndarray = colors.permute(0, 2, 3, 1).numpy()
-    return pictures
+    return colors.permute(0, 2, 3, 1).numpy()

@@ -160,8 +160,7 @@ def _decoding(opened: Any, name: str) -> Images:
         return _Read(name, opened.reader)
     if hasattr(opened, "loader"):
         opened.loader = _load
-    images: Images = opened
-    return images
+    return opened
 
 
 def _streaming(spec: _TimmSpec, opened: Any, labelling: Labelling) -> Iterable[StreamItem]:
@@ -173,8 +172,7 @@ def _streaming(spec: _TimmSpec, opened: Any, labelling: Labelling) -> Iterable[S
         return _Shards(shards, tuple(reader.input_key.split(";")), key or None, labelling)
     if spec.kind == "hfids" and reader is not None:
         return _Rows(str(spec), reader)
-    timm_images: Iterable[StreamItem] = opened
-    return timm_images
+    return opened
 
 
 @dataclass(frozen=True)

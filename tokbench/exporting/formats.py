@@ -44,10 +44,6 @@ def find_format(path: Path, name: str | None = None) -> str:
     return path.suffix[1:]
 
 
-def _write_pt2(program: torch.export.ExportedProgram, path: Path) -> None:
-    torch.export.save(program, path)
-
-
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
     from tokbench.exporting.onnx import translations
 
@@ -61,5 +57,5 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
 
 FORMATS = {
     "onnx": Format(("onnx", "onnxscript", "onnxruntime"), "onnx", _write_onnx, open_onnxruntime),
-    "pt2": Format((), "", _write_pt2, open_pt2),
+    "pt2": Format((), "", torch.export.save, open_pt2),
 }

@@ -23,8 +23,7 @@ Run = Callable[[Tensor], Tensor]
 
 def open_pt2(path: Path) -> Run:
     """With PyTorch, on the device that the file was exported on."""
-    module: Run = torch.export.load(path).module()
-    return module
+    return torch.export.load(path).module()
 
 
 def open_onnxruntime(path: Path, device: torch.device = CPU, provider: str = "CPUExecutionProvider") -> Run:

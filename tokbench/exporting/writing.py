@@ -223,12 +223,9 @@ def _batches(images: Tensor, batch: int | Literal["dynamic"]) -> list[Tensor]:
 
 def _trace(model: nn.Module, batch: int | Literal["dynamic"]) -> torch.export.ExportedProgram:
     device, dtype = placement(model)
-    dynamic = batch == "dynamic"
     example = torch.rand(BATCHES[1] if batch == "dynamic" else batch, *resolve_input_size(model, None))
-    return torch.export.export(
-        model, (example.to(device, dtype),),
-        dynamic_shapes=({0: torch.export.Dim("batch")},) if dynamic else None,
-    )  # fmt: skip
+    shapes = ({0: torch.export.Dim("batch")},) if batch == "dynamic" else None
+    return torch.export.export(model, (example.to(device, dtype),), dynamic_shapes=shapes)
 
 
 def _compare(model: nn.Module, outputs: Tensor, batches: list[Tensor], path: Path) -> Compared:

@@ -155,12 +155,12 @@ def _find_weights(content: Any, path: Path) -> dict[str, Tensor]:
     raise UserError(f"checkpoint {str(path)!r} holds no weights but {_found(content)}; save model.state_dict().")
 
 
-def _found(content: Any, shown: int = 5) -> str:
+def _found(content: Any) -> str:
     if not isinstance(content, Mapping):
         return f"a {type(content).__name__}"
     entries = [
         f"{key} (a {type(value).__name__})" if isinstance(value, StandIn) else str(key)
-        for key, value in list(content.items())[:shown]
+        for key, value in list(content.items())[:5]
     ]
     return f"only {', '.join(entries) or 'an empty dict'}"
 

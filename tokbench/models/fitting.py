@@ -62,9 +62,7 @@ def _same_numbers(a: Tensor, b: Tensor) -> bool:
     return a.numel() == b.numel() and torch.equal(a.flatten().sort().values, b.flatten().sort().values)
 
 
-def resample_positions(
-    state: dict[str, Tensor], model: Vit, native: Grid, *, interpolation: str = "bicubic", antialias: bool = True
-) -> None:
+def resample_positions(state: dict[str, Tensor], model: Vit, native: Grid, *, antialias: bool = True) -> None:
     """Bring the positions in `state` to the model's grid, in place, if all its names are the model's.
 
     `native`: the patches (rows, columns) of the model at its own size. They are the file's too if it has as many
@@ -89,16 +87,14 @@ def resample_positions(
         )
     target = grid_for(model)
     if source != target:
-        state["pos_embed"] = resample_abs_pos_embed(
-            old, list(target), list(source), prefix, interpolation=interpolation, antialias=antialias
-        )
+        state["pos_embed"] = resample_abs_pos_embed(old, list(target), list(source), prefix, antialias=antialias)
 
 
 def _embedded_prefix_tokens(model: Vit) -> int:
     return 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
 
 
-def require_match(state: Mapping[str, Tensor], model: Vit, complaint: str, shown: int = 3) -> None:
+def require_match(state: Mapping[str, Tensor], model: Vit, complaint: str) -> None:
     """Raise UserError, beginning with `complaint`, unless names, shapes and kinds of number are the model's."""
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     file = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -115,9 +111,9 @@ def require_match(state: Mapping[str, Tensor], model: Vit, complaint: str, shown
     wrong += [f"{name} {own[name]} is not in the file" for name in own if name not in file]
     wrong += [f"{name} {file[name]} is not in the model" for name in file if name not in own]
     if wrong:
-        more = f"; and {len(wrong) - shown} more" if len(wrong) > shown else ""
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         hint = _size_hint(state["pos_embed"], model) if len(wrong) == 1 and wrong[0].startswith("pos_embed is") else ""
-        raise UserError(f"{complaint}: {'; '.join(wrong[:shown])}{more}.{hint}")
+        raise UserError(f"{complaint}: {'; '.join(wrong[:3])}{more}.{hint}")
 
 
 def _size_hint(positions: Tensor, model: Vit) -> str:

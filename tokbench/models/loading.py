@@ -95,8 +95,7 @@ def load_model(
         model = build()
         model.load_state_dict(state)
     _describe_input(model)
-    vit: nn.Module = model.float().eval()
-    return vit
+    return model.float().eval()
 
 
 def model_names(pattern: str = "") -> list[str]:

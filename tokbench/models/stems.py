@@ -31,8 +31,7 @@ def register(name: str, module: str, kind: Callable[..., Any], arguments: dict[s
 
     def build(pretrained: bool = False, **options: Any) -> VisionTransformer:
         options = {"pretrained_filter_fn": home.checkpoint_filter_fn, **arguments, **options}
-        model: VisionTransformer = build_model_with_cfg(kind, name, pretrained, **options)
-        return model
+        return build_model_with_cfg(kind, name, pretrained, **options)
 
     build.__name__, build.__module__ = name, module
     setattr(home, name, register_model(build))

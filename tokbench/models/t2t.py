@@ -89,8 +89,7 @@ class TransformerStep(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.attn(self.norm1(x))
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
+        return x + self.mlp(self.norm2(x))
 
 
 class TokensToToken(Stem):
@@ -122,8 +121,7 @@ class TokensToToken(Stem):
         x = F.unfold(x.mT.unflatten(2, (rows // 4, columns // 4)), 3, stride=2, padding=1)
         x = self.attention2(x.mT)
         x = F.unfold(x.mT.unflatten(2, (rows // 8, columns // 8)), 3, stride=2, padding=1)
-        tokens: Tensor = self.project(x.mT)
-        return tokens
+        return self.project(x.mT)
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {

@@ -19,6 +19,7 @@ from tokbench.report.text import (
     number,
     passed_over,
     plural,
+    side_of,
     told_caveats,
     variant_name,
 )
@@ -42,7 +43,6 @@ class Findings:
     """Findings on one model under one set of conditions.
 
     Attributes:
-        title: model and conditions.
         answer: the cell to use without losing accuracy, in one sentence; "" if that is not known.
         sentences: all findings.
     """
@@ -75,15 +75,15 @@ class _Group:
 
     def answer(self) -> str:
         """The fastest cell, or the one with the fewest FLOPs, among those with no significant loss of top-1."""
-        known = [cell for cell in self.sound if _side(cell["drop"]) is not None]
+        known = [cell for cell in self.sound if side_of(cell["drop"]) is not None]
         if not known:
             return ""
-        kept = [cell for cell in known if _side(cell["drop"]) != 1]
+        kept = [cell for cell in known if side_of(cell["drop"]) != 1]
         images, model = _images(known), known[0].model
         unseen = f"no loss of accuracy that {images} can show"
-        if timed := any(_side(cell["speedup"], 1) is not None for cell in known):
+        if timed := any(side_of(cell["speedup"], 1) is not None for cell in known):
             metric, which, gain = "speedup", "fastest", f"makes {model} surely faster"
-            better = [cell for cell in kept if _side(cell["speedup"], 1) == 1]
+            better = [cell for cell in kept if side_of(cell["speedup"], 1) == 1]
         else:
             metric, which, gain = "flops_ratio", "cheapest", f"saves FLOPs of {model}"
             better = [cell for cell, ratio in _known(kept, "flops_ratio") if ratio.value < 1]
@@ -119,14 +119,13 @@ class _Group:
 
     def _fastest(self, cells: list[Cell]) -> Cell:
         """The fastest of the least doubted cells that are surely faster than the unreduced model, else of all."""
-        return _best(least_doubted([cell for cell in cells if _side(cell["speedup"], 1) == 1] or cells), "speedup")
+        return _best(least_doubted([cell for cell in cells if side_of(cell["speedup"], 1) == 1] or cells), "speedup")
 
     def _passed_over(self, best: Cell, cells: list[Cell]) -> str:
         told = passed_over(best, cells, name=self.name)
         return told and f" {capital(told)}."
 
     def sentences(self) -> list[str]:
-        """All findings."""
         told = [self._unreduced()]
         if not self.reduced:
             return [*told, "Nothing but the unreduced model was measured, so there is nothing to compare."]
@@ -171,7 +170,7 @@ class _Group:
 
     def _accuracy(self) -> list[str]:
         """How many cells show no loss against the unreduced model, and the cheapest of them."""
-        same, gained, lost = ([cell for cell in self.sound if _side(cell["drop"]) == side] for side in (0, -1, 1))
+        same, gained, lost = ([cell for cell in self.sound if side_of(cell["drop"]) == side] for side in (0, -1, 1))
         known = [*same, *gained, *lost]
         if not known:
             return []
@@ -206,7 +205,7 @@ class _Group:
         for metric, which, phrase in gains:
             if timed := [cell for cell, _ in _known(kept, metric)]:
                 best = self._fastest(timed) if metric == "speedup" else _best(kept, metric)
-                if metric == "speedup" and _side(best["speedup"], 1) != 1 and len(kept) > 1:
+                if metric == "speedup" and side_of(best["speedup"], 1) != 1 and len(kept) > 1:
                     which = "nearest to being faster"
                 subject = f"The {which} of the {len(kept)} with no significant loss" if len(kept) > 1 else "That one"
                 on = _on(best) if metric == "speedup" else ""
@@ -243,7 +242,7 @@ class _Group:
         passed = self._passed_over(best, timed)
         told = [f"The fastest cell{_on(best)} is {self.name(best)}: {_speed(best)}{cost}.{passed}"]
         for side, beginning in ((-1, f"Slower than {_MODEL}"), (0, f"Not to be told from {_MODEL} in speed")):
-            if some := [cell for cell in timed if _side(cell["speedup"], 1) == side]:
+            if some := [cell for cell in timed if side_of(cell["speedup"], 1) == side]:
                 told.append(f"{beginning}: {self._named(some, 'speedup')}.")
         shares = [
             100 * speedup.value * ratio.value
@@ -259,7 +258,7 @@ class _Group:
         timed = [
             cell
             for cell, _ in _known(self.sound, "latency_speedup")
-            if cell.method != "free" and _side(cell["speedup"], 1) == 1 and (cell.batch_size or 0) > 1
+            if cell.method != "free" and side_of(cell["speedup"], 1) == 1 and (cell.batch_size or 0) > 1
         ]
         told = []
         for alike in group_by(timed, _alone):
@@ -309,17 +308,6 @@ def _best(cells: Iterable[Cell], metric: str) -> Cell:
     return min(_known(cells, metric), key=lambda pair: sign * pair[1].value)[0]
 
 
-def _side(figure: Figure | None, low: float = 0, high: float | None = None) -> int | None:
-    """-1 if the figure's interval lies below `low`, 1 if above `high` (default: `low`), else 0.
-
-    None if there is no interval.
-    """
-    if figure is None or figure.interval is None:
-        return None
-    first, last = figure.interval
-    return -1 if last < low else int(first > (low if high is None else high))
-
-
 def _drop_ends(cells: Iterable[Cell]) -> list[tuple[float, float]]:
     return [drop.interval for _, drop in _known(cells, "drop") if drop.interval]
 
@@ -333,7 +321,7 @@ def _cost(cell: Cell) -> str:
 
     Without labels, how close it stays to the unreduced model; "" if nothing is known.
     """
-    drop, side = cell["drop"], _side(cell["drop"])
+    drop, side = cell["drop"], side_of(cell["drop"])
     if drop and drop.interval is None:
         return f"a drop of {figure_text(cell, 'drop', unit=' points')} (no interval)"
     if side == 0:
@@ -375,7 +363,7 @@ def _alone(cell: Cell) -> str:
     """
     alone = cell["latency_speedup"]
     differ = _RUNS_DIFFER if cell.processes == 1 else 1.0
-    side = _side(alone, 1 / differ, differ)
+    side = side_of(alone, 1 / differ, differ)
     if side == -1:
         return f"is slower than {_MODEL}"
     if side != 0 or alone is None or alone.interval is None:
@@ -393,7 +381,6 @@ def _on(cell: Cell) -> str:
 
 
 def _images(cells: Iterable[Cell]) -> str:
-    """How many images the cells saw."""
     count = max(cell.images or 0 for cell in cells)
     return f"{count:,} {plural(count, 'image')}"
 

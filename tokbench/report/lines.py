@@ -18,7 +18,7 @@ from tokbench.report.panels import DASHES, Art, bars_within
 from tokbench.report.scene import bar_reach
 from tokbench.report.text import broken, capital, cell_name, group_title, told_caveats
 from tokbench.results.cell import Cell
-from tokbench.results.metrics import METRICS, find_metric, metric_name
+from tokbench.results.metrics import METRICS, metric_name
 from tokbench.results.table import PANEL, group_by, measured_names
 
 
@@ -28,7 +28,6 @@ def draw_sweep(cells: Sequence[Cell], y: str | None, art: Art) -> Figure:
     Raises UserError if no cell was timed at several sizes, or none has the metric.
     """
     name = metric_name(y or "speedup")
-    find_metric(name)
     timed = [cell for cell in cells if cell.at.batch_size]
     if not timed:
         raise UserError(

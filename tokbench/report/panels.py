@@ -139,18 +139,16 @@ class Art:
         color, size = theme.method(style), self.size.marker
         paler = min(0.5 * place, 0.75)
         line, edge = (blend(theme.shade(color, share), theme.background, paler) for share in (0.15, 0.38))
+        dashes = DASHES[(place if len(self.runs) > 1 else min(rank, 1) + 2 * hollow) % len(DASHES)]
+        is_empty = hollow or rank % len(_FILLS) == 1
         return {
             "color": line,
             "linewidth": 0.17 * size,
-            "linestyle": "none"
-            if method == "none"
-            else DASHES[(place if len(self.runs) > 1 else min(rank, 1) + 2 * hollow) % len(DASHES)],
+            "linestyle": "none" if method == "none" else dashes,
             "marker": style.marker,
             "markersize": size * style.size * (0.85 if place else 1),
             "fillstyle": _FILLS[rank % len(_FILLS)],
-            "markerfacecolor": theme.background
-            if hollow or rank % len(_FILLS) == 1
-            else blend(color, theme.background, paler),
+            "markerfacecolor": theme.background if is_empty else blend(color, theme.background, paler),
             "markerfacecoloralt": theme.background,
             "markeredgecolor": line if rank or hollow else edge,
             "markeredgewidth": (0.2 if rank or hollow else 0.11) * size,
@@ -242,10 +240,8 @@ def _draw_bars(panel: Axes, shown: Scene, art: Art) -> None:
     width: float = 0.136 * art.size.marker
     look: dict[str, Any] = {"alpha": 0.6, "zorder": 2}
     if points:
-        across, up = (
-            bars_within([point.x for point in points], shown.reach[0]),
-            bars_within([p.y for p in points], shown.reach[1]),
-        )
+        across = bars_within([point.x for point in points], shown.reach[0])
+        up = bars_within([point.y for point in points], shown.reach[1])
         bars: dict[str, Any] = {"ecolor": list(colors.values()), "elinewidth": width, **look}
         panel.errorbar(*_at(points), xerr=across, yerr=up, fmt="none", **bars)
     for axis, heads in enumerate(("<>", "^v" if METRICS[shown.y].better == "lower" else "v^")):
@@ -422,9 +418,7 @@ def _frame(panel: Axes) -> np.ndarray:
 
 
 def _pixels_per_point(panel: Axes) -> float:
-    figure = panel.get_figure(root=True)
-    assert figure is not None, "labels are placed on panels of a figure"
-    return figure.dpi / 72
+    return panel.figure.dpi / 72
 
 
 def _line_points(panel: Axes) -> np.ndarray:

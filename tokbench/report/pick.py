@@ -36,6 +36,7 @@ LIMITS = {
 # Limits on accuracy, and measures of accuracy, the best first.
 _ACCURACY = ("max_drop", "min_agreement")
 _QUALITIES = ("drop", "agreement", "similarity", "output_correlation")
+_SPEEDS = {"speedup", "latency"}
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,6 @@ class Pick:
     """The decision for one model under one set of conditions.
 
     Attributes:
-        model: its label.
-        title: model and conditions.
         asked: the limits, in words.
         limits: the limits, by option.
         rule: why the best is the best.
@@ -95,7 +94,6 @@ class Pick:
         misses: by how much `other` misses which limits, in the limits' units.
         alike: other cells that meet the limits and whose speed cannot be told from the fastest one's or, without a
             best, from the unreduced model's.
-        notes: further remarks.
         code: lines of Python that apply the best; "" if there is none.
         export: the command that exports the best, and lines that run what it wrote.
     """
@@ -150,9 +148,11 @@ def pick_cells(run: str | Path, **limits: float | None) -> list[Pick]:
     groups = comparable([_compared_with_itself(cell) for cell in load_cells([run])])
     if not groups:
         raise UserError(f"the run {folder.path} has measured nothing yet")
+    said = " and ".join(LIMITS[name][1].format(_limit(value)) for name, value in asked.items())
+    said = said.replace("at most 1 points", "at most 1 point")
     picks, refused = [], []
     for group in groups:
-        found = Pick(group[0].model, group_title(group), _said(asked), asked)
+        found = Pick(group[0].model, group_title(group), said, asked)
         try:
             _decide(found, group, folder)
         except UserError as error:
@@ -173,11 +173,6 @@ def _require_limits(asked: Mapping[str, float]) -> None:
             raise UserError(f"{_option(name)} must be a number {least}, not {value:g}")
         if name == "min_agreement" and value > 100:
             raise UserError(f"{_option(name)} is a percentage: at most 100, not {value:g}")
-
-
-def _said(asked: Mapping[str, float]) -> str:
-    words = " and ".join(LIMITS[name][1].format(_limit(value)) for name, value in asked.items())
-    return words.replace("at most 1 points", "at most 1 point")
 
 
 def _compared_with_itself(cell: Cell) -> Cell:
@@ -225,7 +220,7 @@ def _decide(found: Pick, group: Sequence[Cell], folder: RunFolder) -> None:
     misses = {cell: _misses(cell, asked) for cell in known}
     met = [cell for cell in known if not misses[cell]]
     costs = _costs(met, by)
-    by_speed = "speedup" in needed or "latency" in needed
+    by_speed = bool(_SPEEDS & needed.keys())
     floor = next((costs[cell] for cell in met if cell.is_baseline), [math.inf])
 
     def tier(cell: Cell) -> tuple[bool, int]:
@@ -249,11 +244,8 @@ def _decide(found: Pick, group: Sequence[Cell], folder: RunFolder) -> None:
         control = [f"{met[0].method} is a control, there to be beaten"] if met[0].method in CONTROLS else []
         found.notes += control + notes
         if by_speed:
-            others = [
-                cell
-                for cell in known
-                if not cell.is_baseline and cell not in found.alike and _fails_by_speed(misses[cell])
-            ]
+            faster = [cell for cell in known if {LIMITS[name][0] for name in misses[cell]} <= _SPEEDS]
+            others = [cell for cell in faster if not cell.is_baseline and cell not in found.alike]
             enough = None if rank == "speedup" else asked.get("min_speedup", 0)
             found.notes += [text for text in [passed_over(met[0], others, enough)] if text]
     if len(met) > 1:
@@ -370,11 +362,6 @@ def _overlap(one: Cell, other: Cell, metric: str) -> bool:
     """Whether both have intervals, and these overlap."""
     intervals = [figure.interval for cell in (one, other) if (figure := cell[metric]) and figure.interval]
     return len(intervals) == 2 and max(low for low, _ in intervals) <= min(high for _, high in intervals)
-
-
-def _fails_by_speed(missed: Iterable[str]) -> bool:
-    """Whether these limits, if any, are on speed alone."""
-    return all(LIMITS[name][0] in ("speedup", "latency") for name in missed)
 
 
 def _judged(cell: Cell, metric: str) -> str:

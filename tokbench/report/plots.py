@@ -22,22 +22,13 @@ from matplotlib.lines import Line2D
 
 from tokbench.errors import UserError, require_known
 from tokbench.report.lines import DRAW_LINES
-from tokbench.report.panels import (
-    DASHES,
-    MOST_LABELS,
-    Art,
-    Size,
-    draw_panel,
-    draw_published,
-    label_panel,
-    scale_y,
-)
+from tokbench.report.panels import DASHES, MOST_LABELS, Art, Size, draw_panel, draw_published, label_panel, scale_y
 from tokbench.report.published import PUBLISHED, Published, published_points
 from tokbench.report.scene import Scene, scene, side_by_side
 from tokbench.report.styles import find_theme, method_order
 from tokbench.report.text import capital, listed, shared, told_caveats, variant_name
 from tokbench.results.cell import Cell
-from tokbench.results.metrics import METRICS, find_metric, metric_name
+from tokbench.results.metrics import METRICS, metric_name
 from tokbench.results.table import PANEL, group_by, known_gain, measured_names, run_names
 
 DEFAULT_X = ("gflops", "throughput")
@@ -123,8 +114,6 @@ def _axes(cells: Sequence[Cell], x: Sequence[str] | None, y: str | None) -> tupl
 
     asked = list(dict.fromkeys(map(metric_name, DEFAULT_X if x is None else x)))
     y = metric_name(y) if y else None
-    for name in filter(None, (*asked, y)):
-        find_metric(name)
     if y is None:
         # Accuracy against cost, else one cost against another.
         others = (name for name in (known_gain(cells), "speedup", "throughput") if x is None or name not in asked)

@@ -45,12 +45,7 @@ def _off_the_shelf(
     """ToMe's row and that of its unreduced model, each (top-1 in percent, images/s)."""
     where = "ImageNet-1k, V100"
     unreduced = {"top1": before[0], "drop": 0.0, "throughput": before[1], "speedup": 1.0}
-    reduced = {
-        "top1": after[0],
-        "drop": before[0] - after[0],
-        "throughput": after[1],
-        "speedup": after[1] / before[1],
-    }
+    reduced = {"top1": after[0], "drop": before[0] - after[0], "throughput": after[1], "speedup": after[1] / before[1]}
     return [Published(models, "none", "", unreduced, where), Published(models, "tome", schedule, reduced, where)]
 
 

@@ -22,15 +22,15 @@ from tokbench.report.text import (
     for_markdown,
     for_sheet,
     interval,
-    not_significant,
     number,
     shared,
     short_schedule,
+    side_of,
     told_caveats,
     variant_name,
 )
 from tokbench.results.cell import Cell, Figure, Setting
-from tokbench.results.metrics import GAINS, METRICS, metric_name, metric_of_column
+from tokbench.results.metrics import GAINS, METRICS, metric_of_column
 from tokbench.results.table import (
     COUNTS,
     all_columns,
@@ -57,13 +57,7 @@ _GAINS = {
 }
 _ALL = 100_000  # characters: wide enough for every column
 _TOKENS = 8  # the place of the tokens' column among the metrics
-_SORT_ALSO: dict[str, Callable[[Cell], Any]] = {
-    "model": lambda cell: cell.model,
-    "method": lambda cell: cell.method,
-    "schedule": lambda cell: cell.schedule,
-    "batch_size": lambda cell: cell.batch_size or 0,
-    "tokens_final": lambda cell: cell.tokens[-1:],
-}
+_SORT_ALSO = ("model", "method", "schedule", "batch_size", "tokens_final")  # attributes of a cell
 
 
 class Fronts:
@@ -193,16 +187,15 @@ def render_table(
     if before and not chosen:
         raise UserError(f"no cell meets {' and '.join(filters)}; there are {_some_cells(before)}.")
     names = None if columns is None else list(dict.fromkeys(find_column(n, chosen, Fronts.names) for n in columns))
+    kept = names or [name for name in (*all_columns(), *fronts.names) if name != "front"]
     if format == "csv":
-        more = {name: [fronts.columns(cell)[name] for cell in chosen] for name in fronts.names}
-        table = frame(chosen).assign(**more)
-        table = table.drop(columns="front") if names is None else table[names]
+        table = frame(chosen).assign(**{name: [fronts.columns(cell)[name] for cell in chosen] for name in fronts.names})
+        table = table[kept]
         texts = [name for name in table.columns if table[name].dtype == object]
         table[texts] = table[texts].map(for_sheet)
         return table.to_csv(index=False, lineterminator="\n")
     if format == "json":
         rows = [columns_of(cell) | {"params": dict(cell.params)} | fronts.columns(cell) for cell in chosen]
-        kept = names or [name for name in (*all_columns(), *fronts.names) if name != "front"]
         return json.dumps([{name: row[name] for name in kept} for row in rows], indent=2, ensure_ascii=False) + "\n"
     if names is None:
         sheet = _Sheet.of(chosen, fronts)
@@ -245,22 +238,12 @@ def _sort_value(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
-def print_table(
-    console: Console,
-    cells: Sequence[Cell],
-    sort: str = "",
-    pareto: bool = False,
-    *,
-    filters: Sequence[str] = (),
-    columns: Sequence[str] | None = None,
-    every_column: bool = False,
-) -> None:
-    """Print a table of `render_table` on a console: the columns that fit, or all.
+def print_table(console: Console, cells: Sequence[Cell], *, every_column: bool = False, **asked: Any) -> None:
+    """Print a table on a console: the columns that fit, or all. asked: of `render_table`.
 
     If not even the columns of rank 0 fit, lines are longer than the console: cut numbers would be wrong.
     """
-    width = _ALL if every_column else console.width
-    table = render_table(cells, "rich", sort, pareto, filters=filters, columns=columns, width=width)
+    table = render_table(cells, width=_ALL if every_column else console.width, **asked)
     console.width = max(console.width, table.min_width or 0)
     console.print(table)
 
@@ -285,9 +268,9 @@ def _chosen_column(name: str, cells: Sequence[Cell], fronts: Fronts, printed: bo
 def _sorted(cells: list[Cell], sort: str) -> list[Cell]:
     if not sort:
         return cells
-    sort = metric_name(sort)
+    sort = metric_of_column(sort) or sort
     if sort in _SORT_ALSO:
-        return sorted(cells, key=_SORT_ALSO[sort])
+        return sorted(cells, key=lambda cell: (getattr(cell, sort) is not None, getattr(cell, sort)))
     if sort not in METRICS:
         options = [*METRICS, *_SORT_ALSO]
         raise UserError(f"cannot sort by {sort!r}; there are {', '.join(options)}.{nearest(sort, options)}")
@@ -316,7 +299,6 @@ def _columns(cells: Sequence[Cell], fronts: Fronts) -> list[_Column]:
 
 
 def _figures(name: str, cells: Sequence[Cell]) -> list[_Column]:
-    """The columns of a metric."""
     metric, falls = METRICS[name], METRICS[name].better == "higher"
     values, texts = [cell.value(name) for cell in cells], [_text(name, cell) for cell in cells]
     column = _Column(metric.short, texts, rank=metric.rank, values=values, falls=falls, metric=name)
@@ -335,7 +317,7 @@ def _text(name: str, cell: Cell) -> str:
     if is_loss and cell.is_baseline:
         return ""
     text = figure_text(cell, name, bounds=is_loss, unit="×" if name == "speedup" else "") or _failed(cell)
-    return f"{text} n.s." if name == "drop" and not_significant(cell) else text
+    return f"{text} n.s." if name == "drop" and side_of(cell["drop"]) == 0 else text
 
 
 def _failed(cell: Cell) -> str:
@@ -391,7 +373,7 @@ def _notes(sheet: _Sheet) -> list[str]:
         notes.append(
             "Drop: points of top-1 lost against `none` (negative: gained), same images, with its 95 % interval."
         )
-    if "drop" in shown and any(not_significant(cell) for cell in cells if not cell.is_baseline):
+    if "drop" in shown and any(side_of(cell["drop"]) == 0 for cell in cells if not cell.is_baseline):
         notes.append("n.s.: cannot be told from no drop.")
     for gain in dict.fromkeys(sheet.fronts.gain[cell] for cell in cells if sheet.fronts.word(cell)):
         notes.append(

@@ -37,10 +37,15 @@ def figure_text(cell: Cell, metric: str, *, bounds: bool = False, unit: str = ""
     return f"{number(figure.value, digits)}{unit}{' ' if ends else ''}{ends}"
 
 
-def not_significant(cell: Cell) -> bool:
-    """Whether the 95 % interval of the cell's drop holds 0."""
-    drop = cell["drop"]
-    return bool(drop and drop.interval and drop.interval[0] <= 0 <= drop.interval[1])
+def side_of(figure: Figure | None, low: float = 0, high: float | None = None) -> int | None:
+    """-1 if the figure's interval lies below `low`, 1 if above `high` (default: `low`), else 0: not significant.
+
+    None if there is no interval.
+    """
+    if figure is None or figure.interval is None:
+        return None
+    first, last = figure.interval
+    return -1 if last < low else int(first > (low if high is None else high))
 
 
 def variant_name(method: str, variant: str) -> str:
@@ -116,16 +121,10 @@ def shared(cells: Iterable[Cell], name: str, form: str = "{}") -> str:
 def group_title(group: Sequence[Cell]) -> str:
     """Model and conditions of comparable cells in one line."""
     first = group[0]
-    images = max((cell.images for cell in group if cell.images is not None), default=None)
-    batch = max((cell.batch_size for cell in group if cell.batch_size is not None), default=None)
-    parts = [
-        first.model,
-        "" if images is None else f"{images:,} {plural(images, 'image')} of {first.data}",
-        hardware(first),
-        first.dtype or "",
-        first.ran,
-        "" if batch is None else f"batch {batch}",
-    ]
+    images = max(cell.images or 0 for cell in group)
+    batch = max(cell.batch_size or 0 for cell in group)
+    seen = f"{images:,} {plural(images, 'image')} of {first.data}" if images else ""
+    parts = [first.model, seen, hardware(first), first.dtype, first.ran, f"batch {batch}" if batch else ""]
     return ", ".join(filter(None, parts))
 
 
@@ -165,7 +164,6 @@ def _pieces(text: str, width: int, level: int = 0) -> list[str]:
 
 
 def plural(count: int, word: str, several: str = "") -> str:
-    """The word in singular or plural."""
     return word if count == 1 else several or f"{word}s"
 
 

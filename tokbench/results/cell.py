@@ -84,7 +84,6 @@ class RecordIndex:
             self.add(record)
 
     def add(self, record: Record) -> None:
-        """Add a record."""
         kinds, at = self.cells.setdefault(key_of(record), {}), Setting.of(record)
         for slot, other in [*kinds.items()]:
             if getattr(other, "phase", None) in (record.kind, "setup") and slot[1].fits(at):
@@ -222,7 +221,6 @@ class Cell:
 
     @property
     def is_searched(self) -> bool:
-        """Whether its schedule was searched."""
         return bool(self.key.schedule and self.key.schedule.budget)
 
     @property

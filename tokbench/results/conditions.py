@@ -72,9 +72,7 @@ def agreed(before: Manifest, now: Manifest, what: str, grown: Collection[str] = 
     for label, model in now.conditions.models.items():
         known = models.get(label, ModelConditions())
         found += _model_differences(label, known, model, label in grown)
-        models[label] = ModelConditions(
-            **{**known.plain(), **{k: v for k, v in model.plain().items() if v is not None}}
-        )
+        models[label] = known.model_copy(update=model.model_dump(exclude_none=True))
     if found:
         raise UserError(f"cannot continue {what}: {'; '.join(found)}. --fresh begins a new run beside it.")
     return before.conditions.model_copy(update={"models": models})

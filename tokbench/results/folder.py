@@ -209,7 +209,6 @@ class RunFolder:
         return f"predictions/{_slug(cell_id)}.npz"
 
     def prediction_path(self, cell_id: str) -> Path:
-        """The path of the cell's per-image predictions."""
         return self.path / self.prediction_name(cell_id)
 
     def partial_name(self, model: str, end: int) -> str:
@@ -374,8 +373,6 @@ def _links(folder: Path) -> Iterator[Path]:
 
 def runs_in(folder: Path) -> list[Path]:
     """The runs in a folder, the newest last."""
-    if not folder.is_dir():
-        return []
     return sorted((child.parent for child in folder.glob(f"*/{MANIFEST}")), key=lambda run: (run.stat().st_mtime, run))
 
 
@@ -386,7 +383,6 @@ def _no_run_message(path: Path) -> str:
         if not hint and runs:
             hint = f" The newest run in {path.parent} is {runs[-1].name!r}."
         return f"no run folder {path}.{hint}"
-    inside = runs_in(path) if path.is_dir() else []
-    if inside:
+    if inside := runs_in(path):
         return f"{path} is no run folder (it has no {MANIFEST}), but holds runs; the newest is {inside[-1]}."
     return f"{path} is no run folder: it has no {MANIFEST}."

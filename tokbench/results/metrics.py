@@ -80,7 +80,6 @@ class Metric:
 
     @cached_property
     def _ends(self) -> tuple[str, str]:
-        """The fields of the interval's ends."""
         stem, ms = (self.field.removesuffix("_ms"), "_ms") if self.field.endswith("_ms") else (self.field, "")
         return f"{stem}_low{ms}", f"{stem}_high{ms}"
 
@@ -243,16 +242,12 @@ GAINS = {
 
 
 def metric_name(name: str) -> str:
-    """The name in `METRICS` of a metric given by name or column (`latency_ms`); other names are returned unchanged."""
-    return metric_of_column(name) or name
-
-
-def find_metric(name: str) -> Metric:
-    """The metric of that name. Raises UserError with the nearest names."""
-    if name not in METRICS:
+    """The name in `METRICS` of a metric given by name or column (`latency_ms`). Raises UserError with the nearest."""
+    known = metric_of_column(name)
+    if not known:
         hint = nearest(name, METRICS) or f" There are: {', '.join(METRICS)}."
         raise UserError(f"no metric {name!r}.{hint}")
-    return METRICS[name]
+    return known
 
 
 def metric_of_column(column: str) -> str:

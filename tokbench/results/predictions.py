@@ -60,8 +60,7 @@ class Predictions:
     @property
     def correct(self) -> NDArray[np.bool_]:
         """(n,) bool: whether the predicted class is the true one."""
-        correct: NDArray[np.bool_] = (self.predicted == self.label) & (self.label >= 0)
-        return correct
+        return (self.predicted == self.label) & (self.label >= 0)
 
     def top1(self) -> float:
         """Share of the images with a label whose predicted class is the true one, in [0, 1]; NaN without any."""

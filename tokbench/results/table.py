@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tokbench.errors import UserError, nearest, printable
 from tokbench.results.cell import Cell, CellKey, RecordIndex, Setting
 from tokbench.results.folder import RunFolder
-from tokbench.results.metrics import GAINS, METRICS, find_metric, metric_of_column
+from tokbench.results.metrics import GAINS, METRICS, metric_name, metric_of_column
 from tokbench.results.records import Machine, Record
 
 if TYPE_CHECKING:
@@ -36,22 +36,12 @@ COMPARABLE = (
 # Cells that agree in these share a panel of a plot, so that machines can be overlaid.
 PANEL = ("model", "weights_sha256", "input_size", "data", "data_fingerprint")
 
-_DESCRIBED: dict[str, Callable[[Cell], Any]] = {
-    **{name: operator.attrgetter(name) for name in ("run", "model", "method", "variant")},
-    "params": lambda cell: json.dumps(cell.params, sort_keys=True),
-    **{name: operator.attrgetter(name) for name in ("schedule", "resolved", "is_baseline", "tokens_final")},
-}
-_CONDITIONS: dict[str, Callable[[Cell], Any]] = {
-    **{
-        name: operator.attrgetter(name)
-        for name in (
-            "images", "batch_size", "skipped", "nonfinite", "input_size", "data", "data_fingerprint", "device",
-            "machine", "dtype", "runtime", "weights_sha256", "fused_attention", "weights",
-        )
-    },
-    "cell": operator.attrgetter("id"),
-    "error": operator.attrgetter("error"),
-}  # fmt: skip
+# The columns before the figures and behind them: attributes of a cell, but for `params`, as JSON, and `cell`, its id.
+_DESCRIBED = ("run", "model", "method", "variant", "params", "schedule", "resolved", "is_baseline", "tokens_final")
+_CONDITIONS = (
+    "images", "batch_size", "skipped", "nonfinite", "input_size", "data", "data_fingerprint", "device", "machine",
+    "dtype", "runtime", "weights_sha256", "fused_attention", "weights", "cell", "error",
+)  # fmt: skip
 COUNTS = frozenset({"tokens_final", "images", "batch_size", "skipped", "nonfinite"})
 
 
@@ -67,11 +57,12 @@ def all_columns() -> list[str]:
 
 def columns_of(cell: Cell) -> dict[str, Any]:
     """A cell as a row: every column of `load_table`, None if not known."""
-    row = {name: get(cell) for name, get in _DESCRIBED.items()} | dict.fromkeys(figure_columns()) | dict(cell.also)
+    row: dict[str, Any] = dict.fromkeys(all_columns())
+    row |= {name: getattr(cell, name, None) for name in (*_DESCRIBED, *_CONDITIONS)} | dict(cell.also)
     for name, figure in cell.figures.items():
         metric = METRICS[name]
         row |= dict(zip((metric.columns[0], *metric.interval), (figure.value, figure.low, figure.high), strict=False))
-    return row | {name: get(cell) for name, get in _CONDITIONS.items()}
+    return row | {"params": json.dumps(cell.params, sort_keys=True), "cell": cell.id}
 
 
 def find_column(name: str, cells: Sequence[Cell], more: Collection[str] = ()) -> str:
@@ -218,22 +209,15 @@ def _share_conditions(cells: list[Cell]) -> list[Cell]:
 
 def run_names(cells: Sequence[Cell]) -> dict[str, str]:
     """Short names that tell runs apart: by machine, dtype, batch size, runtime, two of them, or the folder."""
-    first = {cell.run: cell for cell in reversed(cells)}
-    runs = {run: first[run] for run in dict.fromkeys(cell.run for cell in cells)}
-    words = {
-        run: {
-            "machine": cell.machine, "dtype": cell.dtype, "batch": cell.batch_size and f"batch {cell.batch_size}",
-            "runtime": cell.runtime,
-        }
-        for run, cell in runs.items()
-    }  # fmt: skip
-    for names in (
-        ["machine"], ["dtype"], ["batch"], ["runtime"], ["machine", "dtype"], ["dtype", "batch"], ["machine", "batch"],
-    ):  # fmt: skip
-        told = {run: [known[name] for name in names] for run, known in words.items()}
-        if all(map(all, told.values())) and len({tuple(parts) for parts in told.values()}) == len(told):
-            return {run: ", ".join(map(str, parts)) for run, parts in told.items()}
-    return {run: run for run in runs}
+    first = [own[0] for own in group_by(cells, lambda cell: cell.run)]
+    machines, dtypes, runtimes = ([getattr(cell, name) for cell in first] for name in ("machine", "dtype", "runtime"))
+    batches = [cell.batch_size and f"batch {cell.batch_size}" for cell in first]
+    pairs = ((machines, dtypes), (dtypes, batches), (machines, batches))
+    for words in ((machines,), (dtypes,), (batches,), (runtimes,), *pairs):
+        told = list(zip(*words, strict=True))
+        if all(map(all, told)) and len(set(told)) == len(told):
+            return {cell.run: ", ".join(map(str, parts)) for cell, parts in zip(first, told, strict=True)}
+    return {cell.run: cell.run for cell in first}
 
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -299,7 +283,7 @@ def comparable(cells: Sequence[Cell], *metrics: str) -> list[list[Cell]]:
 
     metrics: to compare them in; if one of these is `paced`, each set is from one run.
     """
-    paced = any(find_metric(name).paced for name in metrics)
+    paced = any(METRICS[metric_name(name)].paced for name in metrics)
     timed_at = _timed_at(cells)
     for cell in cells:  # cells timed at several sizes come once for each; cells never timed go with the first
         if cell.at.batch_size:

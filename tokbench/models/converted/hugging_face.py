@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.layers import LayerNorm
 from timm.layers.attention_pool import AttentionPoolLatent
 from timm.models.deit import VisionTransformerDistilled
@@ -181,9 +182,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 # What an image processor does where its configuration does not say.
 _HALF: dict[str, Any] = dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
-_OPENAI: dict[str, Any] = dict(
-    image_mean=(0.48145466, 0.4578275, 0.40821073), image_std=(0.26862954, 0.26130258, 0.27577711)
-)
+_OPENAI: dict[str, Any] = dict(image_mean=OPENAI_CLIP_MEAN, image_std=OPENAI_CLIP_STD)
 _PROCESSORS: dict[str, dict[str, Any]] = {
     "ViT": dict(size=dict(height=224, width=224), resample=2, **_HALF),
     "DeiT": dict(size=dict(height=256, width=256), resample=3, do_center_crop=True, crop_size=224, **_HALF),

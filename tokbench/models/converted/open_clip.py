@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 
@@ -50,10 +51,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = dict(
 )
 _DEFAULTS: dict[str, Any] = dict(layers=12, width=768, head_width=64, mlp_ratio=4.0, patch_size=16, image_size=224)
 _PREPROCESSING: dict[str, Any] = dict(
-    mean=(0.48145466, 0.4578275, 0.40821073),
-    std=(0.26862954, 0.26130258, 0.27577711),
-    interpolation="bicubic",
-    resize_mode="shortest",
+    mean=OPENAI_CLIP_MEAN, std=OPENAI_CLIP_STD, interpolation="bicubic", resize_mode="shortest"
 )
 _RESIZE = {"shortest": "center", "squash": "squash"}
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from timm.data import ImageNetInfo
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 
@@ -93,7 +93,7 @@ def convert(name: str, architecture: str, checkpoint: Path | None, with_weights:
 
 
 def _preprocessing(checkpoint: Path | None, architecture: str, side: int) -> dict[str, Any]:
-    mean_std: dict[str, Any] = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_mode="center")
+    mean_std: dict[str, Any] = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, crop_mode="center")
     known = None
     if checkpoint:
         with checkpoint.open("rb") as file:
