@@ -90,7 +90,7 @@ def run(
         subjects = [load_subject(spec, grid, options) for spec in grid.models]
         cluster = stack.enter_context(opened(options, subjects, grid.data, device, progress))
         earlier = folder.manifest.sessions if folder else []
-        grid = searched_for(grid, subjects, earlier, options, device, progress)
+        grid = searched_for(grid, subjects, earlier, options, device, progress, cluster)
         batch_size = batch_size_of(options, device, folder)
         manifest = manifest_of(grid, options, device, subjects, batch_size)
         grown = grown_models(folder.manifest, grid, options, subjects) if folder else {}
