@@ -90,10 +90,12 @@ class Objective:
             output = model(self.batches[number]).float()
         return float(self._distance(output, self.answers[number]).mean())
 
-    def look_ahead(self, candidates: Sequence[tuple[Removals, Method]], count: int) -> list[float]:
+    def look_ahead(
+        self, candidates: Sequence[tuple[Removals, Method]], count: int, tell: Callable[[], None]
+    ) -> list[float]:
         """Each candidate's mean distance in the first `count` batches, which the workers find if it is not known.
 
-        These do not count as shown before `of_batches` is asked for them.
+        These do not count as shown before `of_batches` is asked for them. tell: called after each.
         """
         assert self.workers is not None
         different = {_key(*candidate): candidate for candidate in candidates}
@@ -101,6 +103,7 @@ class Objective:
         distances = self.workers([(*different[key], number) for key, number in asked])
         for (key, _), distance in zip(asked, distances, strict=True):
             self.memory.add(key, distance)
+            tell()
         return [fmean(self.memory.known[_key(*candidate)][:count]) for candidate in candidates]
 
     def _unknown(self, key: str, count: int) -> range:

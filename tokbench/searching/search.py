@@ -181,7 +181,7 @@ class Search:
         whole = len(self.objective.batches)
         shown = _FIRST if self.best else whole
         while self.workers and candidates and not self.is_over():
-            distances = self.objective.look_ahead(candidates, shown)
+            distances = self.objective.look_ahead(candidates, shown, self._tell)
             if self.best is None or shown >= whole:
                 return
             ahead = self._distance(self.best, shown)
