@@ -12,9 +12,10 @@ from fake_ray import Died, FakeRay
 from stand_ins import Listener, count_by_tokens, plain_records, small_grid
 from test_cluster import dies
 
-from tokbench.config import Grid, MethodSpec
+from tokbench.config import Grid, MethodSpec, ModelSpec, RunOptions
 from tokbench.errors import RunStopped, UserError
 from tokbench.running import cluster, runner
+from tokbench.running.fresh import Job
 from tokbench.searching import command, images, objective, searcher
 from tokbench.searching import cost as costs
 from tokbench.searching.objective import Objective
@@ -46,7 +47,8 @@ def search(tmp_path, monkeypatch):
         folder = tmp_path / (kept or f"kept{len(list(tmp_path.iterdir()))}")
         folder.mkdir(exist_ok=True)
         monkeypatch.setattr(searcher, "_folder", lambda: folder)
-        grid, out = small_grid(*map(MethodSpec, methods)), tmp_path / "found.toml"
+        unasked = {"only": ("speed",), "runtimes": ("eager", "openvino"), "check_answers": True}  # of no matter here
+        grid, out = small_grid(*map(MethodSpec, methods), **unasked), tmp_path / "found.toml"
         return command.search_grid(grid, ["flops:0.5"], out, images=32, seconds=600, progress=progress or Listener())
 
     return find
@@ -146,6 +148,14 @@ def test_a_run_has_its_workers_search(small, fake, tmp_path, monkeypatch):
     runner.run(small_grid(MethodSpec("tome", ("searched:flops:0.5",)), only=("accuracy",)), tmp_path / "run")
     (record,) = (one for one in plain_records(tmp_path / "run") if one["method"] == "tome")
     assert shown and record["workers"] == 2 and record["resolved"].startswith("list:")
+
+
+def test_workers_show_images_where_a_run_also_compares_answers(source):
+    options = RunOptions(device="cpu", runtimes=("eager", "openvino"), check_answers=True)
+    grid = Grid(models=(ModelSpec("tiny"),), options=options)
+    cells = [(cell, "", "eager") for cell in grid.cells(grid.models[0])]
+    worker = cluster.Worker(Job(grid.models[0], grid, options, "cpu", cells, 4, 0, 1, []), {})
+    assert len(worker.show(0, 8, [cells[0][0].id]).answers[cells[0][0].id].label) == 8
 
 
 def test_what_is_no_cluster_is_told_in_a_line(tokbench_command, tmp_path):

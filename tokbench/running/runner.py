@@ -35,7 +35,7 @@ from tokbench.resolve import check_schedule
 from tokbench.results.cell import Cell, RecordIndex, key_of
 from tokbench.results.conditions import agreed
 from tokbench.results.folder import RunFolder, fresh_path, is_run, new_run_path, removed, require_free
-from tokbench.results.records import SCHEMA, Conditions, Manifest, Record, Session
+from tokbench.results.records import SCHEMA, Manifest, Record, Session
 from tokbench.results.table import frame, load_cells
 from tokbench.running.answers import measure_accuracy
 from tokbench.running.bench import Bench, Subject, looks_at_images
@@ -206,14 +206,9 @@ def load_subject(spec: ModelSpec, grid: Grid, options: RunOptions, *, keep: bool
 
 @dataclass
 class Plan:
-    """What a run is to measure.
-
-    manifest: what a new run's would be. conditions: those of the run. grown: see `grown_models`. records: of earlier
-    sessions.
-    """
+    """What a run is to measure. manifest: of this session. grown: see `grown_models`. records: of earlier sessions."""
 
     manifest: Manifest
-    conditions: Conditions | None
     grown: dict[str, str]
     records: list[Record]
     benches: list[Bench]
@@ -234,11 +229,11 @@ def planned(
     """
     batch_size = batch_size_of(options, device, folder)
     manifest = manifest_of(grid, options, device, subjects, batch_size)
-    grown, conditions, records = {}, manifest.conditions, list[Record]()
+    grown, records = dict[str, str](), list[Record]()
     if folder:
         grown = grown_models(folder.manifest, grid, options, subjects)
         conditions = agreed(folder.manifest, manifest, f"the run {str(folder.path)!r}", grown)
-        records = folder.records()
+        manifest, records = manifest.model_copy(update={"conditions": conditions}), folder.records()
     index = RecordIndex(records)
     for subject in subjects:
         subject.cells = [cell.named_as(index) for cell in subject.cells]
@@ -246,7 +241,7 @@ def planned(
         Bench(subject, cast(RunFolder, folder), options, device, progress, index, batch_size, grid, cluster=cluster)
         for subject in subjects
     ]
-    return Plan(manifest, conditions, grown, records, benches)
+    return Plan(manifest, grown, records, benches)
 
 
 def batch_size_of(options: RunOptions, device: torch.device, folder: RunFolder | None) -> int:
@@ -328,7 +323,7 @@ def _continued(folder: RunFolder, plan: Plan) -> RunFolder:
     for label in plan.grown:
         folder.remove_partial(label)  # half a pass over fewer images
     plugins = {**before.plugins, **manifest.plugins}
-    more = {"conditions": plan.conditions, "plugins": plugins, "continued": [*before.continued, session]}
+    more = {"conditions": manifest.conditions, "plugins": plugins, "continued": [*before.continued, session]}
     folder.write_manifest(before.model_copy(update=more))
     return folder
 
