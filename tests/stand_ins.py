@@ -10,6 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from tokbench.config import Grid, MethodSpec, ModelSpec, RunOptions
+from tokbench.fusion.patch import tokens_per_block
 from tokbench.measure.environment import Disturbance
 from tokbench.measure.flops import FlopCount, count_flops
 from tokbench.progress import Progress
@@ -85,6 +86,15 @@ def count_once(model: Any, input_size: Any = None, *, images: torch.Tensor | Non
     if key not in _COUNTS:
         _COUNTS[key] = count_flops(model, input_size)
     return _COUNTS[key]
+
+
+def count_by_tokens(model: Any, input_size: Any, images: torch.Tensor | None = None) -> FlopCount:
+    """Blocks cost what their tokens say."""
+    model(torch.rand(1, *input_size) if images is None else images)
+    after = tokens_per_block(model)
+    before = [model.patch_embed.num_patches + model.num_prefix_tokens, *after[:-1]]
+    blocks = [n * n + 100 * (n + m) for n, m in zip(before, after, strict=True)]
+    return FlopCount(sum(blocks) + 1000, {f"blocks.{i}": cost for i, cost in enumerate(blocks)}, {}, {})
 
 
 def stand_in(monkeypatch, source: Source) -> Source:

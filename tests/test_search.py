@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from stand_ins import Source, plain_records, small_grid
+from stand_ins import Source, count_by_tokens, plain_records, small_grid
 from timm.models.vision_transformer import VisionTransformer
 
 import tokbench
@@ -16,7 +16,6 @@ from tokbench.config import Grid, MethodSpec
 from tokbench.data import load_batches
 from tokbench.errors import UserError
 from tokbench.fusion.core import make_method
-from tokbench.measure.flops import FlopCount
 from tokbench.running import runner
 from tokbench.schedules import Schedule
 from tokbench.searching import cost as costs
@@ -54,15 +53,8 @@ def cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def quick_counts(monkeypatch):
-    """Blocks cost what their tokens say; to count them takes a second."""
-
-    def count(reduced, size, images=None):
-        reduced(torch.rand(1, *size) if images is None else images)
-        after = tokbench.tokens_per_block(reduced)
-        blocks = [n * n + 100 * (n + m) for n, m in zip([65, *after[:-1]], after, strict=True)]
-        return FlopCount(sum(blocks) + 1000, {f"blocks.{i}": cost for i, cost in enumerate(blocks)}, {}, {})
-
-    monkeypatch.setattr(costs, "count_flops", count)
+    """To count them takes a second."""
+    monkeypatch.setattr(costs, "count_flops", count_by_tokens)
 
 
 def short_search(model, name="tome", budget=HALF, **options) -> Search:
@@ -125,7 +117,7 @@ def test_a_budget_out_of_reach_names_the_nearest(model, quick_counts):
 def test_models_without_classes_are_compared_by_what_they_give(classes):
     torch.manual_seed(0)
     model = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2, num_classes=classes).eval()
-    objective = Objective(model, make_method("random"), shown())
+    objective = Objective(model, shown())
     whole, some, most = (
         np.mean(objective.of_batches(removals, make_method("random"), 1)) for removals in [(0,), (4,), (14,)]
     )
@@ -134,10 +126,10 @@ def test_models_without_classes_are_compared_by_what_they_give(classes):
 
 def test_what_was_measured_is_remembered(model, tmp_path):
     path = tmp_path / "memory.jsonl"
-    first = Objective(model, make_method("tome"), shown(), Memory(path))
+    first = Objective(model, shown(), Memory(path))
     distance = first.of_batches((8, 8), make_method("tome"), 1)
     path.write_text(path.read_text() + '["4,4 {', encoding="utf-8")  # killed while it wrote
-    again = Objective(model, make_method("tome"), shown(), Memory(path))
+    again = Objective(model, shown(), Memory(path))
     again.reduced = None  # must not be asked
     assert again.of_batches((8, 8), make_method("tome"), 1) == distance and again.passes == first.passes
 

@@ -60,6 +60,10 @@ Label = Annotated[str | None, _option("NAME", "What the one --model is called in
 Methods = Annotated[list[str] | None, _option("METHOD", "As in tome or tome:prop_attn=false. Repeatable.")]
 Device = Annotated[str | None, _option("DEVICE", "auto, cpu, cuda, cuda:1 or mps (default: auto).")]
 DType = Annotated[str | None, _option("DTYPE", "fp32, bf16 or fp16 (default: fp32).")]
+Ray = Annotated[
+    str | None,
+    _option("N", "Share the images between N workers, one a GPU ('auto'), or those of the cluster at HOST:PORT."),
+]
 
 
 def main() -> NoReturn:
@@ -205,10 +209,7 @@ def run(
     max_bad: Annotated[float | None, _option("PERCENT", "Stop if more images cannot be decoded (default: 1).")] = None,
     readers: Annotated[int | None, _option("N", "Processes that read images.")] = None,
     workers: Annotated[int | None, typer.Option("--workers", hidden=True)] = None,
-    ray: Annotated[
-        str | None,
-        _option("N", "Share the images between N workers, one a GPU ('auto'), or those of the cluster at HOST:PORT."),
-    ] = None,
+    ray: Ray = None,
     cache: Annotated[
         str | None, _option("DIR", "Keep prepared images there, so that no later run decodes them again.")
     ] = None,
@@ -281,6 +282,7 @@ def search(
     seed: Annotated[int, _option("N", "Seed of the search.", min=0)] = 0,
     device: Device = None,
     dtype: DType = None,
+    ray: Ray = None,
     out: Annotated[Path, _option("FILE.toml", "Grid file to write, for tokbench run.")] = Path("searched.toml"),
 ) -> None:
     """Search how many tokens each block should lose, within a budget of FLOPs or time. No labels, no training.
@@ -311,7 +313,7 @@ def search(
 
         found = search_grid(
             chosen, budget or ["flops:0.5", "flops:0.35"], out, data=data, images=images, seconds=_seconds(time),
-            seed=seed, tune=params, progress=progress,
+            seed=seed, tune=params, progress=progress, ray=ray,
         )  # fmt: skip
     Console().print(as_table(found))
     print(f"Measure these: tokbench run {shlex.quote(str(out))}")

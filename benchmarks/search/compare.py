@@ -81,7 +81,7 @@ def main() -> None:
         writer = csv.writer(file)
         for name in args.methods:
             method = make_method(name)
-            others = Objective(model, method, images[256:])
+            others = Objective(model, images[256:])
             for budget in args.budgets:
                 for seed in range(args.seeds):
                     for way in args.ways:

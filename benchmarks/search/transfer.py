@@ -66,8 +66,8 @@ def main() -> None:
         sys.stdout.flush()
 
     for images, shown in kinds_of_images().items():
+        objective = Objective(model, shown)
         for name, found in searched.items():
-            objective = Objective(model, make_method(name), shown)
             write(name, images, "usual", found.usual, objective)
             write(name, images, "searched", found.schedule, objective)
             others: dict[str, Searched] = searched if images == "the same kind" else {}

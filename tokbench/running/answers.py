@@ -6,13 +6,13 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 import numpy as np
 import torch
 
-from tokbench.config import RunOptions
+from tokbench.config import PlannedCell, RunOptions
 from tokbench.data import ImageSource, ImageStream
 from tokbench.errors import RunStopped
 from tokbench.measure.accuracy import evaluate
@@ -35,20 +35,33 @@ def measure_accuracy(bench: Bench) -> None:
     assert source is not None
     file = PassFile(bench.folder, bench.subject.spec.label)
     half = file.load() if continues(bench, source) else None
-    while any(bench.lacks(runnable.cell, "accuracy") for runnable in bench.running):
-        reference, *others = bench.running
-        members = [reference, *(other for other in others if bench.lacks(other.cell, "accuracy"))]
-        if half:
-            members = [member for member in members if member.cell.id in half.answers]
-        if reference in members and any(bench.lacks(member.cell, "accuracy") for member in members):
-            _pass_over_images(bench, source, members, half or HalfPass(), file)
+    for cells, start in passes(bench, lambda: [member.cell for member in bench.running], half):
+        if start is not half:  # which is over, or of other cells
+            file.remove()
+        _pass_over_images(bench, source, [one for one in bench.running if one.cell in cells], start, file)
         file.remove()
-        half = None
 
 
 def continues(bench: Bench, source: ImageSource | ImageStream) -> bool:
     """Whether half a pass is kept: a stream cannot seek, and features are too large to keep."""
     return not source.streaming and bench.subject.model.num_classes > 0
+
+
+def passes(
+    bench: Bench, cells: Callable[[], list[PlannedCell]], half: HalfPass | None
+) -> Iterator[tuple[list[PlannedCell], HalfPass]]:
+    """Which cells see the images together, the unreduced one first, and from where on: those of half a pass, then those
+    that lack accuracy still. cells: what runs, the unreduced one first."""
+    shown: list[PlannedCell] = []
+    for start in filter(None, [half, HalfPass()]):
+        running = cells()
+        waiting = [cell for cell in running if cell not in shown and bench.lacks(cell, "accuracy")]
+        members = [*running[:1], *(cell for cell in running[1:] if cell in waiting)]
+        if start is half:
+            members = [cell for cell in members if cell.id in start.answers]
+        if members[:1] == running[:1] and any(cell in waiting for cell in members):
+            shown += members
+            yield members, start
 
 
 def _pass_over_images(

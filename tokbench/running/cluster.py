@@ -1,8 +1,9 @@
-"""Accuracy on several GPUs and machines, through Ray: its workers share out the images, and this process merges.
+"""Accuracy and searches on several GPUs and machines, through Ray, whose workers share out images or candidates.
 
-Each worker makes all cells of a model itself. It is given ranges of images, each of whole batches, so that its batches
-are those of a single process, and its answers the same. What comes back is put in the order of the images, and goes on
-as if this process had measured it. So whatever stops a run, it continues with more workers, fewer or none.
+Each worker makes the model and its cells itself. It is given ranges of images, each of whole batches, so that its
+batches are those of a single process, and its answers the same; or, by a search, candidates and batches. What comes
+back is put in the order that was asked, and goes on as if this process had measured it. So whatever stops a run, it
+continues with more workers, fewer or none.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import signal
 import socket
 import textwrap
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import psutil
@@ -67,7 +69,7 @@ class Worker:
     def __init__(self, job: Job, marks: Mapping[str, str]) -> None:
         torch.set_num_threads(job.threads)
         load_plugins(job.plugins)
-        self._bench = remade(job, replace(job.options, only=("accuracy",)), Progress())
+        self._bench = remade(job, replace(job.options, only=("accuracy",), check_answers=False), Progress())
         self._marks, self._batch_sizes = marks, dict[str, int]()
 
     def conditions(self) -> dict[str, Any]:
@@ -113,9 +115,9 @@ def _actor() -> type:
         def require_data(self, data: str) -> None:
             importlib.import_module("tokbench.config").require_data(data)
 
-        def begin(self, job: bytes, marks: dict[str, str]) -> dict[str, Any]:
+        def begin(self, work: bytes) -> dict[str, Any]:
             self.worker: Any = None  # the last one's memory
-            self.worker = importlib.import_module("tokbench.running.cluster").Worker(pickle.loads(job), marks)
+            self.worker = pickle.loads(work)()
             return self.worker.conditions()
 
         def show(self, *what: Any) -> Any:
@@ -140,6 +142,8 @@ class Cluster:
         self.count, self._ray, self._data, self._progress = count, ray, data, progress
         self._class = ray.remote(**resources)(_actor())
         self._hands: list[_Hand] = []
+        self._idle: list[_Hand] = []
+        self._asked: dict[Any, tuple[_Hand, int | None]] = {}  # by answer: whom, for which part (None: to get ready)
 
     def __str__(self) -> str:
         hosts = Counter(hand.host for hand in self._hands)
@@ -162,13 +166,13 @@ class Cluster:
             self.count = len(came)
         for look in came:
             self._meet(looks[look], look, kind)
-            self._asked(looks[look], looks[look].actor.require_data.remote(self._data), kind)
+            self._told(looks[look], looks[look].actor.require_data.remote(self._data), kind)
 
     def _look(self, hand: _Hand) -> Any:
         return hand.actor.look.remote(os.getcwd())
 
     def _meet(self, hand: _Hand, look: Any, kind: type[UserError] = RunStopped) -> None:
-        found = self._asked(hand, look, kind)
+        found = self._told(hand, look, kind)
         hand.host, hand.pid = found["host"], found["pid"]
         for name in _SAME:
             own = str(importlib.import_module(name).__version__)
@@ -176,7 +180,7 @@ class Cluster:
                 there = f"{name} {found[name]}" if found[name] else f"no {name}"
                 raise kind(f"--ray: the worker on {hand.host} has {there}, and this process {name} {own}")
 
-    def _asked(self, hand: _Hand, answer: Any, kind: type[UserError] = RunStopped) -> Any:
+    def _told(self, hand: _Hand, answer: Any, kind: type[UserError] = RunStopped) -> Any:
         """What a worker answers. Raises what it raised, an error for users as of that kind and naming the worker."""
         try:
             return self._ray.get(answer)
@@ -218,7 +222,10 @@ class Cluster:
         def left() -> list[str]:
             return [member.cell.id for member in members if member in bench.running]
 
-        for found in self._ranges(bench, members, marks, range(reader.end, len(reader.source)), left):
+        job = replace(Job.of(bench, members, bench.batch_size), device=bench.device.type)
+        self.begin(partial(Worker, job, dict(marks)), bench.subject.conditions())
+        ranges = list(split(range(reader.end, len(reader.source)), job.size, self.count))
+        for found in self.results(ranges, lambda part: (part.start, part.stop, left())):
             for name, message in found.failed.items():
                 if name in left():
                     bench.drop(name, "accuracy", UserError(message))
@@ -233,66 +240,65 @@ class Cluster:
                 on_range(parts[-1])
         return {name: join(part[name] for part in parts) for name in left() if parts}
 
-    def _ranges(
-        self,
-        bench: Bench,
-        members: list[Runnable],
-        marks: Mapping[str, str],
-        places: range,
-        cells: Callable[[], list[str]],
-    ) -> Iterator[Range]:
-        """What the workers make of these places, in order. One that dies is replaced, and its range done again."""
-        job = replace(Job.of(bench, members, bench.batch_size), device=bench.device.type)
-        message = pickle.dumps(job)
-        todo, done = deque(split(places, job.size, self.count)), dict[int, Range]()
-        idle: list[_Hand] = []
-        asked: dict[Any, tuple[_Hand, str | range]] = {}
-        deaths: Counter[str | range] = Counter()
-
-        def begin(hand: _Hand) -> None:
-            asked[hand.actor.begin.remote(message, dict(marks))] = hand, "begin"
-
+    def begin(self, work: Callable[[], Any], own: dict[str, Any]) -> None:
+        """Have each worker make what it will show things to, whose conditions must be these."""
+        self._work, self._own = pickle.dumps(work), own
+        self._idle, self._asked = [], {}
         for hand in self._hands:
-            begin(hand)
-        at = places.start
-        while at < places.stop:
-            while todo and idle:
-                hand, part = idle.pop(), todo.popleft()
-                asked[hand.actor.show.remote(part.start, part.stop, cells())] = hand, part
-            if at in done:
-                found = done.pop(at)
-                at = found.end
-                yield found
-                continue
-            answer, (hand, what) = self._next(asked)
-            try:
-                if what == "look":
-                    self._meet(hand, answer)
-                    begin(hand)
-                    continue
-                told = self._asked(hand, answer)
-            except self._ray.exceptions.RayError as error:
-                deaths[what] += 1
-                new = self._replaced(hand, error, deaths[what] > MOST_DEATHS)
-                asked[self._look(new)] = new, "look"
-                if isinstance(what, range):
-                    todo.appendleft(what)
-                continue
-            if isinstance(what, range):
-                done[what.start] = told
-            elif told != (own := bench.subject.conditions()):
-                name = next(name for name in own if told.get(name) != own[name])
-                there = f"the worker on {hand.host} has {name} {told.get(name)}"
-                raise RunStopped(f"{there}, and this process {own[name]}: are data and checkpoints the same there?")
-            idle.append(hand)
+            self._prepare(hand)
 
-    def _next(self, asked: dict[Any, tuple[_Hand, str | range]]) -> tuple[Any, tuple[_Hand, str | range]]:
-        """The next answer that is there, and who was asked what. Raises RunStopped where no worker is left."""
-        alone = all(what == "look" for _, what in asked.values())
-        answers, _ = self._ray.wait(list(asked), timeout=START_SECONDS if alone else None)
+    def results(self, parts: Sequence[Any], words: Callable[[Any], tuple[Any, ...]] = tuple) -> Iterator[Any]:
+        """What the workers make of these parts, in order. One that dies is replaced, and its part done again.
+
+        words: of a part, what a worker is asked.
+        """
+        todo, done, deaths = deque(range(len(parts))), dict[int, Any](), Counter[int | None]()
+        at = 0
+        while at < len(parts):
+            while todo and self._idle:
+                hand, number = self._idle.pop(), todo.popleft()
+                self._asked[hand.actor.show.remote(*words(parts[number]))] = hand, number
+            if at in done:
+                yield done.pop(at)
+                at += 1
+                continue
+            answer, hand, which = self._next()
+            try:
+                if which is None:
+                    self._prepared(hand, answer)
+                else:
+                    done[which] = self._told(hand, answer)
+                    self._idle.append(hand)
+            except self._ray.exceptions.RayError as error:
+                deaths[which] += 1
+                self._prepare(self._replaced(hand, error, deaths[which] > MOST_DEATHS))
+                if which is not None:
+                    todo.appendleft(which)
+
+    def _prepare(self, hand: _Hand) -> None:
+        answer = hand.actor.begin.remote(self._work) if hand.pid else self._look(hand)
+        self._asked[answer] = hand, None
+
+    def _prepared(self, hand: _Hand, answer: Any) -> None:
+        """A worker is there, or ready. Raises RunStopped where what it has is not the same."""
+        if not hand.pid:
+            self._meet(hand, answer)
+            self._prepare(hand)
+            return
+        told = self._told(hand, answer)
+        for name, own in self._own.items():
+            if told.get(name) != own:
+                there = f"the worker on {hand.host} has {name} {told.get(name)}"
+                raise RunStopped(f"{there}, and this process {own}: are data and checkpoints the same there?")
+        self._idle.append(hand)
+
+    def _next(self) -> tuple[Any, _Hand, int | None]:
+        """The next answer that is there, by whom, and to which part. Raises RunStopped where no worker is left."""
+        alone = not any(hand.pid for hand, _ in self._asked.values())
+        answers, _ = self._ray.wait(list(self._asked), timeout=START_SECONDS if alone else None)
         if not answers:
             raise RunStopped(f"all workers died, and none came in {START_SECONDS:g} s; what was measured is kept.")
-        return answers[0], asked.pop(answers[0])
+        return answers[0], *self._asked.pop(answers[0])
 
     def _replaced(self, hand: _Hand, error: Exception, last: bool) -> _Hand:
         """A new worker for one that died. Raises RunStopped where that was the last chance."""

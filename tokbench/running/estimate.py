@@ -29,21 +29,20 @@ from tokbench.fusion.core import METHODS, make_method
 from tokbench.measure._model import release_memory
 from tokbench.measure.accuracy import evaluate
 from tokbench.measure.environment import available_cores
-from tokbench.measure.speed import FEWEST_ROUNDS, MOST_ROUNDS, VAGUE_WIDTH
+from tokbench.measure.speed import FEWEST_ROUNDS, VAGUE_WIDTH, plan
 from tokbench.progress import Progress
 from tokbench.rates import look_up
 from tokbench.report.text import plural
 from tokbench.resolve import relative_cost
-from tokbench.results.cell import RecordIndex, Setting
-from tokbench.results.conditions import agreed
+from tokbench.results.cell import Setting
 from tokbench.results.folder import RunFolder, fresh_path, is_run
-from tokbench.running.answers import continues, readers
+from tokbench.running.answers import continues, passes, readers
 from tokbench.running.bench import Bench
 from tokbench.running.half_pass import kept_half
-from tokbench.running.runner import batch_size_of, grown_models, load_subject, manifest_of, require_possible
+from tokbench.running.runner import load_subject, planned, require_possible
 from tokbench.running.searched import known_searches
 from tokbench.running.shared import blocks_before_removal
-from tokbench.running.timing import PATIENCE, SPEED_SECONDS_PER_CELL
+from tokbench.running.timing import Turn, in_turns, time_for
 from tokbench.schedules import Schedule, parse_schedule
 
 # For one model. Methods that are not reached are taken for as slow as the mean of the others.
@@ -85,18 +84,11 @@ def preview(grid: Grid, out: str | Path | None = None, *, progress: Progress | N
     subjects = [load_subject(spec, grid, options, keep=False) for spec in grid.models]
     loading = time.monotonic() - began
     known = known_searches(grid, folder.manifest.sessions if folder else [])
-    batch_size = batch_size_of(options, device, folder)
-    if folder:
-        grown = grown_models(folder.manifest, grid, options, subjects)
-        now = manifest_of(grid, options, device, subjects, batch_size)
-        agreed(folder.manifest, now, f"the run {str(folder.path)!r}", grown)
-    index = RecordIndex(folder.records() if folder else ())
     forecast = _Forecast()
     forecast.parts[SETUP] += loading
-    for subject in subjects:
-        subject.cells = [cell.named_as(index) for cell in subject.cells]
+    for bench in planned(grid, options, device, subjects, folder, progress).benches:
+        subject = bench.subject
         subject.searched = {cell.key: known[cell.key] for cell in subject.cells if cell.key in known}
-        bench = Bench(subject, cast(RunFolder, folder), options, device, progress, index, batch_size, grid)
         _foresee(bench, forecast)
         bench.let_go()
     summary = _summary(forecast, time.monotonic() - began, device)
@@ -120,8 +112,11 @@ def _foresee(bench: Bench, forecast: _Forecast) -> None:
         forecast.parts[SEARCH] += np.array([0.1, 0.5, 1.0]) * SEARCH_SECONDS * len(unknown)
     if "flops" in bench.options.only:
         forecast.lines.append(f"  FLOPs: {_count(sum(bench.lacks(cell, 'flops') for cell in waiting), 'cell')}")
-    for members, start in _passes(bench):
-        total = len(cast(Any, bench.subject.source))
+    half, source = None, cast(Any, bench.subject.source)
+    if bench.folder and source is not None and continues(bench, source):
+        half, _ = kept_half(bench.folder, label)
+    for members, begun in passes(bench, lambda: cells, half):
+        start, total = begun.end, len(source)
         what = f"images {start + 1:,} to {total:,}, where it was interrupted," if start else f"all {total:,} images"
         forecast.lines.append(f"  accuracy: one pass over {what} for {_count(len(members), 'cell')} together")
         forward = (total - start) * np.sum([probe.cost_beside_unreduced(cell) for cell in members], axis=0)
@@ -140,23 +135,6 @@ def _budget(cell: PlannedCell) -> str:
     return parse_schedule(cell.schedule).budget if cell.schedule else ""
 
 
-def _passes(bench: Bench) -> Iterator[tuple[list[PlannedCell], int]]:
-    """The cells that see the images together, and from which place on; as `measure_accuracy` has it."""
-    baseline, *others = bench.subject.cells
-    members = [baseline, *(cell for cell in others if bench.lacks(cell, "accuracy"))]
-    if not any(bench.lacks(cell, "accuracy") for cell in members):
-        return
-    half = None
-    if bench.folder and continues(bench, cast(Any, bench.subject.source)):
-        half, _ = kept_half(bench.folder, bench.subject.spec.label)
-    if half and baseline.id in half.answers:
-        halfway = [cell for cell in members if cell.id in half.answers]
-        yield halfway, half.end
-        members = [baseline, *(cell for cell in members if cell not in halfway)]
-    if len(members) > 1 or not half:
-        yield members, 0
-
-
 def _reading(bench: Bench, seconds: Span, forward: Span) -> Span:
     """What reading adds to a pass of so many seconds in models, if one process would read for `seconds`."""
     processes = min(readers(cast(Any, bench.subject.source), bench.options, bench.device), available_cores())
@@ -169,32 +147,27 @@ def _reading(bench: Bench, seconds: Span, forward: Span) -> Span:
 
 def _foresee_speed(bench: Bench, probe: _Probe, size: int | None, forecast: _Forecast) -> None:
     """Add the rounds at a batch size, as `time_members` and `measure_speed` plan them."""
-    options, baseline = bench.options, bench.subject.cells[0]
-    lacking = [
-        (cell, runtime)
-        for runtime in options.runtimes
-        for cell in bench.subject.cells
-        if bench.lacks(cell, "speed", Setting(size, runtime))
-    ]
+    options = bench.options
+    asked = [Turn(cell, runtime) for runtime in options.runtimes for cell in bench.subject.cells]
+    lacking = [own for own in asked if bench.lacks(own.cell, "speed", Setting(size, own.runtime))]
     if not lacking:
         return
-    again = [(baseline, runtime) for runtime in {"eager", *(own for _, own in lacking)}]
-    members = [*lacking, *(pair for pair in again if pair not in lacking)]
-    limited = [cell for cell, _ in members if not cell.is_baseline and not METHODS[cell.method.name].speed_only]
+    members = [own.cell for own in in_turns(lacking, asked)]
+    limited = [cell for cell in members if not cell.is_baseline and not METHODS[cell.method.name].speed_only]
     models, batch = len(members) + len(limited), size or bench.batch_size
-    limits = probe.cost(baseline) * sum(map(probe.share, limited))
-    once = batch * (sum(probe.cost(cell) for cell, _ in members) + limits)
-    budget = (options.seconds or SPEED_SECONDS_PER_CELL) * models
-    fits = min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(budget / once[1])))
-    usual = options.seconds is None and options.rounds is None and options.processes == 1
+    limits = probe.cost(bench.subject.cells[0]) * sum(map(probe.share, limited))
+    once = batch * (sum(map(probe.cost, members)) + limits)
+    budget, patience = time_for(options, models)
+    fits, _ = plan({"": once[1]}, None, budget)
     # Half as much again for single images. Unless it was asked for, a few rounds may do, or they go on for longer.
-    least = FEWEST_ROUNDS / fits if options.rounds is None else 1 / 1.5
-    planned = 1.5 * budget * np.array([least, 1, PATIENCE[VAGUE_WIDTH] if usual else 1])
-    rounds = np.maximum(planned, (options.rounds or FEWEST_ROUNDS) * once)
+    span = 1.5 * budget * np.array([FEWEST_ROUNDS / fits, 1, patience.get(VAGUE_WIDTH, 1)])
+    if options.rounds:
+        span = budget * np.array([1, 1.5, 1.5])
+    rounds = np.maximum(span, (options.rounds or FEWEST_ROUNDS) * once)
     warmup = 8 * once + 0.1 * models  # five passes, of which the first are slow, and as many on single images
     forecast.parts[SPEED] += rounds + warmup * options.processes
     if options.processes > 1:
-        forecast.parts[SETUP] += options.processes * sum(probe.setup(cell) for cell, _ in members)
+        forecast.parts[SETUP] += options.processes * sum(map(probe.setup, members))
     where = f" at batch {size}" if size else ""
     if options.runtimes != ("eager",):
         where += f" in {', '.join(options.runtimes)} (without the time to compile or export)"

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
@@ -36,11 +36,11 @@ from tokbench.resolve import check_schedule
 from tokbench.results.cell import Cell, RecordIndex, key_of
 from tokbench.results.conditions import agreed
 from tokbench.results.folder import RunFolder, fresh_path, is_run, new_run_path, removed, require_free
-from tokbench.results.records import SCHEMA, Manifest, Session
+from tokbench.results.records import SCHEMA, Manifest, Record, Session
 from tokbench.results.table import frame, load_cells
 from tokbench.running.answers import measure_accuracy
 from tokbench.running.bench import Bench, Subject, looks_at_images
-from tokbench.running.cluster import opened
+from tokbench.running.cluster import Cluster, opened
 from tokbench.running.searched import searched_for
 from tokbench.running.timing import time_cells
 from tokbench.schedules import parse_schedule
@@ -91,27 +91,19 @@ def run(
         subjects = [load_subject(spec, grid, options) for spec in grid.models]
         cluster = stack.enter_context(opened(options, subjects, grid.data, device, progress))
         earlier = folder.manifest.sessions if folder else []
-        grid = searched_for(grid, subjects, earlier, options, device, progress)
-        batch_size = batch_size_of(options, device, folder)
-        manifest = manifest_of(grid, options, device, subjects, batch_size)
-        grown = grown_models(folder.manifest, grid, options, subjects) if folder else {}
-        folder = _continued(folder, manifest, grown) if folder else RunFolder.create(path, manifest.plain())
-        records = folder.records()
-        index = RecordIndex(records)
+        grid = searched_for(grid, subjects, earlier, options, device, progress, cluster)
+        plan = planned(grid, options, device, subjects, folder, progress, cluster)
+        folder = _continued(folder, plan) if folder else RunFolder.create(path, plan.manifest.plain())
         count = sum(len(subject.cells) for subject in subjects)
         speeds = len(options.settings) if "speed" in options.only else 0
         progress.started(folder, count, count * (len({*options.only} - {"speed"}) + speeds))
-        for text in grown.values():
+        for text in plan.grown.values():
             progress.note(text)
-        for subject in subjects:
-            subject.cells = [cell.named_as(index) for cell in subject.cells]
-        benches = [
-            Bench(subject, folder, options, device, progress, index, batch_size, grid, cluster=cluster)
-            for subject in subjects
-        ]
-        if records:
-            asked = {cell.key: (bench, cell) for bench in benches for cell in bench.subject.cells}
-            found = ((record, *asked.get(key_of(record), (None, None))) for record in records)
+        for bench in plan.benches:
+            bench.folder = folder
+        if plan.records:
+            asked = {cell.key: (bench, cell) for bench in plan.benches for cell in bench.subject.cells}
+            found = ((record, *asked.get(key_of(record), (None, None))) for record in plan.records)
             progress.continued(
                 [
                     record
@@ -119,7 +111,7 @@ def run(
                     if bench and cell and record.kind in options.only and bench.holds(cell, record)
                 ]
             )
-        for bench in benches:
+        for bench in plan.benches:
             _measure(bench)
         try:
             cells = load_cells([folder.path])
@@ -215,6 +207,46 @@ def load_subject(spec: ModelSpec, grid: Grid, options: RunOptions, *, keep: bool
     return Subject(spec, model, weights_sha256(model), resolve_input_size(model, None), source, cells)
 
 
+@dataclass
+class Plan:
+    """What a run is to measure. manifest: of this session. grown: see `grown_models`. records: of earlier sessions."""
+
+    manifest: Manifest
+    grown: dict[str, str]
+    records: list[Record]
+    benches: list[Bench]
+
+
+def planned(
+    grid: Grid,
+    options: RunOptions,
+    device: torch.device,
+    subjects: list[Subject],
+    folder: RunFolder | None,
+    progress: Progress,
+    cluster: Cluster | None = None,
+) -> Plan:
+    """What is to be measured of these models in this run, None for a new one; writes nothing.
+
+    Raises UserError where the run was measured under other conditions.
+    """
+    batch_size = batch_size_of(options, device, folder)
+    manifest = manifest_of(grid, options, device, subjects, batch_size)
+    grown, records = dict[str, str](), list[Record]()
+    if folder:
+        grown = grown_models(folder.manifest, grid, options, subjects)
+        conditions = agreed(folder.manifest, manifest, f"the run {str(folder.path)!r}", grown)
+        manifest, records = manifest.model_copy(update={"conditions": conditions}), folder.records()
+    index = RecordIndex(records)
+    for subject in subjects:
+        subject.cells = [cell.named_as(index) for cell in subject.cells]
+    benches = [
+        Bench(subject, cast(RunFolder, folder), options, device, progress, index, batch_size, grid, cluster=cluster)
+        for subject in subjects
+    ]
+    return Plan(manifest, grown, records, benches)
+
+
 def batch_size_of(options: RunOptions, device: torch.device, folder: RunFolder | None) -> int:
     """What was asked for, the largest of several, or what the run that is continued had."""
     before = folder.manifest.conditions if folder and options.batch_size == "auto" else None
@@ -287,19 +319,15 @@ def grown_models(before: Manifest, grid: Grid, options: RunOptions, subjects: li
     return grown
 
 
-def _continued(folder: RunFolder, manifest: Manifest, grown: Collection[str]) -> RunFolder:
-    """The run with this session added to its manifest. Raises UserError if it was measured under other conditions.
-
-    grown: models that are shown more images than before.
-    """
-    before = folder.manifest
-    conditions = agreed(before, manifest, f"the run {str(folder.path)!r}", grown)
+def _continued(folder: RunFolder, plan: Plan) -> RunFolder:
+    """The run with this session added to its manifest."""
+    before, manifest = folder.manifest, plan.manifest
     session = Session(**{name: getattr(manifest, name) for name in ("started", "grid", "command", "git", "plugins")})
     folder.repair()
-    for label in grown:
+    for label in plan.grown:
         folder.remove_partial(label)  # half a pass over fewer images
     plugins = {**before.plugins, **manifest.plugins}
-    more = {"conditions": conditions, "plugins": plugins, "continued": [*before.continued, session]}
+    more = {"conditions": manifest.conditions, "plugins": plugins, "continued": [*before.continued, session]}
     folder.write_manifest(before.model_copy(update=more))
     return folder
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
+from tokbench.config import PlannedCell, RunOptions
 from tokbench.errors import BaselineFailed, RunStopped, one_line
 from tokbench.exporting.runtimes import RUNTIMES
 from tokbench.exporting.writing import in_runtime
@@ -62,12 +63,7 @@ def _time_lacking(bench: Bench, lacking: list[Runnable], wanted: int | None) -> 
         lacking = [member for member in lacking if member in bench.running]
         if not lacking:
             return True
-        runtimes = {"eager", *(member.runtime for member in lacking)}
-        members = [
-            member
-            for member in bench.running
-            if member in lacking or (member.cell.is_baseline and member.runtime in runtimes)
-        ]
+        members = in_turns(lacking, bench.running)
         try:
             timed = _time_in_each_process(bench, members, size)
         except (RunStopped, BaselineFailed):
@@ -82,6 +78,29 @@ def _time_lacking(bench: Bench, lacking: list[Runnable], wanted: int | None) -> 
         release_memory(bench.device)
     _record(bench, [one for one in lacking if one in bench.running], timed, asked, time.monotonic() - began)
     return True
+
+
+class Turn(NamedTuple):
+    """A cell that is to be timed in that runtime."""
+
+    cell: PlannedCell
+    runtime: str
+
+
+T = TypeVar("T", Runnable, Turn)
+
+
+def in_turns(lacking: Sequence[T], asked: Sequence[T]) -> list[T]:
+    """What of `asked` is timed together: what lacks it, beside the unreduced model in eager and in each runtime."""
+    runtimes = {"eager", *(own.runtime for own in lacking)}
+    return [own for own in asked if own in lacking or (own.cell.is_baseline and own.runtime in runtimes)]
+
+
+def time_for(options: RunOptions, models: int) -> tuple[float, dict[float, float]]:
+    """Seconds for the rounds of so many models, in all processes together, and with which `patience`."""
+    # What was asked for is exact, and of several processes no one knows how far apart they lie.
+    usual = options.seconds is None and options.processes == 1
+    return (options.seconds or SPEED_SECONDS_PER_CELL) * models, PATIENCE if usual else {}
 
 
 def _time_in_each_process(bench: Bench, members: list[Runnable], size: int) -> list[Timed]:
@@ -233,17 +252,15 @@ def time_members(bench: Bench, members: list[Runnable], size: int, seed: int = 0
 
     images = bench.images(size) if any(counts_by_image(member.model) for member in members) else None
     options = bench.options
-    seconds = (options.seconds or SPEED_SECONDS_PER_CELL) * (len(members) + len(limits)) / options.processes
-    # What was asked for is exact, and of several processes no one knows how far apart they lie.
-    usual = options.seconds is None and options.processes == 1
+    seconds, patience = time_for(options, len(members) + len(limits))
     results = measure_speed(
         {name: models[name] for name in [*(member.name for member in members), *limits]},
         batch_size=size,
         input_size=bench.subject.input_size,
         images=images,
         rounds=options.rounds and ceil(options.rounds / options.processes),
-        seconds=seconds,
-        patience=PATIENCE if usual else {},
+        seconds=seconds / options.processes,
+        patience=patience,
         latency_of=[member.name for member in members],
         seed=seed,
         on_warm=warm,

@@ -11,9 +11,10 @@ import tomli_w
 from rich.table import Table
 
 from tokbench.config import Grid, MethodSpec, Searched
-from tokbench.errors import UserError, printable
+from tokbench.errors import RunStopped, UserError, printable
 from tokbench.progress import Progress
 from tokbench.report.text import number, short_schedule, variant_name
+from tokbench.running.cluster import opened
 from tokbench.running.runner import find_device, load_subject
 from tokbench.running.searched import searcher_for
 from tokbench.searching.budget import parse_budget
@@ -31,27 +32,34 @@ def search_grid(
     seed: int = 0,
     tune: bool = False,
     progress: Progress,
+    ray: str | None = None,
 ) -> list[Searched]:
-    """Search, and write the results to `out` after each search; if interrupted, also the best so far."""
+    """Search, and write the results to `out` after each search; if interrupted, also the best so far.
+
+    ray: workers to share the candidates between, if not the grid's; as in `RunOptions`.
+    """
     found: list[Searched] = []
     budgets = [str(parse_budget(budget)) for budget in budgets]
     if len(grid.methods) == 1:
         raise UserError("there is no method to search a schedule for: --method tome, say")
-    for spec in grid.models:
-        subject = load_subject(spec, replace(grid, methods=()), replace(grid.options, only=("flops",)))
-        searcher = searcher_for(subject, data or search_data(grid.data), grid.options, find_device(grid.options.device),
-                                progress, images=images)  # fmt: skip
-        searcher.seconds, searcher.seed, searcher.tune = seconds, seed, tune
-        for method in grid.methods:
-            for budget in budgets if method.name != "none" else ():
-                try:
-                    found.append(searcher.search(method, budget))
-                except KeyboardInterrupt:
-                    found += filter(None, [searcher.so_far(method, budget)])
-                    raise
-                finally:
-                    if found:
-                        write_grid(searched_grid(grid, found), out)
+    data = data or search_data(grid.data)
+    options = replace(grid.options, only=("accuracy",), check_answers=False, ray=ray or grid.options.ray)
+    device = find_device(options.device)
+    with opened(options, (), data, device, progress) as cluster:
+        for spec in grid.models:
+            subject = load_subject(spec, replace(grid, methods=()), replace(options, only=("flops",)))
+            searcher = searcher_for(subject, data, options, device, progress, images, cluster)
+            searcher.seconds, searcher.seed, searcher.tune = seconds, seed, tune
+            for method in grid.methods:
+                for budget in budgets if method.name != "none" else ():
+                    try:
+                        found.append(searcher.search(method, budget))
+                    except (KeyboardInterrupt, RunStopped):
+                        found += filter(None, [searcher.so_far(method, budget)])
+                        raise
+                    finally:
+                        if found:
+                            write_grid(searched_grid(grid, found), out)
     return found
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,10 @@ from tokbench.schedules import Schedule
 from tokbench.searching.space import Removals
 
 BATCH = 32
+
+# Removals, a method and the number of a batch: of such, workers give the distances, in the same order.
+Asked = tuple[Removals, Method, int]
+Workers = Callable[[Sequence[Asked]], Iterable[float]]
 
 
 @dataclass
@@ -54,14 +59,13 @@ class Objective:
     """
 
     model: VisionTransformer
-    method: Method
     images: Tensor
     memory: Memory = field(default_factory=Memory)
+    workers: Workers | None = None
     shown: dict[str, int] = field(default_factory=dict)  # batches, by candidate; remembered ones included
 
     def __post_init__(self) -> None:
-        base = remove(fork(self.model))
-        self.reduced: Any = insert(fork(self.model), self.method, Schedule("list", (0,)))
+        base, self.reduced = remove(fork(self.model)), fork(self.model)
         self.batches = self.images.split(BATCH)
         with torch.inference_mode(), evaluation_mode([base]):
             self.answers = [base(batch).float() for batch in self.batches]
@@ -73,16 +77,37 @@ class Objective:
 
     def of_batches(self, removals: Removals, method: Method, count: int) -> list[float]:
         """The mean distance in each of the first `count` batches."""
-        key = f"{','.join(map(str, removals))} {json.dumps(method.parameters(), default=str)}"
+        key = _key(removals, method)
         self.shown[key] = max(min(count, len(self.batches)), self.shown.get(key, 0))
-        unknown = range(len(self.memory.known.get(key, [])), min(count, len(self.batches)))
-        if unknown:
-            self.reduced.fusion.schedule, self.reduced.fusion.method = Schedule("list", removals), method
-            with torch.inference_mode(), evaluation_mode([self.reduced]):
-                for number in unknown:
-                    output = self.reduced(self.batches[number]).float()
-                    self.memory.add(key, float(self._distance(output, self.answers[number]).mean()))
+        for number in self._unknown(key, count):
+            self.memory.add(key, self.of_batch(removals, method, number))
         return self.memory.known[key][:count]
+
+    def of_batch(self, removals: Removals, method: Method, number: int) -> float:
+        """The mean distance in a batch, measured now."""
+        model = insert(self.reduced, method, Schedule("list", removals))
+        with torch.inference_mode(), evaluation_mode([model]):
+            output = model(self.batches[number]).float()
+        return float(self._distance(output, self.answers[number]).mean())
+
+    def look_ahead(
+        self, candidates: Sequence[tuple[Removals, Method]], count: int, tell: Callable[[], None]
+    ) -> list[float]:
+        """Each candidate's mean distance in the first `count` batches, which the workers find if it is not known.
+
+        These do not count as shown before `of_batches` is asked for them. tell: called after each.
+        """
+        assert self.workers is not None
+        different = {_key(*candidate): candidate for candidate in candidates}
+        asked = [(key, number) for key in different for number in self._unknown(key, count)]
+        distances = self.workers([(*different[key], number) for key, number in asked])
+        for (key, _), distance in zip(asked, distances, strict=True):
+            self.memory.add(key, distance)
+            tell()
+        return [fmean(self.memory.known[_key(*candidate)][:count]) for candidate in candidates]
+
+    def _unknown(self, key: str, count: int) -> range:
+        return range(len(self.memory.known.get(key, [])), min(count, len(self.batches)))
 
     def _distance(self, output: Tensor, answers: Tensor) -> Tensor:
         if self.model.num_classes == 0:
@@ -90,3 +115,7 @@ class Objective:
         if output.shape[1] == 1:
             return (output - answers).square()[:, 0] / torch.cat(self.answers).var()
         return F.kl_div(output.log_softmax(1), answers.log_softmax(1), log_target=True, reduction="none").sum(1)
+
+
+def _key(removals: Removals, method: Method) -> str:
+    return f"{','.join(map(str, removals))} {json.dumps(method.parameters(), default=str)}"

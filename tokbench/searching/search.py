@@ -20,7 +20,7 @@ from tokbench.resolve import own_shape
 from tokbench.schedules import Schedule
 from tokbench.searching.budget import Budget
 from tokbench.searching.cost import Cost
-from tokbench.searching.objective import Memory, Objective
+from tokbench.searching.objective import Memory, Objective, Workers
 from tokbench.searching.space import Removals, Space
 
 # Images shown to all candidates together: 40 passes over 256.
@@ -63,7 +63,7 @@ class Found:
 
 @dataclass
 class Search:
-    """One search: `run` it; `found` gives the best so far.
+    """One search: `run` it, with workers or without, to the same end; `found` gives the best so far.
 
     Raises UserError for a budget that the method cannot reach.
     """
@@ -79,6 +79,7 @@ class Search:
     tune: bool = False
     progress: Progress = field(default_factory=Progress)
     memory: Memory = field(default_factory=Memory)
+    workers: Workers | None = None
 
     def __post_init__(self) -> None:
         self.began = time.monotonic()
@@ -90,7 +91,7 @@ class Search:
         self.cost = Cost(self.space, self.budget, self.images, self.batch_size)
         self._require_reachable()
         self.usual = self._usual()
-        self.objective = Objective(self.model, self.method, self.images, self.memory)
+        self.objective = Objective(self.model, self.images, self.memory, self.workers)
 
     def _require_reachable(self) -> None:
         everything = self.space.fit(np.ones(self.space.depth), self.cost, 0)
@@ -106,10 +107,13 @@ class Search:
 
     def run(self) -> Found:
         """Search until the images or the seconds are spent, and confirm the result."""
-        self.progress.phase(f"{self.method.name} at {self.budget}", self.most_shown)
+        where = f" on {self.workers}" if self.workers else ""
+        self.progress.phase(f"{self.method.name} at {self.budget}{where}", self.most_shown)
         even = self.space.fit(np.ones(self.space.depth), self.cost, self.budget.share)
-        self.attempt(Candidate(self.usual, self.method))
-        self.attempt(Candidate(even, self.method))
+        first = [Candidate(removals, self.method) for removals in (self.usual, even)]
+        self.look_ahead(first)
+        for candidate in first:
+            self.attempt(candidate)
         self.polish()
         return self._confirmed()
 
@@ -147,11 +151,14 @@ class Search:
             return
         cma = CMA(start, _STEP, seed=self.seed)
         for _ in range(_TRIES * self.most_shown // len(self.images) // cma.population_size):
+            points = [cma.ask() for _ in range(cma.population_size)]
+            candidates = [self.candidate(point, names) for point in points]
+            self.look_ahead(candidates)
             told = []
-            for point in [cma.ask() for _ in range(cma.population_size)]:
+            for point, candidate in zip(points, candidates, strict=True):
                 if self.is_over():
                     return
-                told.append((point, self.attempt(self.candidate(point, names))))
+                told.append((point, self.attempt(candidate)))
             cma.tell(told)
 
     def logarithms(self, removals: Removals) -> np.ndarray:
@@ -169,6 +176,19 @@ class Search:
         method = make_method(self.method.name, **{**self.method.parameters(), **tuned}) if tuned else self.method
         return Candidate(self.space.fit(weights, self.cost, self.budget.share), method)
 
+    def look_ahead(self, candidates: list[Candidate]) -> None:
+        """Have workers find what `attempt` will ask for, as far as the best one stays the best."""
+        whole = len(self.objective.batches)
+        shown = _FIRST if self.best else whole
+        while self.workers and candidates and not self.is_over():
+            distances = self.objective.look_ahead(candidates, shown, self._tell)
+            if self.best is None or shown >= whole:
+                return
+            ahead = self._distance(self.best, shown)
+            found = zip(candidates, distances, strict=True)
+            candidates = [candidate for candidate, first in found if not _is_behind(first, ahead, shown)]
+            shown *= 2
+
     def attempt(self, candidate: Candidate) -> float:
         """The candidate's distance; keeps it if it is the best. If it falls behind on the first images, an estimate:
         the best's distance plus the lag."""
@@ -176,7 +196,7 @@ class Search:
         while self.best and shown < whole:
             first, ahead = self._distance(candidate, shown), self._distance(self.best, shown)
             self._tell()
-            if first > (1 + _BEHIND / shown**0.5) * ahead:
+            if _is_behind(first, ahead, shown):
                 return self._distance(self.best, whole) + first - ahead
             shown *= 2
         distance = self._distance(candidate, whole)
@@ -218,3 +238,7 @@ class Search:
         found = self.found()
         assert found is not None
         return replace(found, cost=cost)
+
+
+def _is_behind(distance: float, best: float, batches: int) -> bool:
+    return distance > (1 + _BEHIND / batches**0.5) * best

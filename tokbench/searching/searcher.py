@@ -19,7 +19,7 @@ from tokbench.progress import Progress
 from tokbench.schedules import Schedule
 from tokbench.searching.budget import parse_budget
 from tokbench.searching.images import written_marks
-from tokbench.searching.objective import Memory
+from tokbench.searching.objective import Memory, Workers
 from tokbench.searching.search import Found, Search
 from tokbench.validation import validated
 
@@ -78,7 +78,7 @@ class Searcher:
     """Searches for one loaded model; earlier results for the same weights and images are returned at once.
 
     label, weights: of the model, as in records. model: on the device and in the dtype to search in. data, images: the
-    argument and the result of `search_images`.
+    argument and the result of `search_images`. marks: what these are known by. workers: have the same images and model.
     """
 
     label: str
@@ -91,12 +91,13 @@ class Searcher:
     seed: int = 0
     seconds: float = float("inf")
     tune: bool = False
+    workers: Workers | None = None
     current: Search | None = None
 
     def __post_init__(self) -> None:
         parameter = next(self.model.parameters())
-        self._shown = self.images.to(parameter.device, parameter.dtype)
-        self._marks = written_marks(self.images)
+        self.shown = self.images.to(parameter.device, parameter.dtype)
+        self.marks = written_marks(self.images)
 
     def search(self, method: MethodSpec, budget: str) -> Searched:
         """The searched schedule for a budget. Raises UserError if the method cannot reach it."""
@@ -106,8 +107,9 @@ class Searcher:
         if found := _kept(kept):
             return replace(found, model=self.label)
         self.current = Search(
-            self.model, made, goal, self._shown, self.batch_size, self.seed, seconds=self.seconds,
+            self.model, made, goal, self.shown, self.batch_size, self.seed, seconds=self.seconds,
             tune=self.tune, progress=self.progress, memory=Memory(_folder() / f"{self._key(method)}.jsonl"),
+            workers=self.workers,
         )  # fmt: skip
         searched = self._written(method, budget, self.current.run())
         self.current = None
@@ -136,7 +138,7 @@ class Searcher:
             cost=found.cost,
             data=self.data,
             images=found.images,
-            marks=self._marks,
+            marks=self.marks,
             seed=self.seed,
             passes=found.passes,
             device=device,
@@ -148,7 +150,7 @@ class Searcher:
         return parameter.device.type, str(parameter.dtype).removeprefix("torch.")
 
     def _key(self, method: MethodSpec, *more: Any) -> str:
-        about = [_VERSION, self.weights, str(method), self._marks, self._placement(), *map(str, more)]
+        about = [_VERSION, self.weights, str(method), self.marks, self._placement(), *map(str, more)]
         return hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:32]
 
 
