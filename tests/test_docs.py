@@ -68,6 +68,7 @@ def test_links_lead_to_files_that_exist(page: Path) -> None:
     assert not [link for link in links if not (page.parent / link).exists()]
 
 
+@pytest.mark.draws
 def test_the_notebook_runs_as_it_stands(tmp_path: Path, monkeypatch, one_thread, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
