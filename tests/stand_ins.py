@@ -6,9 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from tokbench import data, models, resolve
 from tokbench.config import Grid, MethodSpec, ModelSpec, RunOptions
 from tokbench.fusion.patch import tokens_per_block
 from tokbench.measure.environment import Disturbance
@@ -33,6 +35,10 @@ class Source(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.count
 
+    @property
+    def indices(self) -> np.ndarray:
+        return np.arange(self.count)
+
     def limited(self, limit: int | None) -> Source:
         """The first ones, as of a stream; the fingerprint tells how many."""
         if limit is None or limit >= self.count:
@@ -54,11 +60,11 @@ class Source(torch.utils.data.Dataset):
         return image, index % CLASSES
 
 
-def tiny_model() -> VisionTransformer:
-    """A ViT of 4 blocks and 64 patches that reads the class off the mean patch."""
+def tiny_model(depth: int = 4) -> VisionTransformer:
+    """A ViT of 64 patches that reads the class off the mean patch."""
     torch.manual_seed(0)
     model = VisionTransformer(
-        img_size=32, patch_size=4, embed_dim=24, depth=4, num_heads=2, num_classes=CLASSES, global_pool="avg"
+        img_size=32, patch_size=4, embed_dim=24, depth=depth, num_heads=2, num_classes=CLASSES, global_pool="avg"
     )
     with torch.no_grad():
         for block in model.blocks:
@@ -97,18 +103,34 @@ def count_by_tokens(model: Any, input_size: Any, images: torch.Tensor | None = N
     return FlopCount(sum(blocks) + 1000, {f"blocks.{i}": cost for i, cost in enumerate(blocks)}, {}, {})
 
 
+def count_each_once(monkeypatch) -> None:
+    """For runs whose methods count the same in every test."""
+    for module in (bench, resolve):
+        monkeypatch.setattr(module, "count_flops", count_once)
+
+
 def stand_in(monkeypatch, source: Source) -> Source:
     """Put the tiny model and these images behind every name. Timing is short; on the CPU no garbage is collected."""
     monkeypatch.setattr(runner, "load_model", lambda name, checkpoint, input_size: tiny_model())
     monkeypatch.setattr(runner, "open_dataset", lambda spec, model, limit, labels=None: source.limited(limit))
-    monkeypatch.setattr(bench, "count_flops", count_once)
+    count_each_once(monkeypatch)
     monkeypatch.setattr(timing, "SPEED_SECONDS_PER_CELL", 0.001)
     if not torch.cuda.is_available():
         for module in (bench, timing):
             monkeypatch.setattr(module, "release_memory", lambda device: None)
     quiet = Disturbance(0.0, None, ())
-    monkeypatch.setattr(timing, "Watch", lambda device: SimpleNamespace(begin=lambda: None, look=lambda: None, stop=lambda: quiet))
+    monkeypatch.setattr(
+        timing, "Watch", lambda device: SimpleNamespace(begin=lambda: None, look=lambda: None, stop=lambda: quiet)
+    )
     monkeypatch.setattr(timing, "vague_speedups", lambda results: [])
+    return source
+
+
+def stand_in_for_checks(monkeypatch, source: Source) -> Source:
+    """As `stand_in`, and where `tokbench check` opens a baseline's model and images again."""
+    stand_in(monkeypatch, source)
+    monkeypatch.setattr(models, "load_model", runner.load_model)
+    monkeypatch.setattr(data, "open_dataset", runner.open_dataset)
     return source
 
 

@@ -55,18 +55,11 @@ def ray():
     ray.shutdown()
 
 
-@pytest.fixture(autouse=True)
-def _no_plot(monkeypatch):
-    monkeypatch.setattr(runner, "_draw", lambda *_: [])
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> dict:
     """What one process finds."""
     path = tmp_path_factory.mktemp("alone") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "_draw", lambda *_: [])
-        runner.run(GRID, path)
+    runner.run(GRID, path)
     return figures(path)
 
 
@@ -99,16 +92,6 @@ class At(Listener):
             self.do()
 
 
-def test_two_workers_answer_as_one_process_does(ray, alone, tmp_path):
-    listener = Listener()
-    runner.run(GRID, tmp_path / "run", options=SHARED, progress=listener)
-    assert figures(tmp_path / "run") == alone
-    (phase,) = (one[1] for one in listener.told if one[0] == "phase" and "accuracy" in one[1])
-    assert phase == f"bundled: accuracy on 2 workers (2 on {socket.gethostname()})"
-    assert {one.get("workers") for one in plain_records(tmp_path / "run") if one["kind"] == "accuracy"} == {2}
-    assert not listener.warnings
-
-
 def kill_the_first(hands: list) -> None:
     os.kill(hands[0].pid, signal.SIGKILL)
 
@@ -124,10 +107,14 @@ def hands(monkeypatch) -> list:
     return found
 
 
-def test_a_worker_that_is_killed_is_replaced_and_its_images_shown_again(ray, alone, tmp_path, hands):
+def test_two_workers_answer_as_one_process_does_and_one_that_is_killed_is_replaced(ray, alone, tmp_path, hands):
+    """Its images are shown again."""
     listener = At(lambda: kill_the_first(hands))
     runner.run(GRID, tmp_path / "run", options=SHARED, progress=listener)
     assert figures(tmp_path / "run") == alone
+    (phase,) = (one[1] for one in listener.told if one[0] == "phase" and "accuracy" in one[1])
+    assert phase == f"bundled: accuracy on 2 workers (2 on {socket.gethostname()})"
+    assert {one.get("workers") for one in plain_records(tmp_path / "run") if one["kind"] == "accuracy"} == {2}
     (warning,) = listener.warnings
     assert warning.startswith(f"the worker on {socket.gethostname()} died: ") and warning.endswith("takes its place")
 
@@ -146,15 +133,6 @@ def first_place(listener: Listener) -> int:
     """Where the pass over the images began to tell how far it is."""
     place = next(i for i, one in enumerate(listener.told) if one[0] == "phase" and "accuracy" in one[1])
     return listener.told[place + 1][1]
-
-
-def test_half_a_pass_of_workers_is_continued_by_one_process(ray, alone, tmp_path, monkeypatch):
-    monkeypatch.setattr(half_pass, "SAVE_SECONDS", 0)
-    with pytest.raises(KeyboardInterrupt):
-        runner.run(GRID, tmp_path / "run", options=SHARED, progress=At(interrupt))
-    half, listener = half_of(tmp_path / "run"), Listener()
-    runner.run(GRID, tmp_path / "run", progress=listener)
-    assert figures(tmp_path / "run") == alone and first_place(listener) == half > 4
 
 
 def is_at_work(process: psutil.Process) -> bool:
@@ -237,6 +215,19 @@ def test_half_a_pass_of_one_process_is_continued_by_workers(fake, source, tmp_pa
     listener = Listener()
     assert fake(FakeRay(), tmp_path / "run", listener) == figures(tmp_path / "alone")
     assert first_place(listener) == 4 and sorted(source.read) == list(range(4, 99))
+
+
+def test_half_a_pass_of_workers_is_continued_by_one_process(fake, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(half_pass, "SAVE_SECONDS", 0)
+    source.count = 99
+    runner.run(SMALL, tmp_path / "alone")
+    with pytest.raises(KeyboardInterrupt):
+        fake(FakeRay(), tmp_path / "run", At(interrupt))
+    half, listener = half_of(tmp_path / "run"), Listener()
+    source.read.clear()
+    runner.run(SMALL, tmp_path / "run", progress=listener)
+    assert figures(tmp_path / "run") == figures(tmp_path / "alone")
+    assert first_place(listener) == half > 4 and source.read == list(range(half, 99))
 
 
 def test_images_and_cells_that_fail_in_a_worker_are_as_in_one_process(fake, source, tmp_path, monkeypatch):

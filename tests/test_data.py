@@ -21,7 +21,7 @@ from PIL import Image
 from scipy.io import savemat
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from timm.models.vision_transformer import VisionTransformer
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, dataloader
 
 from tokbench import data
 from tokbench.bundled.clutter import CLASSES, compose, draw_layout, read_idx
@@ -636,6 +636,13 @@ def test_rows_without_a_label_have_none(tmp_path):
 
 
 # --- readers that are other processes
+
+
+@pytest.fixture(autouse=True)
+def _torch_looks_after_its_processes_often(monkeypatch):
+    """Usually every 5 s."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    monkeypatch.setattr(dataloader._MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
 
 
 def few_images(tmp_path: Path) -> ImageSource:

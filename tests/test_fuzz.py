@@ -30,10 +30,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
-from stand_ins import Source, stand_in
+from stand_ins import Source, stand_in_for_checks
 
-import tokbench.models
-import tokbench.show.trace  # before the ground stands in for the models of runs
+import tokbench.show.trace  # noqa: F401  (before the ground stands in for the models of runs)
 from tokbench import cli, interrupts
 from tokbench.errors import UserError
 from tokbench.fusion.core import METHODS
@@ -106,12 +105,8 @@ def ground(folder: Path) -> Iterator[None]:
     """Work in a folder that holds `whole`, a run of a tiny model, and `half`, one that was stopped in its pass."""
     with pytest.MonkeyPatch.context() as patches, contextlib.chdir(folder):
         make_outside()
-        source = stand_in(patches, Source())
-        patches.setattr(Source, "indices", np.arange(len(source)), raising=False)
-        patches.setattr(tokbench.models, "load_model", runner.load_model)
-        patches.setattr(tokbench.data, "open_dataset", runner.open_dataset)
+        source = stand_in_for_checks(patches, Source())
         patches.setattr(half_pass, "SAVE_SECONDS", 0)
-        patches.setattr(runner, "_draw", lambda *_: [])
         patches.setattr(estimate, "preview", lambda grid, out, **_: grid.describe())  # a probe takes a while
         assert call(*GO_ON, "whole")[0] == 0
         read = Source.__getitem__

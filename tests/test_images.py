@@ -168,7 +168,6 @@ def test_batches_leave_out_what_cannot_be_decoded_and_name_it(animals, workers):
 
 def test_a_run_skips_the_same_images_for_every_cell_and_lists_them(animals, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "load_model", lambda *args, **kwargs: tiny_model())
-    monkeypatch.setattr(runner, "_draw", lambda *_: [])
     folder, kinds = animals
     options = RunOptions(device="cpu", batch_size=4, only=("accuracy",), max_bad=50)
     grid = replace(small_grid(MethodSpec("tome", ("8",))), data=str(folder))
@@ -192,7 +191,6 @@ def test_a_run_skips_the_same_images_for_every_cell_and_lists_them(animals, tmp_
 
 def test_more_cells_decode_no_more_images(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "load_model", lambda *args, **kwargs: tiny_model())
-    monkeypatch.setattr(runner, "_draw", lambda *_: [])
     folder = tmp_path / "photos"
     for name in "abc":
         (folder / name).mkdir(parents=True)
@@ -211,7 +209,6 @@ def test_more_cells_decode_no_more_images(tmp_path, monkeypatch):
 
 def test_images_that_came_or_went_between_two_sessions_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "load_model", lambda *args, **kwargs: tiny_model())
-    monkeypatch.setattr(runner, "_draw", lambda *_: [])
     folder = make_folder(tmp_path / "data", {"a": 4, "b": 4, "c": 4})
     options = RunOptions(device="cpu", batch_size=4, only=("accuracy",), max_bad=50)
     grid = replace(small_grid(MethodSpec("tome", ("8",))), data=str(folder))

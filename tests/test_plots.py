@@ -334,7 +334,7 @@ def test_labels_of_the_front_name_parameters_and_positions(cells: list[Cell]) ->
 # --- the user's matplotlib, and names -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense", "svg"])
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "svg"])
 def test_plots_are_drawn_whatever_the_users_matplotlib_is_set_to(run: Path, tmp_path: Path, backend: str) -> None:
     settings = "text.usetex: True\nfigure.dpi: 30\nlines.linewidth: 9\nsavefig.bbox: tight\nbackend: nonsense\n"
     (tmp_path / "matplotlibrc").write_text(settings)

@@ -449,7 +449,9 @@ def test_flops_are_broken_down(source, tmp_path):
 def test_what_makes_a_timing_worthless_is_warned_of_and_stays_in_its_records(source, tmp_path, monkeypatch):
     busy = "other work took 52% of the machine's CPU time"
     disturbed = Disturbance(0.52, None, (f"{busy}: time again",))
-    monkeypatch.setattr(timing, "Watch", lambda device: SimpleNamespace(begin=lambda: None, look=lambda: None, stop=lambda: disturbed))
+    monkeypatch.setattr(
+        timing, "Watch", lambda device: SimpleNamespace(begin=lambda: None, look=lambda: None, stop=lambda: disturbed)
+    )
     monkeypatch.setattr(timing, "vague_speedups", lambda fields: ["tiny/tome/8"])
     listener = Listener()
     runner.run(small_grid(only=("flops", "speed")), tmp_path / "run", progress=listener)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from made_run import changed, make_run
-from stand_ins import Listener, Source, plain_records, small_grid, stand_in
+from stand_ins import Listener, Source, plain_records, small_grid, stand_in, tiny_model
 from torch import nn
 
 import tokbench
@@ -31,16 +31,12 @@ from tokbench.running import fresh, runner, timing
 TOME = MethodSpec("tome", ("8",))
 
 
-@pytest.fixture
-def source(monkeypatch):
-    return stand_in(monkeypatch, Source())
-
-
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """A run in two real runtimes, and what was told meanwhile."""
     patch = pytest.MonkeyPatch()
     stand_in(patch, Source())
+    patch.setattr(runner, "load_model", lambda *_, **__: tiny_model(depth=1))  # exporting takes seconds a block
     grid = small_grid(TOME, runtimes=("openvino", "onnxruntime", "eager"), check_answers=True, rounds=6)
     folder, listener = tmp_path_factory.mktemp("runtimes") / "run", Listener()
     runner.run(grid, folder, progress=listener)
