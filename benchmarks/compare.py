@@ -111,11 +111,10 @@ def compare(grid: Grid, folder: RunFolder, others: dict[str, dict[str, Build]]) 
         images = images.to(device, dtype)
         records = [one for one in folder.records() if one.model == spec.label]
         timed = [one for one in records if one.kind == "speed" and one.runtime == "eager"]
+        known = {(one.method, one.batch_size) for one in timed}
         for record in timed:
             for name, build in others.get(record.method, {}).items():
-                if (f"{record.method}-{name}", record.batch_size) not in {
-                    (one.method, one.batch_size) for one in timed
-                }:
+                if (f"{record.method}-{name}", record.batch_size) not in known:
                     add(folder, base, record, name, build, images[: record.batch_size])
         limits = Machine(device, dtype)
         ours = [one for one in timed if not one.method.endswith(("-plain", "-original"))]

@@ -13,7 +13,7 @@ from tokbench.errors import UserError
 from tokbench.measure.stats import median_ratio_interval
 from tokbench.report.html import plot_data
 from tokbench.report.plots import plot_pareto
-from tokbench.report.tables import render_table
+from tokbench.report.tables import _TOKENS, render_table
 from tokbench.report.text import group_title
 from tokbench.results.cell import Cell, CellKey, Figure
 from tokbench.results.folder import RunFolder
@@ -75,6 +75,8 @@ def test_a_figure_is_one_row_of_metrics(run: Path, tmp_path: Path, monkeypatch: 
     drawn = plot_pareto(cells, tmp_path / "energy.svg", x="energy").read_text()
     assert "Energy per image (mJ)" in drawn
     assert "energy" in plot_data(cells)["metrics"]
+    places = [metric.place for metric in METRICS.values() if metric.place is not None]
+    assert len({*places, _TOKENS}) == len(places) + 1  # a place shared would hide a column
 
 
 def test_error_bars_of_top1_are_the_paired_interval(cells: list[Cell]) -> None:

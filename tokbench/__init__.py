@@ -1,4 +1,9 @@
-"""tokbench: how much speed token fusion buys on your Vision Transformer, and what it costs. See README.md."""
+"""tokbench: how much speed token fusion buys on your Vision Transformer, and what it costs. See README.md.
+
+The way of a figure: `fusion` puts a method into a model; `measure` counts, times and compares its answers; `running`
+makes a run of that (`running.figures`: what its records say, with intervals); `results` keeps records and
+knows what each figure is (`results.metrics`); `report` draws and words them; `check` compares runs.
+"""
 
 from __future__ import annotations
 

@@ -73,6 +73,8 @@ def paired_drop(baseline_correct: ArrayLike, cell_correct: ArrayLike) -> tuple[f
     Tango's score interval for paired proportions (Statistics in Medicine 17, 1998). It keeps its coverage when few
     images change, and excludes zero exactly when McNemar's chi-squared test rejects at 5 % (the exact test of
     `mcnemar_p` is slightly stricter). Raises ValueError if the lengths differ or are zero.
+
+    `running.figures` records it, and the row "drop" of `results.metrics` shows it; `check` calls it between two runs.
     """
     lost, gained, n = _discordant(baseline_correct, cell_correct)
     low = _score_limit(lost, gained, n)

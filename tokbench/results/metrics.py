@@ -1,7 +1,8 @@
 """The figures of a cell, one row each: how it is named, drawn, compared, and read from the records.
 
-A new figure is a new row of `METRICS`; tables, plots, reports and files then have it. Any metric can be on any axis of
-a plot; the Pareto front follows from which way each is better.
+A new figure is a new row of `METRICS`; tables, plots, reports and files then have it. What is measured comes into the
+records by `running.figures`. Any metric can be on any axis of a plot; the Pareto front follows from which way each is
+better.
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ _ROUNDS = "95 % interval over timing rounds."
 _MEDIAN = "95 % interval of the median latency."
 # Schedules with one FLOPs target end a fraction of a percent apart, which must not decide who is on a front.
 _TIE = 0.01
+
+
+def ends_of(field: str) -> tuple[str, str]:
+    """The fields of an interval's ends: of "drop", "drop_low" and "drop_high"; of "latency_ms", "latency_low_ms" …"""
+    stem, ms = (field.removesuffix("_ms"), "_ms") if field.endswith("_ms") else (field, "")
+    return f"{stem}_low{ms}", f"{stem}_high{ms}"
 
 
 @dataclass(frozen=True)
@@ -71,17 +78,12 @@ class Metric:
 
     def __post_init__(self) -> None:
         if self.bars and not self.interval:
-            object.__setattr__(self, "interval", self._ends)
+            object.__setattr__(self, "interval", ends_of(self.field))
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
         """Its columns in files, in order."""
         return (self.column or self.field, *self.also, *self.interval)
-
-    @cached_property
-    def _ends(self) -> tuple[str, str]:
-        stem, ms = (self.field.removesuffix("_ms"), "_ms") if self.field.endswith("_ms") else (self.field, "")
-        return f"{stem}_low{ms}", f"{stem}_high{ms}"
 
     def read(self, fields: Fields) -> Figure | None:
         """The figure, None if not measured."""
@@ -89,7 +91,7 @@ class Metric:
             return self.derive(fields)
         if self.field not in fields:
             return None
-        low, high = map(fields.get, self._ends)
+        low, high = map(fields.get, ends_of(self.field))
         if not self.interval or low is None or high is None:
             return Figure(fields[self.field] * self.scale)
         return Figure(fields[self.field] * self.scale, low * self.scale, high * self.scale)

@@ -21,6 +21,7 @@ from tokbench.measure.stats import (
     typical,
     wilson,
 )
+from tokbench.results.metrics import ends_of
 from tokbench.results.predictions import Predictions
 
 
@@ -61,10 +62,9 @@ def accuracy_fields(predictions: Predictions, baseline: Predictions) -> dict[str
     return fields
 
 
-def _with_ends(name: str, value: float, low: float, high: float, *, unit: str = "") -> dict[str, float]:
+def _with_ends(name: str, value: float, low: float, high: float) -> dict[str, float]:
     """A figure and the ends of its interval, where it has one, under the names that records have."""
-    ends = {} if isnan(low) else {f"{name}_low{unit}": low, f"{name}_high{unit}": high}
-    return {f"{name}{unit}": value} | ends
+    return {name: value} | ({} if isnan(low) else dict(zip(ends_of(name), (low, high), strict=True)))
 
 
 def output_shift(outputs: Predictions, unreduced: Predictions) -> dict[str, tuple[float, float, float]]:
@@ -140,7 +140,7 @@ def speed_fields(
         **_with_ends("throughput", size / pace, size / slow, size / quick),
         **_with_ends("speedup", *typical([*map(ratios, below, rounds)])),
         "latency_seconds": by_process(latencies),
-        **_with_ends("latency", *typical([[1000 * value for value in own] for own in latencies]), unit="_ms"),
+        **_with_ends("latency_ms", *typical([[1000 * value for value in own] for own in latencies])),
         "latency_p95_ms": 1000 * float(np.quantile(np.concatenate(latencies), 0.95)),
     }
     # Pass by pass; none of them are missing, as a model that raises once is out.
