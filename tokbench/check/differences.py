@@ -164,12 +164,12 @@ def render(found: Sequence[Difference], format: str) -> str:
     import pandas as pd
 
     ends = ("value", "low", "high")
-    rows = [
+    written = [
         {"cell": for_sheet(one.cell), "against": for_sheet(one.against), "images": one.images}
         | {f"{name}_{end}": getattr(one.figures.get(name), end, None) for name in _HEADS for end in ends}
         for one in found
     ]
-    return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
+    return pd.DataFrame(written).to_csv(index=False, lineterminator="\n")
 
 
 def as_table(found: Sequence[Difference]) -> Table:
