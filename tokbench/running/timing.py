@@ -36,7 +36,7 @@ from tokbench.running.half_pass import HalfPass
 
 # A budget for all rounds together; slow cells exceed it, as each makes eight rounds at least. On a noisy machine rounds
 # go on while any interval is as wide as this, for so many times as long at most: an answer that is 25 % off is none.
-SPEED_SECONDS_PER_CELL, PATIENCE = 1.5, {VAGUE_WIDTH: 2, 0.25: 6}
+SPEED_SECONDS_PER_CELL, PATIENCE = 1.5, {VAGUE_WIDTH: 2.0, 0.25: 6.0}
 LARGEST_BATCH = 1024
 
 
