@@ -1,4 +1,4 @@
-"""How tests are run; the fixtures are in fixtures.py."""
+"""How tests are run; the fixtures are in shared_fixtures.py."""
 
 from __future__ import annotations
 
@@ -34,4 +34,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """What fixtures import takes seconds, and the process that shares the tests out runs none."""
     if hasattr(config, "workerinput") or not config.getoption("numprocesses"):
-        config.pluginmanager.import_plugin("fixtures")
+        config.pluginmanager.import_plugin("shared_fixtures")
