@@ -204,12 +204,7 @@ def test_dry_run_names_the_cells_and_writes_nothing(tokbench_command, source, mo
     monkeypatch.chdir(tmp_path)
     words = ("run", "--model", "tiny", "--method", "topk", "--schedule", "keep:0.7@1", "--dry-run", "--data")
     code, out, err = tokbench_command(*words, "bundled")
-    assert (
-        code == 0
-        and not err
-        and "tiny/topk/keep:0.7@1" in out
-        and re.search(r"^About .* (s|min) \(between ", out, re.M)
-    )
+    assert code == 0 and not err and "tiny/topk/keep:0.7@1" in out and re.search(r"^About [\d.]+ \w+", out, re.M)
     assert not list(tmp_path.iterdir())
     code, _, err = tokbench_command(*words, "my_imags")
     assert code == 2 and "data folder 'my_imags' does not exist" in err
