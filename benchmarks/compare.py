@@ -141,7 +141,8 @@ def add(folder: RunFolder, base: Any, record: Any, name: str, build: Build, imag
     identity |= {"method": method, "cell": record.cell.replace(f"/{record.method}/", f"/{method}/")}
     fields = speed_fields([results[2]], references=[results[0]])
     again = {"reference_seconds": results[0].rounds, "reference_latency_seconds": results[0].latency}
-    again |= {"other_cpu": disturbance.other_cpu, "gpu_state": disturbance.gpu, "caveats": [*disturbance.warnings]}
+    again |= {"other_cpu": disturbance.other_cpu, "gpu_state": disturbance.gpu}
+    again["caveats"] = [sentence.partition(": ")[0] for sentence in disturbance.warnings]
     folder.append(identity | {"kind": "speed", **fields, **again})
     flops = next(one for one in folder.records() if one.kind == "flops" and key_of(one) == key_of(record))
     folder.append(flops.plain() | {name: identity[name] for name in ("method", "cell")})
