@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
 import itertools
 import math
+import runpy
 import sys
 import time
 from collections.abc import Callable
@@ -40,6 +40,7 @@ from tokbench.config import Grid
 from tokbench.fusion.anatomy import grid_for, write_attention_out
 from tokbench.fusion.patch import fork
 from tokbench.measure.environment import Watch
+from tokbench.measure.kernels import attention_kernels
 from tokbench.measure.speed import keep_freed_memory, measure_speed
 from tokbench.results.cell import key_of
 from tokbench.results.folder import RunFolder
@@ -53,7 +54,8 @@ Build = Callable[[Any, Record, list[int]], nn.Module]
 # The goals: methods that read all of the attention, other methods, and any on single images.
 GOALS = {"mctf": 0.85, "mstm": 0.85}
 USUAL_GOAL, SINGLE_GOAL = 0.95, 0.92
-FIGURES = ("kind", "flops", "seconds", "throughput", "speedup", "latency", "efficiency", "free", "peak", "reserved")
+# What cells timed side by side have in common beside the fields of all records.
+COMMON = {*Record.model_fields, "runtime", "provider", "threads"} - {"kind", "caveats"}
 
 
 def main() -> None:
@@ -94,11 +96,8 @@ def authors_tome(model: Any, record: Record, removals: list[int]) -> nn.Module:
 
 
 def from_file(path: Path) -> Build:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda model, record, removals: module.patch(model, removals)
+    patch = runpy.run_path(str(path))["patch"]
+    return lambda model, record, removals: patch(model, removals)
 
 
 def compare(grid: Grid, folder: RunFolder, others: dict[str, dict[str, Build]]) -> None:
@@ -132,16 +131,18 @@ def add(folder: RunFolder, base: Any, record: Any, name: str, build: Build, imag
     results = measure_speed(
         {"none": base, "ours": ours, "theirs": theirs},
         batch_size=len(images), images=images, seconds=6, latency_of=("none", "ours", "theirs"),
+        on_warm=lambda _: watch.begin(),
     )  # fmt: skip
     disturbance = watch.stop()
     with torch.inference_mode():
         apart = (ours(images).float() - theirs(images).float()).abs().max().item()
     method = f"{record.method}-{name}"
-    identity = {key: value for key, value in record.plain().items() if not key.startswith(FIGURES)}
+    identity = {key: value for key, value in record.plain().items() if key in COMMON}
     identity |= {"method": method, "cell": record.cell.replace(f"/{record.method}/", f"/{method}/")}
     fields = speed_fields([results[2]], references=[results[0]])
     again = {"reference_seconds": results[0].rounds, "reference_latency_seconds": results[0].latency}
     again |= {"other_cpu": disturbance.other_cpu, "gpu_state": disturbance.gpu}
+    again["attention_kernels"] = attention_kernels(theirs, images)
     again["caveats"] = [sentence.partition(": ")[0] for sentence in disturbance.warnings]
     folder.append(identity | {"kind": "speed", **fields, **again})
     flops = next(one for one in folder.records() if one.kind == "flops" and key_of(one) == key_of(record))
