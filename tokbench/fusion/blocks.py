@@ -176,8 +176,8 @@ class Fusion:
             if not self.method.reuses_attention:
                 return reduced, None
             # FLOPs are those of the definition.
-            attend = attend_merged if self.fused and not torch.jit.is_tracing() else attend_reduced
-            return reduced, partial(attend, view.attention(), plan, before)
+            way = attend_merged if self.fused and not torch.jit.is_tracing() else attend_reduced
+            return reduced, partial(way, view.attention(), plan, before)
 
     def finish(self, r: int, tokens: int) -> None:
         """Note what a block left of the r tokens that were to go from it."""

@@ -139,11 +139,6 @@ class Bench:
         """The dtype of the weights and the images."""
         return DTYPES[self.options.dtype]
 
-    @property
-    def is_fused(self) -> bool:
-        """Whether all of the model's attention is PyTorch's fused one, as it is in timm unless one turns it off."""
-        return is_fused(self.subject.model)
-
     def searched(self, cell: PlannedCell) -> Searched | None:
         """The search result of a cell's `searched:` schedule; None for other schedules."""
         return self.subject.searched.get(cell.key)
@@ -289,7 +284,7 @@ class Bench:
             "dtype": self.options.dtype,
             "device": self.device.type,
             "weights": "random" if self.subject.spec.random_weights else "trained",
-            "fused_attention": "on" if self.is_fused else "off",
+            "fused_attention": "on" if is_fused(self.subject.model) else "off",
         }
 
     def let_go(self) -> None:

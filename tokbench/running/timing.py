@@ -16,6 +16,7 @@ from tokbench.config import PlannedCell, RunOptions
 from tokbench.errors import BaselineFailed, RunStopped, one_line
 from tokbench.exporting.runtimes import RUNTIMES
 from tokbench.exporting.writing import in_runtime
+from tokbench.fusion.anatomy import is_fused
 from tokbench.measure._model import is_out_of_memory, release_memory
 from tokbench.measure.accuracy import evaluate
 from tokbench.measure.environment import Watch, thread_warnings, together
@@ -44,7 +45,7 @@ def time_cells(bench: Bench) -> None:
     """Time the cells that lack it in turns with the unreduced model, at each batch size that was asked for."""
     if bench.cluster:
         bench.cluster.stop()  # its workers would share the device
-    if not bench.is_fused and bench.options.fused == "on" and bench.waiting():
+    if not is_fused(bench.subject.model) and bench.options.fused == "on" and bench.waiting():
         bench.progress.warn("fused attention is off (TIMM_FUSED_ATTN?): speed-ups are over a slower model than timm's")
     bench.running[:] = [member.timed_in(runtime) for runtime in bench.options.runtimes for member in bench.running]
     for size in bench.options.sizes or (None,):
