@@ -92,6 +92,11 @@ def test_an_empty_file_is_the_default_methods_on_all_images(toml):
     assert grid.options.limit is None
 
 
+def test_schedules_of_a_file_without_methods_are_those_of_every_method(toml):
+    grid = Grid.from_toml(toml('schedules = ["13"]\n[[models]]\nname = "bundled"\n'))
+    assert [(own.name, own.schedules) for own in grid.methods[1:]] == [(name, ("13",)) for name in DEFAULT_METHODS]
+
+
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.name)
 def test_the_grids_we_ship_are_valid(path):
     assert len(ids(Grid.from_toml(path))) > 1

@@ -365,12 +365,12 @@ class Grid:
         except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits
             raise UserError(f"{path} is not valid TOML: {shortened(error)}") from error
         shared = table.pop("schedules", ())
-        for entry in table.get("methods") or ():
+        table.setdefault("methods", [{"name": name} for name in DEFAULT_METHODS])
+        for entry in table["methods"] or ():
             if isinstance(entry, dict):
                 default = () if entry.get("name") == "none" else shared
                 own = {key: entry.pop(key) for key in [*entry] if key not in ("name", "schedules")}
                 entry.update(schedules=entry.get("schedules", default), params=own)
-        table.setdefault("methods", _every_method())
         try:
             grid = cls.from_dict(table)
         except UserError as error:
