@@ -13,6 +13,7 @@ from stand_ins import Source, stand_in
 
 from tokbench import cli, interrupts, plugins
 from tokbench.fusion.core import METHODS
+from tokbench.measure import speed
 from tokbench.results.cell import Cell
 from tokbench.results.table import load_cells
 from tokbench.running import runner
@@ -26,6 +27,14 @@ def _runs_are_quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "_draw", lambda *_: [])
         patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _freed_memory_goes_back():
+    """Timing has malloc keep it until the process ends: with what hostile files claim, more than may be forked."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "keep_freed_memory", lambda: False)
         yield
 
 

@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from tokbench import data, models, resolve
 from tokbench.config import Grid, MethodSpec, ModelSpec, RunOptions
 from tokbench.fusion.patch import tokens_per_block
+from tokbench.measure import speed
 from tokbench.measure.environment import Disturbance
 from tokbench.measure.flops import FlopCount, count_flops
 from tokbench.progress import Progress
@@ -115,6 +116,7 @@ def stand_in(monkeypatch, source: Source) -> Source:
     monkeypatch.setattr(runner, "open_dataset", lambda spec, model, limit, labels=None: source.limited(limit))
     count_each_once(monkeypatch)
     monkeypatch.setattr(timing, "SPEED_SECONDS_PER_CELL", 0.001)
+    monkeypatch.setattr(speed, "ESTIMATE_SECONDS", 0)
     if not torch.cuda.is_available():
         for module in (bench, timing):
             monkeypatch.setattr(module, "release_memory", lambda device: None)

@@ -53,10 +53,13 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     except UserError:
         raise
     except Exception as error:  # what a damaged or hostile file makes readers raise has no bounds
-        # torch hides what stands in the way behind advice to let the file run programs.
-        reason = error.__context__ if isinstance(error, UnpicklingError) and error.__context__ else error
-        raise UserError(f"checkpoint {str(path)!r} cannot be read: {shortened(reason)}") from error
+        raise UserError(f"checkpoint {str(path)!r} cannot be read: {shortened(_reason(error))}") from error
     return _strip_prefix(state)
+
+
+def _reason(error: Exception) -> BaseException:
+    """What stands in the way: torch hides it behind advice to let the file run programs."""
+    return error.__context__ if isinstance(error, UnpicklingError) and error.__context__ else error
 
 
 def count_outputs(state: Mapping[str, Tensor]) -> int | None:
