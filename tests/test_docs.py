@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ def commands(text: str) -> list[str]:
     return [*quoted, *lines]
 
 
+root = cache(lambda: get_command(app))
+
+
 def refusal(command: str) -> str:
     """Why the command line does not parse, "" if it does. Nothing of it is run.
 
@@ -36,13 +40,12 @@ def refusal(command: str) -> str:
     """
     words = [word for word in shlex.split(command, comments=True)[1:] if word not in ("...", "…")]
     words = [word.split("|")[0] for word in words]
-    root = get_command(app)
     if words and words[0].startswith("-"):
         return "" if words[0] in ("--help", "--version", "-h") else f"no option {words[0]}"
-    if not words or words[0] not in root.commands:  # type: ignore[attr-defined]
+    if not words or words[0] not in root().commands:  # type: ignore[attr-defined]
         return f"no command {words[:1]}"
     try:
-        root.commands[words[0]].make_context(words[0], words[1:], resilient_parsing=False)  # type: ignore[attr-defined]
+        root().commands[words[0]].make_context(words[0], words[1:], resilient_parsing=False)  # type: ignore[attr-defined]
     except Exception as error:  # typer's usage errors, from a click of its own
         kind = type(error).__name__
         return "" if kind == "MissingParameter" and len(words) == 1 else f"{kind}: {error}"
