@@ -74,8 +74,8 @@ def test_plots_are_written_by_suffix_and_always_the_same(
     cells: list[Cell], tmp_path: Path, suffix: str, start: bytes
 ) -> None:
     out = tmp_path / "new" / f"plot.{suffix}"
-    assert plot_pareto(cells, out) == out and out.read_bytes().startswith(start)
-    again = plot_pareto(cells, tmp_path / f"again.{suffix}")
+    assert plot_pareto(cells, out, x="gflops") == out and out.read_bytes().startswith(start)
+    again = plot_pareto(cells, tmp_path / f"again.{suffix}", x="gflops")
     assert out.read_bytes() == again.read_bytes()
 
 
@@ -96,11 +96,11 @@ def test_any_metric_goes_on_any_axis(cells: list[Cell]) -> None:
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_old_one(cells: list[Cell], tmp_path: Path) -> None:
-    out = plot_pareto(cells, tmp_path / "a.png")
+    out = plot_pareto(cells, tmp_path / "a.png", x="gflops")
     before = out.read_bytes()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="cannot write .*a.png: No space left"):
         patch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        plot_pareto(cells, out, theme="dark")
+        plot_pareto(cells, out, x="gflops", theme="dark")
     assert out.read_bytes() == before and list(tmp_path.glob("a*")) == [out]
 
 
@@ -338,10 +338,10 @@ def test_labels_of_the_front_name_parameters_and_positions(cells: list[Cell]) ->
 def test_plots_are_drawn_whatever_the_users_matplotlib_is_set_to(run: Path, tmp_path: Path, backend: str) -> None:
     settings = "text.usetex: True\nfigure.dpi: 30\nlines.linewidth: 9\nsavefig.bbox: tight\nbackend: nonsense\n"
     (tmp_path / "matplotlibrc").write_text(settings)
-    plain = plot_pareto(load_cells([run]), tmp_path / "plain.png").read_bytes()
+    plain = plot_pareto(load_cells([run]), tmp_path / "plain.png", x="gflops").read_bytes()
     code = (
         "import sys, os; from tokbench.report.plots import plot_pareto; from tokbench.results.table import load_cells;"
-        "plot_pareto(load_cells([sys.argv[1]]), sys.argv[2]); print(os.environ['MPLBACKEND'])"
+        "plot_pareto(load_cells([sys.argv[1]]), sys.argv[2], x='gflops'); print(os.environ['MPLBACKEND'])"
     )
     theirs = {**os.environ, "MPLBACKEND": backend, "MPLCONFIGDIR": str(tmp_path)}
     out = tmp_path / "theirs.png"
@@ -354,14 +354,14 @@ def test_plots_are_drawn_whatever_the_users_matplotlib_is_set_to(run: Path, tmp_
 def test_names_are_text_and_no_formulas(cells: list[Cell], tmp_path: Path, name: str) -> None:
     named = [replace(cell, params={"$x_1$": "$\\b$"} if cell.params else {}, data=name) for cell in cells]
     for suffix in ("png", "svg"):
-        plot_pareto(of_model(named, name), tmp_path / f"a.{suffix}")
-    text = words([*of_model(named, name), *of_model(cells, name + "2")])
+        plot_pareto(of_model(named, name), tmp_path / f"a.{suffix}", x="gflops")
+    text = words([*of_model(named, name), *of_model(cells, name + "2")], x="gflops")
     assert name in text and name + "2" in text and f"data {name}" in text and "$x_1$=$\\b$" in text
 
 
 def test_our_settings_end_with_the_drawing(cells: list[Cell], tmp_path: Path) -> None:
     with matplotlib.rc_context({"font.size": 31, "text.parse_math": True}):
-        plot_pareto(cells, tmp_path / "a.png")
+        plot_pareto(cells, tmp_path / "a.png", x="gflops")
         assert matplotlib.rcParams["font.size"] == 31 and matplotlib.rcParams["text.parse_math"]
 
 
