@@ -36,7 +36,7 @@ from tokbench.resolve import apply, list_methods
 Structure = tuple[str, ...]
 SIDE = 6  # patches along each side of a small model's image
 DEPTH = 4
-SHAPE_DEPTH = 2
+SHAPE_DEPTH = 1
 
 
 def architectures() -> list[str]:
@@ -54,7 +54,7 @@ def structures() -> dict[Structure, list[str]]:
 
 
 def build_shape(name: str) -> Any:
-    """An architecture on the meta device, cut to two blocks where its blocks are alike."""
+    """An architecture on the meta device, cut to one block where its blocks are alike."""
     # Drawing weights takes most of the time, even where there is nothing to draw.
     draws = timm.models.is_model_in_modules(name, ["eva", "beit", "naflexvit"])
     options: dict[str, Any] = {} if draws else {"weight_init": "skip"}
