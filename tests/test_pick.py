@@ -12,7 +12,7 @@ import pytest
 import torch
 from made_run import make_run
 from safetensors.torch import save_file
-from stand_ins import plain_records
+from stand_ins import count_each_once, plain_records
 
 import tokbench
 from tokbench.config import Grid, MethodSpec, ModelSpec, RunOptions
@@ -281,7 +281,8 @@ def test_the_command_exits_with_1_when_nothing_meets_it(tokbench_command, made):
     assert code == 2 and err.count("\n") == 1
 
 
-def test_the_printed_python_makes_the_measured_cell(tmp_path):
+def test_the_printed_python_makes_the_measured_cell(tmp_path, monkeypatch):
+    count_each_once(monkeypatch)
     grid = Grid(
         methods=(MethodSpec("tome", ("flops:0.5",), {"prop_attn": False}),),
         options=RunOptions(device="cpu", limit=4, only=("flops", "accuracy")),
