@@ -20,8 +20,9 @@ settings.load_profile("short")
 
 # By how long they take: begun last, one of them would run for a minute with the other cores idle.
 _LONGEST = (
-    "runner", "regression", "cluster", "modes", "fusion", "resume", "per_image", "kill", "speed", "data", "export",
-    "search", "coverage", "families", "fuzz", "converted", "plugins",
+    "cluster", "runner", "fusion", "fuzz", "modes", "plots", "coverage", "flops", "per_image", "runtimes", "resume",
+    "export", "regression", "families", "images", "search", "docs", "search_ray", "kill", "cli", "html", "pick",
+    "converted", "properties", "models", "plugins", "data", "accuracy", "golden", "speed",
 )  # fmt: skip
 
 
