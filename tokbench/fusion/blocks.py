@@ -172,7 +172,7 @@ class Fusion:
         with in_own_precision(view.x.device.type):
             plan = self.plan(view, r)
             before = self.state.size
-            reduced = self.state.carry_out(plan, view.x, self.method.tracks_size)
+            reduced = self.state.carry_out(plan, view.x, self.method.tracks_size, self.fused)
             if not self.method.reuses_attention:
                 return reduced, None
             # FLOPs are those of the definition.
