@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, wraps
+from types import ModuleType
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -20,7 +21,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from tokbench.errors import UserError, nearest, one_line
-from tokbench.fusion.kernels import kernel_for
 from tokbench.schedules import Schedule
 
 
@@ -149,10 +149,10 @@ def _require_numbers(name: str, numbers: Tensor, shape: tuple[int, ...], device:
         raise UserError(f"{name} must be {shape} on {device}, not {tuple(numbers.shape)}")
 
 
-def merge(x: Tensor, plan: Assignment, size: Tensor | None, fused: bool = False) -> Tensor:
+def merge(x: Tensor, plan: Assignment, size: Tensor | None, kernels: ModuleType | None = None) -> Tensor:
     """Carry out `plan` on the tokens x: (B, N, C) → (B, M, C). Tokens that nothing joins are passed on bit for bit.
 
-    size: (B, N) token sizes, None where all are 1. fused: whether a kernel may do it.
+    size: (B, N) token sizes, None where all are 1. kernels: of fusion/kernels, that may do it.
     """
     if plan.mix is not None:
         return _mix(x, plan)
@@ -161,9 +161,8 @@ def merge(x: Tensor, plan: Assignment, size: Tensor | None, fused: bool = False)
     weight = next((one for one in (plan.weight, plan.mass, size) if one is not None), None)
     if weight is None:
         weight = torch.ones(x.shape[:2], dtype=score_dtype(x), device=x.device)
-    join = kernel_for("join", x, weight) if fused and plan.combine != "sum" else None
-    if join is not None:
-        merged, total = join(x, plan.kept, plan.source, plan.slot, weight, plan.combine == "mlerp")
+    if kernels is not None and plan.combine != "sum" and x.dtype in kernels.DTYPES and weight.dtype == torch.float32:
+        merged, total = kernels.join(x, plan.kept, plan.source, plan.slot, weight, plan.combine == "mlerp")
         plan.remember(weight, total)
         return merged
     kept = x[:, : plan.kept.shape[1]] if plan.sliced else pick(x, plan.kept)
@@ -276,7 +275,7 @@ class View:
     nominal: int = 0
     padded: bool = False
     fixed: bool = False
-    fused: bool = True
+    kernels: ModuleType | None = None
     _heads: tuple[Tensor, Tensor] | None = None
     _attention: Tensor | None = None
     _received: Tensor | None = None
@@ -296,7 +295,9 @@ class View:
 
     def kernel(self, name: str, *tensors: Tensor) -> Callable[..., Any] | None:
         """The kernel of that name for these tensors, None where the definition has to do."""
-        return kernel_for(name, *tensors) if self.fused else None
+        if self.kernels is None or any(one.dtype not in self.kernels.DTYPES for one in tensors):
+            return None
+        return getattr(self.kernels, name, None)
 
     def mean_keys(self) -> Tensor:
         """k̄: keys averaged over heads, (B, N, d), float32 at least."""
@@ -526,7 +527,9 @@ def attend_reduced(attention: Tensor, plan: Assignment, size: Tensor | None, val
     return attend(reduce_attention(attention, plan, size), values)
 
 
-def attend_merged(attention: Tensor, plan: Assignment, size: Tensor | None, values: Tensor) -> Tensor:
+def attend_merged(
+    attention: Tensor, plan: Assignment, size: Tensor | None, values: Tensor, kernels: ModuleType | None = None
+) -> Tensor:
     """The same as `attend_reduced`, which reads and writes A twice more.
 
     A sum of columns times a value is each column times that value; rows of a product are averaged as those of A are.
@@ -536,7 +539,7 @@ def attend_merged(attention: Tensor, plan: Assignment, size: Tensor | None, valu
     if not plain:
         return attend_reduced(attention, plan, size, values)
     spread = pick(values.transpose(1, 2).flatten(2), plan.target(tokens))
-    return merge(attend(attention, spread.unflatten(2, (len(values[0]), -1)).transpose(1, 2)), plan, size, fused=True)
+    return merge(attend(attention, spread.unflatten(2, (len(values[0]), -1)).transpose(1, 2)), plan, size, kernels)
 
 
 def reduce_attention(attention: Tensor, plan: Assignment, size: Tensor | None) -> Tensor:
@@ -578,12 +581,12 @@ class State:
         """For copies, which torch refuses to make of a tensor that gradients flow through, as they do to sizes."""
         return {name: one.detach() if isinstance(one, Tensor) else one for name, one in vars(self).items()}
 
-    def carry_out(self, plan: Assignment, x: Tensor, tracks_size: bool, fused: bool = False) -> Tensor:
+    def carry_out(self, plan: Assignment, x: Tensor, tracks_size: bool, kernels: ModuleType | None = None) -> Tensor:
         """The tokens x (B, N, C) after a plan, (B, M, C); sizes and map are brought up to date with it."""
         tokens, grows = int(x.shape[1]), tracks_size and plan.source is not None
         if self.size is None and (grows or plan.count is not None):
             self.size = torch.ones(x.shape[:2], dtype=score_dtype(x), device=x.device)
-        merged, size = merge(x, plan, self.size, fused), self.size
+        merged, size = merge(x, plan, self.size, kernels), self.size
         if size is not None:
             if not grows:
                 size = size.gather(1, plan.kept)
@@ -614,9 +617,7 @@ def two_sets(x: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
     return x[:, a::2], x[:, b::2]
 
 
-def best_proposals(
-    score: Tensor, prefix: int, r: int, by_score: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+def best_proposals(score: Tensor, prefix: int, r: int, by_score: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Each token of A proposes to its best token of B, and the r best proposals go.
 
     score: (B, |A|, |B|), of the tokens in `two_sets`.

@@ -31,7 +31,8 @@ class PiToMe(Method):
         unit = (view.kernel("unit", metric) or partial(F.normalize, dim=-1))(metric)
         cosine = unit @ unit.mT
         margin = 0.75 - 0.75 * view.block / view.depth
-        ranked = (view.kernel("energy", cosine) or mean_elu)(cosine, margin).argsort(dim=-1, descending=True, stable=True)
+        energy = (view.kernel("energy", cosine) or mean_elu)(cosine, margin)
+        ranked = energy.argsort(dim=-1, descending=True, stable=True)
 
         matched, isolated = ranked, ranked[:, :0]
         if view.block >= (view.depth + 1) // 2:

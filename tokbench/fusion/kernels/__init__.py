@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -12,13 +11,16 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from tokbench.fusion.kernels import cpu
 
 
-def kernel_for(name: str, *tensors: Tensor) -> Callable[..., Any] | None:
-    """The kernel of that name for these tensors, None where the definition has to do: where there is no kernel, for
-    gradients, to compile, export or trace a model, and to see its operations."""
+def kernels_for(x: Tensor) -> ModuleType | None:
+    """The kernels on the device of tokens x. None where definitions have to do: for gradients, to compile, export or
+    trace a model, to see its operations, and where there are no kernels."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
         return None
-    if is_in_torch_dispatch_mode() or any(type(one) is not Tensor for one in tensors):
+    if is_in_torch_dispatch_mode() or type(x) is not Tensor:
         return None
-    if all(one.device.type == "cpu" and one.dtype == torch.float32 for one in tensors) and cpu.library() is not None:
-        return getattr(cpu, name, None)
-    return None
+    return cpu if x.device.type == "cpu" and cpu.library() is not None else None
+
+
+def kernels_on(device: torch.device) -> str | None:
+    """What the kernels for a device are written in, None where it has none."""
+    return "C" if device.type == "cpu" and cpu.library() is not None else None

@@ -5,7 +5,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { DONE, NO_TOKEN };
+enum { DONE, NO_TOKEN, ALONE = 1 << 15 };  // ALONE: so many numbers are not worth waking a thread for
 typedef int64_t count;
 
 // Unlike fmaxf, which treats NaN apart, this becomes one instruction for many numbers.
@@ -55,7 +55,7 @@ static float length_of(const float *token, count channels)
 void mean_heads(const float *keys, count images, count heads, count tokens, count channels, count image_step,
                 count head_step, count token_step, float *out)
 {
-#pragma omp parallel for collapse(2)
+#pragma omp parallel for collapse(2) if (images * heads * tokens * channels > ALONE)
     for (count i = 0; i < images; i++)
         for (count n = 0; n < tokens; n++) {
             const float *key = keys + i * image_step + n * token_step;
@@ -69,7 +69,7 @@ void mean_heads(const float *keys, count images, count heads, count tokens, coun
 
 void unit(const float *x, count images, count tokens, count channels, count image_step, count token_step, float *out)
 {
-#pragma omp parallel for collapse(2)
+#pragma omp parallel for collapse(2) if (images * tokens * channels > ALONE)
     for (count i = 0; i < images; i++)
         for (count n = 0; n < tokens; n++) {
             const float *token = x + i * image_step + n * token_step;
@@ -84,7 +84,7 @@ void best_proposals(float *scores, count images, count tokens, count prefix, cou
 {
     const count a = prefix + prefix % 2, b = prefix + 1 - prefix % 2, r = forth + back;
     const count as = (tokens - a + 1) / 2, bs = (tokens - b + 1) / 2, left = prefix + as - forth;
-#pragma omp parallel for
+#pragma omp parallel for if (images > 1)
     for (count i = 0; i < images; i++) {
         int32_t *keys = (int32_t *)(scores + i * as * bs);  // scores become whole numbers where they are
         int32_t best[as], partner[as], best_back[bs], partner_back[bs];
@@ -175,7 +175,7 @@ int join(const float *x, count images, count tokens, count channels, count image
     if (!within(kept, images * outputs, tokens) || !within(source, images * merged, tokens)
         || !within(slot, images * merged, outputs))
         return NO_TOKEN;
-#pragma omp parallel for
+#pragma omp parallel for if (images > 1)
     for (count i = 0; i < images; i++) {
         const float *in = x + i * image_step, *w = weight + i * tokens;
         const int64_t *stay = kept + i * outputs, *from = source + i * merged, *to = slot + i * merged;

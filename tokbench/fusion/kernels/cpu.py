@@ -11,17 +11,19 @@ import subprocess
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from platformdirs import user_cache_path
 from torch import Tensor
 
+DTYPES = {torch.float32}
 SOURCE = Path(__file__).with_name("cpu.c")
-# Sums may be taken in any order, so that they go in vectors; NaN and infinities are kept.
-FLAGS = "-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math".split()
-FLAGS += ["-fno-strict-aliasing", "-shared", "-fPIC"]
-
-
+FLAGS = [
+    "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-strict-aliasing",
+    # Sums may be taken in any order, so that they go in vectors; NaN and infinities are kept.
+    "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno",
+]  # fmt: skip
 # Arguments. p: a pointer, n: a whole number of 64 bits, i: an int, f: a float.
 _SIGNATURES = {
     "mean_heads": "pnnnnnnnp",
@@ -35,8 +37,8 @@ _TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "f": cty
 
 
 @lru_cache(maxsize=1)
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they cannot be compiled, for which there is a C compiler that knows OpenMP."""
+def library() -> Any:
+    """The compiled kernels, a ctypes.CDLL; None without a C compiler that knows torch's OpenMP, or a cache to write."""
     try:
         loaded = ctypes.CDLL(str(_compiled()))
     except (OSError, subprocess.SubprocessError):
@@ -58,7 +60,8 @@ def _compiled() -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
-            command = [os.environ.get("CC", "cc"), *FLAGS, str(SOURCE), "-o", str(made), "-Wl,--as-needed", *runtime, "-lm"]
+            libraries = ["-Wl,--as-needed", *runtime, "-lm"]
+            command = [os.environ.get("CC", "cc"), *FLAGS, str(SOURCE), "-o", str(made), *libraries]
             subprocess.run(command, check=True, capture_output=True, timeout=120)
             made.replace(path)  # whole or not at all: other processes may be at it
     return path
@@ -83,7 +86,8 @@ def match(metric: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """As `core.bipartite_match`."""
     x = unit(metric)[:, prefix:]
     even, odd = x[:, ::2], x[:, 1::2]
-    return best_proposals(odd @ even.mT if prefix % 2 else even @ odd.mT, prefix, r)
+    a, b = (odd, even) if prefix % 2 else (even, odd)
+    return best_proposals(torch.bmm(a, b.mT), prefix, r)
 
 
 def best_proposals(
@@ -121,9 +125,7 @@ def softmax(logits: Tensor, scale: float, log_size: Tensor | None) -> tuple[Tens
     return logits, received
 
 
-def join(
-    x: Tensor, kept: Tensor, source: Tensor, slot: Tensor, weight: Tensor, longest: bool
-) -> tuple[Tensor, Tensor]:
+def join(x: Tensor, kept: Tensor, source: Tensor, slot: Tensor, weight: Tensor, longest: bool) -> tuple[Tensor, Tensor]:
     """Tokens x (B, N, C) merged by their weights (B, N): (B, M, C), and the sum of the weights in each, (B, M).
 
     longest: merged tokens get the length of their longest member ("mlerp"). Raises IndexError for a token that is not
