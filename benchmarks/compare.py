@@ -10,7 +10,8 @@ original: the authors' ToMe (`--tome-repo DIR`, a checkout of it), or any code (
 They become cells of the same run, `METHOD-plain` and `METHOD-original`, so `tokbench table` and `plot` show them. Last
 comes the roofline: what each operation of a pass needs at least, the longest of its FLOPs at the speed of a large
 product, its bytes at the speed of a copy as large as a block's tokens, and the start of an empty operation. The ceiling
-is the efficiency if all that a method does beyond its `free` ran at that limit.
+is the efficiency if all that a method does beyond its `free` ran at that limit, and "plans known" what is measured
+where the method's choices are made beforehand: no way of choosing is more efficient.
 """
 
 from __future__ import annotations
@@ -272,12 +273,34 @@ def roofline(base: Any, record: Any, images: Tensor, machine: Machine) -> dict[s
     row = {"cell": record.cell, "batch": record.batch_size, "ms": 1000 * took, "limit ms": 1000 * own}
     row["share"] = own / took
     if free := speed_limit(model, base) if record.free_seconds else None:
+        beside = {"free": free, "known": with_known_plans(model, images)}
+        known = measure_speed(beside, batch_size=len(images), images=images, seconds=6)[1]
+        row |= {
+            "plans known": known.speedup,
+            "plans known low": known.speedup_low,
+            "plans known high": known.speedup_high,
+        }
         more, limit = own - work_of(free, images).seconds(machine, bandwidth), median(record.free_seconds)
         ends = {end: record.plain().get(f"efficiency_{end}") for end in ("low", "high")}
         row |= {"speed-up": record.speedup, "efficiency": record.efficiency, **ends}
         row["ceiling"] = limit / (limit + max(more, 0))
         row["goal"] = GOALS.get(record.method, SINGLE_GOAL if record.batch_size == 1 else USUAL_GOAL)
     return row
+
+
+def with_known_plans(model: Any, images: Tensor) -> Any:
+    """The model with the plans of these images: it merges and attends as the method does, and chooses nothing."""
+    fusion, plans = model.fusion, {}
+
+    def remembered(view: Any, r: int) -> Any:
+        if view.block not in plans:
+            plans[view.block] = type(fusion).plan(fusion, view, r)
+        return plans[view.block]
+
+    fusion.plan = remembered
+    with torch.inference_mode():
+        model(images)
+    return model
 
 
 def show(rows: list[dict[str, Any]], path: Path) -> None:
@@ -287,11 +310,13 @@ def show(rows: list[dict[str, Any]], path: Path) -> None:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
-    table = Table("Cell", "Batch", "ms", "At the limits", "Share", "Speed-up", "Efficiency", "Ceiling", "Goal")
+    table = Table(
+        "Cell", "Batch", "ms", "At the limits", "Share", "Speed-up", "Efficiency", "Plans known", "Ceiling", "Goal"
+    )
     for row in rows:
         figures = [f"{row['ms']:.1f}", f"{row['limit ms']:.1f}", f"{row['share']:.0%}"]
         if "efficiency" in row:
-            figures += [f"{row[name]:.2f}" for name in ("speed-up", "efficiency", "ceiling", "goal")]
+            figures += [f"{row[name]:.2f}" for name in ("speed-up", "efficiency", "plans known", "ceiling", "goal")]
         table.add_row(row["cell"], str(row["batch"]), *figures)
     Console(width=140).print(table)
 
