@@ -275,11 +275,7 @@ def roofline(base: Any, record: Any, images: Tensor, machine: Machine) -> dict[s
     if free := speed_limit(model, base) if record.free_seconds else None:
         beside = {"free": free, "known": with_known_plans(model, images)}
         known = measure_speed(beside, batch_size=len(images), images=images, seconds=6)[1]
-        row |= {
-            "plans known": known.speedup,
-            "plans known low": known.speedup_low,
-            "plans known high": known.speedup_high,
-        }
+        row |= {f"plans known{end}": getattr(known, f"speedup{end}") for end in ("", "_low", "_high")}
         more, limit = own - work_of(free, images).seconds(machine, bandwidth), median(record.free_seconds)
         ends = {end: record.plain().get(f"efficiency_{end}") for end in ("low", "high")}
         row |= {"speed-up": record.speedup, "efficiency": record.efficiency, **ends}
@@ -310,13 +306,12 @@ def show(rows: list[dict[str, Any]], path: Path) -> None:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
-    table = Table(
-        "Cell", "Batch", "ms", "At the limits", "Share", "Speed-up", "Efficiency", "Plans known", "Ceiling", "Goal"
-    )
+    compared = {"speed-up": "Speed-up", "efficiency": "Efficiency", "plans known": "Plans known", "ceiling": "Ceiling"}
+    table = Table("Cell", "Batch", "ms", "At the limits", "Share", *compared.values(), "Goal")
     for row in rows:
         figures = [f"{row['ms']:.1f}", f"{row['limit ms']:.1f}", f"{row['share']:.0%}"]
         if "efficiency" in row:
-            figures += [f"{row[name]:.2f}" for name in ("speed-up", "efficiency", "plans known", "ceiling", "goal")]
+            figures += [f"{row[name]:.2f}" for name in [*compared, "goal"]]
         table.add_row(row["cell"], str(row["batch"]), *figures)
     Console(width=140).print(table)
 
