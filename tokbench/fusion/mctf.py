@@ -73,25 +73,39 @@ class MCTF(Method):
         return min(patches // 2, patches + prefix - 10)
 
     def plan(self, view: View, r: int) -> Assignment:
-        # Softmax can underflow to 0, which no weighted mean or reciprocal survives.
-        received = view.attention().mean((1, 2)).clamp_min(1e-30)
-        weight = received if view.size is None else received * view.size / view.size.amax(1, keepdim=True)
-        match = _both_ways if self.bidirectional else best_proposals
-        return Assignment(*match(self.attraction(view, received), view.prefix, r), weight)
+        weigh = view.kernel("criteria", view.x) or criteria
+        alone, weight = weigh(view.received(), view.size, self.tau_info, self.tau_size)
+        propose = view.kernel("best_proposals", view.x)
+        if propose is not None and self.tau_sim == 1:
+            a, b = two_sets(view.kernel("unit", view.x)(view.x), view.prefix)  # type: ignore[misc]
+            back = r - r // 2 if self.bidirectional else 0
+            kept, source, slot = propose(a @ b.mT, view.prefix, r, back, alone)
+        else:
+            match = _both_ways if self.bidirectional else best_proposals
+            kept, source, slot = match(self.attraction(view, alone), view.prefix, r)
+        return Assignment(kept, source, slot, weight)
 
-    def attraction(self, view: View, received: Tensor) -> Tensor:
-        """W between the tokens of A and B: (B, |A|, |B|). Maxima scale all of an image's scores alike."""
-        a, b = two_sets(F.normalize(view.x.to(received.dtype), dim=-1), view.prefix)
+    def attraction(self, view: View, alone: Tensor) -> Tensor:
+        """W between the tokens of A and B, (B, |A|, |B|), of which `alone` (B, N) is each token's own part."""
+        a, b = two_sets(F.normalize(view.x.to(alone.dtype), dim=-1), view.prefix)
         similar = (a @ b.mT).add_(1).div_(2).clamp_min_(0) ** (1 / self.tau_sim)
-        alone = _root(1 / received, self.tau_info)
-        if view.size is not None:
-            alone = alone * _root(1 / view.size, self.tau_size)
         a, b = two_sets(alone, view.prefix)
         return similar.mul_(a.unsqueeze(-1)).mul_(b.unsqueeze(1))
 
 
+def criteria(received: Tensor, size: Tensor | None, tau_info: float, tau_size: float) -> tuple[Tensor, Tensor]:
+    """What a token brings into the scores of its pairs, and its weight in a merge, both (B, N), by the attention that
+    it received and its size, (B, N) each."""
+    received = received.clamp_min(1e-30)  # softmax can underflow to 0, which no weighted mean or reciprocal survives
+    alone = _root(1 / received, tau_info)
+    if size is None:
+        return alone, received
+    return alone * _root(1 / size, tau_size), received * size / size.amax(1, keepdim=True)
+
+
 def _root(score: Tensor, temperature: float) -> Tensor:
-    """A token's part of what its pairs share. The product of two scores before the root may be no float32."""
+    """A token's part of what its pairs share, up to a factor that an image's pairs have in common. The product of two
+    scores before the root may be no float32."""
     return (score / score.amax(1, keepdim=True)) ** (1 / temperature)
 
 
