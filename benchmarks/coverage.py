@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import timm
 import timm.models
 import torch
+from timm.layers import weight_init
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.beit import Block as BeitBlock
 from timm.models.eva import EvaBlock
@@ -56,13 +58,11 @@ def structures() -> dict[Structure, list[str]]:
 def build_shape(name: str) -> Any:
     """An architecture on the meta device, cut to one block where its blocks are alike."""
     # Drawing weights takes most of the time, even where there is nothing to draw.
-    draws = timm.models.is_model_in_modules(name, ["eva", "beit", "naflexvit"])
-    options: dict[str, Any] = {} if draws else {"weight_init": "skip"}
-    with torch.device("meta"):
+    with torch.device("meta"), patch.object(weight_init, "_trunc_normal_", lambda tensor, *_: tensor):
         try:
-            return timm.create_model(name, depth=SHAPE_DEPTH, **options)
+            return timm.create_model(name, depth=SHAPE_DEPTH)
         except AssertionError:  # the number of key heads is given block by block
-            return timm.create_model(name, **options)
+            return timm.create_model(name)
 
 
 def build_small(name: str, **options: Any) -> nn.Module:

@@ -35,7 +35,7 @@ def small_vit(**changes: object) -> VisionTransformer:
 def shapes_only(name: str, **changes: int) -> nn.Module:
     """A timm model with whatever weights the memory held: drawing a ViT-B's takes longer than counting it."""
     with torch.device("meta"):
-        model = timm.create_model(name, pretrained=False, **changes)
+        model = timm.create_model(name, pretrained=False, weight_init="skip", **changes)
     return model.to_empty(device="cpu")
 
 
