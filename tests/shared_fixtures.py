@@ -35,6 +35,8 @@ def _runs_are_quick():
 def _collections_are_quick():
     """They leave out what was imported, which is nearly all there is."""
     gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
