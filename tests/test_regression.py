@@ -20,7 +20,7 @@ from tokbench.check.differences import compare
 from tokbench.check.verdicts import Check, require_writable, summary, tell_github, write_junit
 from tokbench.config import Grid, MethodSpec, RunOptions
 from tokbench.errors import UserError
-from tokbench.fusion.core import METHODS, bipartite_match
+from tokbench.fusion.core import METHODS, View, bipartite_match
 from tokbench.fusion.kernels import kernels_on
 from tokbench.measure.stats import paired_drop, wilson
 from tokbench.results.folder import RunFolder
@@ -791,18 +791,16 @@ def test_this_code_says_what_the_reference_run_says(tokbench_command, tmp_path, 
     assert code == 0, f"tokbench check {' '.join(map(str, words))}\n{out}{err}"
 
 
-def match_the_least_similar(metric: torch.Tensor, prefix: int, r: int):
+def match_the_least_similar(view: View, metric: torch.Tensor, r: int):
     """Bipartite matching with the sign of every similarity wrong."""
     sign = torch.ones(metric.shape[1], 1)
     sign[::2] = -1
-    return bipartite_match(metric * sign, prefix, r)
+    return bipartite_match(metric * sign, view.prefix, r)
 
 
 def test_a_wrong_sign_in_the_matching_fails_our_own_check_at_its_settings(tokbench_command, monkeypatch, tmp_path):
-    from tokbench.fusion import tome
-
     copy = part_of_reference(tmp_path / "reference", kept("tome", "evit"))
-    monkeypatch.setattr(tome, "bipartite_match", match_the_least_similar)
+    monkeypatch.setattr(View, "match", match_the_least_similar)
     code, out, err = tokbench_command("check", "--baseline", copy, *OURS, "--out", tmp_path / "run")
     assert code == 1, out + err
     # What does not match tokens by it stands: the unreduced model and EViT, and what tokens cost.
