@@ -1,0 +1,227 @@
+"""Matching and merging of tokens on NVIDIA GPUs, in Triton: the same as core.py defines, in two launches and in one.
+
+For float32, bfloat16 and float16, without gradients. Triton is not everywhere: import this module only where there are
+CUDA tensors. With TRITON_INTERPRET=1 set before, it runs on the CPU, which is slow and for tests.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokbench.fusion.core import first_of_sets
+
+ROWS, COLUMNS = 32, 64  # of scores that one program computes at a time
+TILE = 2048  # channels, of one token or several, that one program merges
+
+
+def mean_heads(keys: Tensor) -> Tensor:
+    """`View.mean_keys`: keys (B, H, N, d) averaged over heads in float32, (B, N, d). Their last stride must be 1."""
+    batch, heads, tokens, width = keys.shape
+    out = torch.empty(batch, tokens, width, dtype=torch.float32, device=keys.device)
+    padded = _power_of_two(width)
+    step = max(1, TILE // padded)
+    with torch.cuda.device_of(keys):
+        _mean_heads[batch, triton.cdiv(tokens, step)](keys, out, tokens, width, *keys.stride()[:3], heads, step, padded)
+    return out
+
+
+def match(metric: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`bipartite_match`: kept (B, N−r), source (B, r) and slot (B, r) for the tokens' metric (B, N, D), 1 ≤ r ≤ |A|.
+
+    Products of half precision numbers are summed in float32, and nothing is rounded to theirs.
+    """
+    metric = metric.contiguous()
+    batch, tokens, width = metric.shape
+    a, b = first_of_sets(prefix)
+    rows = (tokens - a + 1) // 2
+    numbers = {"dtype": torch.long, "device": metric.device}
+    proposals = torch.empty(batch, rows, **numbers)
+    kept = torch.empty(batch, tokens - r, **numbers)
+    source, slot = torch.empty(batch, r, **numbers), torch.empty(batch, r, **numbers)
+    chunk = min(64, max(16, _power_of_two(width)))
+    padded = _power_of_two(max(prefix, rows + 1))  # B may have one token more than A
+    with torch.cuda.device_of(metric):
+        _propose[batch, triton.cdiv(rows, ROWS)](metric, proposals, tokens, width, a, b, ROWS, COLUMNS, chunk)
+        _settle[(batch,)](proposals, kept, source, slot, tokens, prefix, a, b, r, padded, max(1, 2 * TILE // padded))
+    return kept, source, slot
+
+
+def join(
+    x: Tensor, kept: Tensor, source: Tensor, slot: Tensor, weight: Tensor | None, longest: bool
+) -> tuple[Tensor, Tensor]:
+    """`merge` by mean, or by "mlerp" if `longest`, and the weights' `Assignment.total`: (B, M, C) in x's dtype and (B, M)
+    float32, whatever x's.
+
+    x: (B, N, C) with a last stride of 1. kept (B, M), source and slot (B, R) are an `Assignment`'s, which says what
+    comes of each token that is named. weight: (B, N) float32, None where all are 1.
+    """
+    kept, source, slot = kept.contiguous(), source.contiguous(), slot.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    (batch, tokens, channels), outputs = x.shape, kept.shape[1]
+    merged = torch.empty(batch, outputs, channels, dtype=x.dtype, device=x.device)
+    total = torch.empty(batch, outputs, dtype=torch.float32, device=x.device)
+    padded = _power_of_two(channels)
+    step = max(1, TILE // padded)
+    sizes = tokens, outputs, source.shape[1], channels, x.stride(0), x.stride(1)
+    with torch.cuda.device_of(x):
+        grid = batch, triton.cdiv(outputs, step)
+        _join[grid](x, kept, source, slot, weight, merged, total, *sizes, longest, step, 128, padded)
+    return merged, total
+
+
+def _power_of_two(number: int) -> int:
+    """The least one that is not below it."""
+    return 1 << (number - 1).bit_length()
+
+
+# Programs are numbered by image, and by a piece of it. Counts of tokens change from block to block: specialized on
+# them, kernels would be compiled anew for each that 16 divides.
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _mean_heads(
+    keys, out, tokens, width, of_image, of_head, of_token,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    channel = tl.arange(0, WIDTH)[None, :]
+    inside = (token < tokens) & (channel < width)
+    at = keys + image * of_image + token * of_token + channel
+    mean = tl.zeros((TOKENS, WIDTH), tl.float32)
+    for head in range(HEADS):
+        mean += tl.load(at + head * of_head, mask=inside, other=0).to(tl.float32)
+    tl.store(out + (image * tokens + token) * width + channel, tl.div_rn(mean, HEADS * 1.0), mask=inside)
+
+
+@triton.jit
+def _in_order(score):
+    # Integers in the order of float32 scores. As for torch.max, −0 equals 0 and NaN is above all.
+    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
+    return tl.where(score == score, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), 0x7FFFFFFF)
+
+
+@triton.jit(do_not_specialize=["tokens", "a", "b"])
+def _propose(
+    metric, proposals, tokens, width, a, b,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    # Of each token of A: the order of its best score above 32 bits, of which the largest is its first token of B.
+    image = tl.program_id(0).to(tl.int64)
+    rows, columns = (tokens - a + 1) // 2, (tokens - b + 1) // 2
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    metric += image * tokens * width
+    best = tl.full((ROWS,), -0x8000000000000000, tl.int64)
+    for start in range(0, columns, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        product = tl.zeros((ROWS, COLUMNS), tl.float32)
+        row_square, column_square = tl.zeros((ROWS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
+        for first in range(0, width, CHUNK):
+            channel = first + tl.arange(0, CHUNK)
+            inside = channel < width
+            left = tl.load(
+                metric + (a + 2 * row)[:, None] * width + channel[None, :],
+                mask=(row < rows)[:, None] & inside[None, :],
+                other=0,
+            )
+            right = tl.load(
+                metric + (b + 2 * column)[None, :] * width + channel[:, None],
+                mask=(column < columns)[None, :] & inside[:, None],
+                other=0,
+            )
+            product = tl.dot(left, right, product, input_precision="ieee")
+            row_square += tl.sum(left.to(tl.float32) * left.to(tl.float32), 1)
+            column_square += tl.sum(right.to(tl.float32) * right.to(tl.float32), 0)
+        row_norm = tl.maximum(tl.sqrt_rn(row_square), 1e-12)
+        column_norm = tl.maximum(tl.sqrt_rn(column_square), 1e-12)
+        order = _in_order(tl.div_rn(product, row_norm[:, None] * column_norm[None, :])).to(tl.int64)
+        packed = (order << 32) | (0x7FFFFFFF - column)[None, :]
+        packed = tl.where((column < columns)[None, :], packed, -0x8000000000000000)
+        best = tl.maximum(best, tl.max(packed, 1))
+    tl.store(proposals + image * rows + row, best, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["tokens", "prefix", "a", "b", "r"])
+def _settle(
+    proposals, kept, source, slot, tokens, prefix, a, b, r,
+    LENGTH: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    # A proposal's rank is how many are ahead of it, which makes a permutation of whatever they are.
+    image = tl.program_id(0).to(tl.int64)
+    rows, columns = (tokens - a + 1) // 2, (tokens - b + 1) // 2
+    row = tl.arange(0, LENGTH)
+    proposals += image * rows
+    own = tl.load(proposals + row, mask=row < rows, other=0)
+    order = (own >> 32).to(tl.int32)[:, None]
+    rank = tl.zeros((LENGTH,), tl.int32)
+    for start in range(0, rows, CHUNK):
+        other = start + tl.arange(0, CHUNK)
+        theirs = tl.load(proposals + other, mask=other < rows, other=-0x8000000000000000)
+        theirs, other = (theirs >> 32).to(tl.int32)[None, :], other[None, :]
+        ahead = (theirs > order) | ((theirs == order) & (other < row[:, None]))
+        rank += tl.sum(ahead.to(tl.int32), 1)
+    goes, stays = (row < rows) & (rank < r), (row < rows) & (rank >= r)
+    staying = prefix + rows - r
+    tl.store(source + image * r + rank, a + 2 * row, mask=goes)
+    tl.store(slot + image * r + rank, 0x7FFFFFFF - (own & 0x7FFFFFFF) + staying, mask=goes)
+    kept += image * (tokens - r)
+    tl.store(kept + row, row, mask=row < prefix)
+    tl.store(kept + prefix + tl.cumsum(stays.to(tl.int32), 0) - 1, a + 2 * row, mask=stays)
+    tl.store(kept + staying + row, b + 2 * row, mask=row < columns)
+
+
+@triton.jit(do_not_specialize=["tokens", "outputs", "sources"])
+def _join(
+    x, kept, source, slot, weight, merged, total, tokens, outputs, sources, channels, of_image, of_token,
+    LONGEST: tl.constexpr, OUTPUTS: tl.constexpr, SOURCES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(0).to(tl.int64)
+    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    inside = output < outputs
+    channel = tl.arange(0, CHANNELS)[None, :]
+    x += image * of_image
+    source += image * sources
+    slot += image * sources
+    token = tl.load(kept + image * outputs + output, mask=inside, other=0)
+    there = inside[:, None] & (channel < channels)
+    own = tl.load(x + token[:, None] * of_token + channel, mask=there, other=0)
+    before = own.to(tl.float32)
+    moved = tl.zeros((OUTPUTS, CHANNELS), tl.float32)
+    square = tl.sum(before * before, 1)
+    mass = tl.full((OUTPUTS,), 1, tl.float32)
+    if weight is not None:
+        weight += image * tokens
+        mass = tl.load(weight + token, mask=inside, other=1)
+    joined = tl.full((OUTPUTS,), 0, tl.int1)
+    for start in range(0, sources, SOURCES):
+        number = start + tl.arange(0, SOURCES)
+        to = tl.load(slot + number, mask=number < sources, other=-1)
+        waiting = to[None, :] == output[:, None]
+        # Each round takes every output token's next source, so that it adds them in their order.
+        for _ in range(tl.max(tl.sum(waiting.to(tl.int32), 1), 0)):
+            following = tl.min(tl.where(waiting, number[None, :], sources), 1)
+            waiting = waiting & (number[None, :] > following[:, None])
+            comes = following < sources
+            token = tl.load(source + following, mask=comes, other=0)
+            there = comes[:, None] & (channel < channels)
+            row = tl.load(x + token[:, None] * of_token + channel, mask=there, other=0).to(tl.float32)
+            share = comes.to(tl.float32)
+            if weight is not None:
+                share = tl.load(weight + token, mask=comes, other=0)
+            moved += (row - before) * share[:, None]
+            mass += share
+            joined = joined | comes
+            if LONGEST:
+                square = tl.maximum(square, tl.sum(row * row, 1))
+    after = before + tl.div_rn(moved, mass[:, None])
+    if LONGEST:
+        # Two steps, of which neither leaves float32's range; tokens that cancel out stay 0, for they have no direction.
+        length = tl.maximum(tl.sqrt_rn(tl.sum(after * after, 1)), 1.1754943508222875e-38)
+        after = tl.div_rn(after, length[:, None]) * tl.sqrt_rn(square)[:, None]
+    there = inside[:, None] & (channel < channels)
+    at = merged + (image * outputs + output)[:, None] * channels + channel
+    tl.store(at, tl.where(joined[:, None], after.to(own.dtype), own), mask=there)
+    tl.store(total + image * outputs + output, mass, mask=inside)
