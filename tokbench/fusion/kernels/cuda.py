@@ -13,8 +13,10 @@ from torch import Tensor
 
 from tokbench.fusion.core import first_of_sets
 
-ROWS, COLUMNS = 32, 64  # of scores that one program computes at a time
+# Of the scores that one program computes at a time, and channels: with more, its registers do not suffice.
+ROWS, COLUMNS, CHUNK = 16, 64, 32
 TILE = 2048  # channels, of one token or several, that one program merges
+FUSED = {"enable_fp_fusion": True}  # multiply and add as one; Triton warns where it has to choose
 
 
 def mean_heads(keys: Tensor) -> Tensor:
@@ -24,14 +26,16 @@ def mean_heads(keys: Tensor) -> Tensor:
     padded = _power_of_two(width)
     step = max(1, TILE // padded)
     with torch.cuda.device_of(keys):
-        _mean_heads[batch, triton.cdiv(tokens, step)](keys, out, tokens, width, *keys.stride()[:3], heads, step, padded)
+        _mean_heads[batch, triton.cdiv(tokens, step)](
+            keys, out, tokens, width, *keys.stride()[:3], heads, step, padded, **FUSED
+        )
     return out
 
 
 def match(metric: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """`bipartite_match`: kept (B, N−r), source (B, r) and slot (B, r) for the tokens' metric (B, N, D), 1 ≤ r ≤ |A|.
 
-    Products of half precision numbers are summed in float32, and nothing is rounded to theirs.
+    Half precision is nowhere rounded to: scores are those of the same numbers in float32.
     """
     metric = metric.contiguous()
     batch, tokens, width = metric.shape
@@ -41,19 +45,19 @@ def match(metric: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
     proposals = torch.empty(batch, rows, **numbers)
     kept = torch.empty(batch, tokens - r, **numbers)
     source, slot = torch.empty(batch, r, **numbers), torch.empty(batch, r, **numbers)
-    chunk = min(64, max(16, _power_of_two(width)))
     padded = _power_of_two(max(prefix, rows + 1))  # B may have one token more than A
     with torch.cuda.device_of(metric):
-        _propose[batch, triton.cdiv(rows, ROWS)](metric, proposals, tokens, width, a, b, ROWS, COLUMNS, chunk)
-        _settle[(batch,)](proposals, kept, source, slot, tokens, prefix, a, b, r, padded, max(1, 2 * TILE // padded))
+        grid = batch, triton.cdiv(rows, ROWS)
+        _propose[grid](metric, proposals, tokens, width, a, b, ROWS, COLUMNS, CHUNK, **FUSED)
+        step = max(1, 2 * TILE // padded)
+        _settle[(batch,)](proposals, kept, source, slot, tokens, prefix, a, b, r, padded, step, **FUSED)
     return kept, source, slot
 
 
 def join(
     x: Tensor, kept: Tensor, source: Tensor, slot: Tensor, weight: Tensor | None, longest: bool
 ) -> tuple[Tensor, Tensor]:
-    """`merge` by mean, or by "mlerp" if `longest`, and the weights' `Assignment.total`: (B, M, C) in x's dtype and (B, M)
-    float32, whatever x's.
+    """`merge` by mean, or by "mlerp" if `longest`, (B, M, C), and `Assignment.total` of the weights, (B, M) float32.
 
     x: (B, N, C) with a last stride of 1. kept (B, M), source and slot (B, R) are an `Assignment`'s, which says what
     comes of each token that is named. weight: (B, N) float32, None where all are 1.
@@ -68,7 +72,7 @@ def join(
     sizes = tokens, outputs, source.shape[1], channels, x.stride(0), x.stride(1)
     with torch.cuda.device_of(x):
         grid = batch, triton.cdiv(outputs, step)
-        _join[grid](x, kept, source, slot, weight, merged, total, *sizes, longest, step, 128, padded)
+        _join[grid](x, kept, source, slot, weight, merged, total, *sizes, longest, step, 128, padded, **FUSED)
     return merged, total
 
 
@@ -126,15 +130,15 @@ def _propose(
                 metric + (a + 2 * row)[:, None] * width + channel[None, :],
                 mask=(row < rows)[:, None] & inside[None, :],
                 other=0,
-            )
+            ).to(tl.float32)
             right = tl.load(
                 metric + (b + 2 * column)[None, :] * width + channel[:, None],
                 mask=(column < columns)[None, :] & inside[:, None],
                 other=0,
-            )
+            ).to(tl.float32)
             product = tl.dot(left, right, product, input_precision="ieee")
-            row_square += tl.sum(left.to(tl.float32) * left.to(tl.float32), 1)
-            column_square += tl.sum(right.to(tl.float32) * right.to(tl.float32), 0)
+            row_square += tl.sum(left * left, 1)
+            column_square += tl.sum(right * right, 0)
         row_norm = tl.maximum(tl.sqrt_rn(row_square), 1e-12)
         column_norm = tl.maximum(tl.sqrt_rn(column_square), 1e-12)
         order = _in_order(tl.div_rn(product, row_norm[:, None] * column_norm[None, :])).to(tl.int64)
