@@ -152,6 +152,18 @@ def test_kernels_give_what_the_definitions_do_on_a_gpu() -> None:
 
 
 @pytest.mark.gpu
+def test_kernels_are_part_of_what_is_compiled() -> None:
+    from tokbench.fusion.kernels import cuda
+
+    def merged(keys: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return cuda.join(x, *cuda.match(cuda.mean_heads(keys), 1, 8), None, False)
+
+    keys, x = torch.randn(2, 3, 65, 32, device=GPU), torch.randn(2, 65, 96, device=GPU)
+    for one, other in zip(torch.compile(merged, fullgraph=True)(keys, x), merged(keys, x), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
 def test_kernels_go_through_thousands_of_tokens() -> None:
     """Beside float64, for which scores are no ties that are none."""
     from tokbench.fusion.kernels import cuda

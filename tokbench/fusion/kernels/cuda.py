@@ -6,6 +6,9 @@ CUDA tensors. With TRITON_INTERPRET=1 set before, it runs on the CPU, which is s
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +28,7 @@ def mean_heads(keys: Tensor) -> Tensor:
     out = torch.empty(batch, tokens, width, dtype=torch.float32, device=keys.device)
     padded = _power_of_two(width)
     step = max(1, TILE // padded)
-    with torch.cuda.device_of(keys):
+    with _device_of(keys):
         _mean_heads[batch, triton.cdiv(tokens, step)](
             keys, out, tokens, width, *keys.stride()[:3], heads, step, padded, **FUSED
         )
@@ -41,12 +44,11 @@ def match(metric: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens, width = metric.shape
     a, b = first_of_sets(prefix)
     rows = (tokens - a + 1) // 2
-    numbers = {"dtype": torch.long, "device": metric.device}
-    proposals = torch.empty(batch, rows, **numbers)
-    kept = torch.empty(batch, tokens - r, **numbers)
-    source, slot = torch.empty(batch, r, **numbers), torch.empty(batch, r, **numbers)
+    proposals, kept, source, slot = (
+        metric.new_empty(batch, length, dtype=torch.long) for length in (rows, tokens - r, r, r)
+    )
     padded = _power_of_two(max(prefix, rows + 1))  # B may have one token more than A
-    with torch.cuda.device_of(metric):
+    with _device_of(metric):
         grid = batch, triton.cdiv(rows, ROWS)
         _propose[grid](metric, proposals, tokens, width, a, b, ROWS, COLUMNS, CHUNK, **FUSED)
         step = max(1, 2 * TILE // padded)
@@ -70,10 +72,15 @@ def join(
     padded = _power_of_two(channels)
     step = max(1, TILE // padded)
     sizes = tokens, outputs, source.shape[1], channels, x.stride(0), x.stride(1)
-    with torch.cuda.device_of(x):
+    with _device_of(x):
         grid = batch, triton.cdiv(outputs, step)
         _join[grid](x, kept, source, slot, weight, merged, total, *sizes, longest, step, 128, padded, **FUSED)
     return merged, total
+
+
+def _device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton starts kernels on the current device. What torch.compile makes of this sees to that itself."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(x)
 
 
 def _power_of_two(number: int) -> int:
