@@ -359,6 +359,7 @@ def test_the_machine_is_described_for_json() -> None:
     assert machine["cpu"] and machine["platform"]
     assert machine["torch"] == package_versions()["torch"]
     assert machine["torch_build"].startswith(torch.__version__) and machine["cpu_capability"]
+    assert machine["kernels"] in ("C", None)
     assert "gpu" not in machine
 
 

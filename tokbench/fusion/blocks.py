@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tokbench.errors import UserError, one_line
 from tokbench.fusion.core import Assignment, Method, State, View, attend, attend_merged, attend_reduced, for_every_head
+from tokbench.fusion.kernels import kernels_for
 from tokbench.schedules import Schedule
 
 # From values (B, H, M, d) of a block's tokens to what its attention makes of them, (B, M, H·d).
@@ -163,7 +164,7 @@ class Fusion:
             begun=self.state.begun,
             nominal=(self.state.nominal or int(x.shape[1])) - self.prefix,
             padded=self.state.count is not None,
-            fused=self.fused,
+            kernels=kernels_for(x) if self.fused else None,
             fixed=torch.compiler.is_compiling() or (torch.jit.is_tracing() and not self.counted),
         )
 
@@ -172,12 +173,12 @@ class Fusion:
         with in_own_precision(view.x.device.type):
             plan = self.plan(view, r)
             before = self.state.size
-            reduced = self.state.carry_out(plan, view.x, self.method.tracks_size)
+            reduced = self.state.carry_out(plan, view.x, self.method.tracks_size, view.kernels)
             if not self.method.reuses_attention:
                 return reduced, None
-            # FLOPs are those of the definition.
-            way = attend_merged if self.fused and not torch.jit.is_tracing() else attend_reduced
-            return reduced, partial(way, view.attention(), plan, before)
+            if not self.fused or torch.jit.is_tracing():  # FLOPs are those of the definition
+                return reduced, partial(attend_reduced, view.attention(), plan, before)
+            return reduced, partial(attend_merged, view.attention(), plan, before, kernels=view.kernels)
 
     def finish(self, r: int, tokens: int) -> None:
         """Note what a block left of the r tokens that were to go from it."""

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, wraps
+from types import ModuleType
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -49,7 +50,7 @@ class Assignment:
     mass: Tensor | None = None
     mix: Tensor | None = None
     count: Tensor | None = None
-    _members: tuple[Tensor, tuple[Tensor, Tensor, Tensor]] | None = field(default=None, init=False, repr=False)
+    _known: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)  # values, and their total
 
     def require_valid(self, view: View) -> None:
         """Raise UserError unless this can be carried out on the tokens of `view`. Looks at values: not for speed."""
@@ -112,23 +113,25 @@ class Assignment:
         return target.scatter(1, self.source, slot)
 
     def total(self, values: Tensor) -> Tensor:
-        """Sum of `values` (B, N) over the members of each output token: (B, M)."""
+        """Sum of `values` (B, N) over the members of each output token: (B, M).
+
+        That of the last values is remembered: merging and counting sizes both ask for it.
+        """
         if self.source is None or (self.slot is None and self.mix is None):
             return values.gather(1, self.kept)
         if self.mix is None:
-            return self.members(values)[2]
+            assert self.slot is not None
+            if self._known is None or self._known[0] is not values:
+                own, others = values.gather(1, self.kept), values.gather(1, self.source)
+                self.remember(values, own.scatter_add(1, self.slot, others))
+            return self._known[1]  # type: ignore[index]
         own = values if self.weight is None else values * self.weight
         taken = (self.mix * values.gather(1, self.source).unsqueeze(1)).sum(-1)
         return own.gather(1, self.kept) + F.pad(taken, (self.kept.shape[1] - taken.shape[1], 0))
 
-    def members(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`values` (B, N) of the tokens kept and of the sources, and their sum in each output token: (B, M), (B, R) and
-        (B, M). Those of the same tensor are remembered: merging and counting sizes both ask for them."""
-        assert self.source is not None and self.slot is not None
-        if self._members is None or self._members[0] is not values:
-            own, others = values.gather(1, self.kept), values.gather(1, self.source)
-            self._members = values, (own, others, own.scatter_add(1, self.slot, others))
-        return self._members[1]
+    def remember(self, values: Tensor, total: Tensor) -> None:
+        """Have `total` (B, M) be the total of these very values."""
+        self._known = values, total
 
 
 def _require_index(name: str, index: Any, shape: tuple[int, ...], end: int, device: torch.device) -> None:
@@ -146,23 +149,27 @@ def _require_numbers(name: str, numbers: Tensor, shape: tuple[int, ...], device:
         raise UserError(f"{name} must be {shape} on {device}, not {tuple(numbers.shape)}")
 
 
-def merge(x: Tensor, plan: Assignment, size: Tensor | None) -> Tensor:
+def merge(x: Tensor, plan: Assignment, size: Tensor | None, kernels: ModuleType | None = None) -> Tensor:
     """Carry out `plan` on the tokens x: (B, N, C) → (B, M, C). Tokens that nothing joins are passed on bit for bit.
 
-    size: (B, N) token sizes, None where all are 1.
+    size: (B, N) token sizes, None where all are 1. kernels: of fusion/kernels, that may do it.
     """
     if plan.mix is not None:
         return _mix(x, plan)
-    kept = x[:, : plan.kept.shape[1]] if plan.sliced else pick(x, plan.kept)
     if plan.source is None or plan.slot is None:
-        return kept
+        return x[:, : plan.kept.shape[1]] if plan.sliced else pick(x, plan.kept)
     weight = next((one for one in (plan.weight, plan.mass, size) if one is not None), None)
     if weight is None:
         weight = torch.ones(x.shape[:2], dtype=score_dtype(x), device=x.device)
-    own, others, total = plan.members(weight)
+    if kernels is not None and plan.combine != "sum" and x.dtype in kernels.DTYPES and weight.dtype == torch.float32:
+        merged, total = kernels.join(x, plan.kept, plan.source, plan.slot, weight, plan.combine == "mlerp")
+        plan.remember(weight, total)
+        return merged
+    kept = x[:, : plan.kept.shape[1]] if plan.sliced else pick(x, plan.kept)
+    others, total = weight.gather(1, plan.source), plan.total(weight)
     sources = pick(x, plan.source)
     if plan.combine == "sum":
-        joined = kept * own.unsqueeze(-1).to(x.dtype)
+        joined = kept * weight.gather(1, plan.kept).unsqueeze(-1).to(x.dtype)
         return joined.scatter_add_(1, wide(plan.slot, x), sources * others.unsqueeze(-1).to(x.dtype))
     # Shares of a mean sum to 1: each source moves its token by its share of the way between them. Only tokens that are
     # joined are computed, and no intermediate is larger than a token, so float16 can't overflow here.
@@ -268,9 +275,10 @@ class View:
     nominal: int = 0
     padded: bool = False
     fixed: bool = False
-    fused: bool = True
+    kernels: ModuleType | None = None
     _heads: tuple[Tensor, Tensor] | None = None
     _attention: Tensor | None = None
+    _received: Tensor | None = None
 
     @property
     def queries(self) -> Tensor:
@@ -285,19 +293,38 @@ class View:
             self._heads = self.heads()
         return self._heads
 
+    def kernel(self, name: str, *tensors: Tensor) -> Callable[..., Any] | None:
+        """The kernel of that name for these tensors, None where the definition has to do."""
+        if self.kernels is None or any(one.dtype not in self.kernels.DTYPES for one in tensors):
+            return None
+        return getattr(self.kernels, name, None)
+
     def mean_keys(self) -> Tensor:
         """k̄: keys averaged over heads, (B, N, d), float32 at least."""
-        keys, precise = self.keys, score_dtype(self.keys)
-        if keys.device.type != "cpu" or not self.fused:
-            return keys.mean(1, dtype=precise)
-        # Reduction over a dimension amid others takes three times as long on the CPU as adding whole heads.
-        return sum(keys.unbind(1)[1:], keys[:, 0].to(precise)) / keys.shape[1]
+        if mean := self.kernel("mean_heads", self.keys):
+            return mean(self.keys)
+        return self.keys.mean(1, dtype=score_dtype(self.keys))
+
+    def match(self, metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`bipartite_match` of these tokens by a metric (B, N, D)."""
+        return (self.kernel("match", metric) or bipartite_match)(metric, self.prefix, r)
 
     def attention(self) -> Tensor:
         """A = softmax(Q Kᵀ/√d, + log s and a position bias where the block uses them): (B, H, N, N), computed once."""
         if self._attention is None:
-            self._attention = self._rows(self._rotated(self.queries), self.log_size)
+            softmax = self.kernel("softmax", self.queries, self.keys) if self.bias is None else None
+            if softmax is None:
+                self._attention = self._rows(self._rotated(self.queries), self.log_size)
+            else:
+                keys = for_every_head(self._rotated(self.keys), self.queries.shape[1])
+                logits = self._rotated(self.queries) @ keys.mT
+                self._attention, self._received = softmax(logits, self.scale, self.log_size)
         return self._attention
+
+    def received(self) -> Tensor:
+        """Attention that each token receives, mean over heads and queries of A: (B, N)."""
+        attention = self.attention()
+        return attention.mean((1, 2)) if self._received is None else self._received.mean(1) / attention.shape[2]
 
     def plain_attention(self) -> Tensor:
         """softmax(Q Kᵀ/√d), without log s even where the block uses it: (B, H, N, N)."""
@@ -305,7 +332,7 @@ class View:
 
     def attend_with(self, attention: Tensor) -> None:
         """Have `attention` (B, H, N, N) be the A of this block."""
-        self._attention = attention
+        self._attention, self._received = attention, None
 
     def _rotated(self, heads: Tensor) -> Tensor:
         return heads if self.rotate is None else self.rotate(heads)
@@ -325,6 +352,8 @@ class View:
 
         Without a class token: the attention it receives, mean over heads and queries.
         """
+        if not self.has_class_token and not self.padded:
+            return self.received()
         return self.class_rows().mean((1, 2))
 
     def class_rows(self) -> Tensor:
@@ -498,7 +527,9 @@ def attend_reduced(attention: Tensor, plan: Assignment, size: Tensor | None, val
     return attend(reduce_attention(attention, plan, size), values)
 
 
-def attend_merged(attention: Tensor, plan: Assignment, size: Tensor | None, values: Tensor) -> Tensor:
+def attend_merged(
+    attention: Tensor, plan: Assignment, size: Tensor | None, values: Tensor, kernels: ModuleType | None = None
+) -> Tensor:
     """The same as `attend_reduced`, which reads and writes A twice more.
 
     A sum of columns times a value is each column times that value; rows of a product are averaged as those of A are.
@@ -508,7 +539,7 @@ def attend_merged(attention: Tensor, plan: Assignment, size: Tensor | None, valu
     if not plain:
         return attend_reduced(attention, plan, size, values)
     spread = pick(values.transpose(1, 2).flatten(2), plan.target(tokens))
-    return merge(attend(attention, spread.unflatten(2, (len(values[0]), -1)).transpose(1, 2)), plan, size)
+    return merge(attend(attention, spread.unflatten(2, (len(values[0]), -1)).transpose(1, 2)), plan, size, kernels)
 
 
 def reduce_attention(attention: Tensor, plan: Assignment, size: Tensor | None) -> Tensor:
@@ -550,12 +581,12 @@ class State:
         """For copies, which torch refuses to make of a tensor that gradients flow through, as they do to sizes."""
         return {name: one.detach() if isinstance(one, Tensor) else one for name, one in vars(self).items()}
 
-    def carry_out(self, plan: Assignment, x: Tensor, tracks_size: bool) -> Tensor:
+    def carry_out(self, plan: Assignment, x: Tensor, tracks_size: bool, kernels: ModuleType | None = None) -> Tensor:
         """The tokens x (B, N, C) after a plan, (B, M, C); sizes and map are brought up to date with it."""
         tokens, grows = int(x.shape[1]), tracks_size and plan.source is not None
         if self.size is None and (grows or plan.count is not None):
             self.size = torch.ones(x.shape[:2], dtype=score_dtype(x), device=x.device)
-        merged, size = merge(x, plan, self.size), self.size
+        merged, size = merge(x, plan, self.size, kernels), self.size
         if size is not None:
             if not grows:
                 size = size.gather(1, plan.kept)
@@ -586,15 +617,18 @@ def two_sets(x: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
     return x[:, a::2], x[:, b::2]
 
 
-def best_proposals(score: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
+def best_proposals(score: Tensor, prefix: int, r: int, by_score: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Each token of A proposes to its best token of B, and the r best proposals go.
 
     score: (B, |A|, |B|), of the tokens in `two_sets`.
-    Returns kept: (B, N−r) in the order prefix, A ascending, B ascending; source: (B, r); slot: (B, r).
+    Returns kept: (B, N−r) in the order prefix, A ascending (by falling score if `by_score`), B ascending; source:
+    (B, r), by falling score; slot: (B, r).
     """
     best, partner = score.max(-1)
     ranked = best.argsort(dim=-1, descending=True, stable=True)
-    going, staying = ranked[:, :r], ranked[:, r:].sort(dim=-1).values
+    going, staying = ranked[:, :r], ranked[:, r:]
+    if not by_score:
+        staying = staying.sort(dim=-1).values
     a, b = first_of_sets(prefix)
     all_of_b = torch.arange(b, b + 2 * score.shape[2], 2, device=score.device)
     kept = after_prefix(prefix, a + 2 * staying, all_of_b.expand(staying.shape[0], -1))

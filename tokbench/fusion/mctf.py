@@ -74,24 +74,34 @@ class MCTF(Method):
 
     def plan(self, view: View, r: int) -> Assignment:
         # Softmax can underflow to 0, which no weighted mean or reciprocal survives.
-        received = view.attention().mean((1, 2)).clamp_min(1e-30)
+        received = view.received().clamp_min(1e-30)
         weight = received if view.size is None else received * view.size / view.size.amax(1, keepdim=True)
-        match = _both_ways if self.bidirectional else best_proposals
-        return Assignment(*match(self.attraction(view, received), view.prefix, r), weight)
+        return Assignment(*self.match(view, received, r), weight)
 
-    def attraction(self, view: View, received: Tensor) -> Tensor:
-        """W between the tokens of A and B: (B, |A|, |B|). Maxima scale all of an image's scores alike."""
-        a, b = two_sets(F.normalize(view.x.to(received.dtype), dim=-1), view.prefix)
-        similar = (a @ b.mT).add_(1).div_(2).clamp_min_(0) ** (1 / self.tau_sim)
+    def match(self, view: View, received: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The best pairs by W: kept (B, N−r), source (B, r) and slot (B, r)."""
         alone = _root(1 / received, self.tau_info)
         if view.size is not None:
             alone = alone * _root(1 / view.size, self.tau_size)
+        propose = view.kernel("best_proposals", view.x)
+        if propose is not None and self.tau_sim == 1:
+            unit = view.kernel("unit", view.x)(view.x)  # type: ignore[misc]
+            a, b = two_sets(unit, view.prefix)
+            return propose(a @ b.mT, view.prefix, r, back=(r + 1) // 2 if self.bidirectional else 0, alone=alone)
+        match = _both_ways if self.bidirectional else best_proposals
+        return match(self.attraction(view, alone), view.prefix, r)
+
+    def attraction(self, view: View, alone: Tensor) -> Tensor:
+        """W between the tokens of A and B, (B, |A|, |B|), of which `alone` (B, N) is each token's own part."""
+        a, b = two_sets(F.normalize(view.x.to(alone.dtype), dim=-1), view.prefix)
+        similar = (a @ b.mT).add_(1).div_(2).clamp_min_(0) ** (1 / self.tau_sim)
         a, b = two_sets(alone, view.prefix)
         return similar.mul_(a.unsqueeze(-1)).mul_(b.unsqueeze(1))
 
 
 def _root(score: Tensor, temperature: float) -> Tensor:
-    """A token's part of what its pairs share. The product of two scores before the root may be no float32."""
+    """A token's part of what its pairs share, up to a factor that an image's pairs have in common. The product of two
+    scores before the root may be no float32."""
     return (score / score.amax(1, keepdim=True)) ** (1 / temperature)
 
 

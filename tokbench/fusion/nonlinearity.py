@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from tokbench.fusion.core import Assignment, Method, View, bipartite_match, pick
+from tokbench.fusion.core import Assignment, Method, View, pick
 from tokbench.fusion.patch import fork, insert
 from tokbench.schedules import Schedule
 
@@ -42,7 +42,7 @@ class _Gauge(Method):
         return patches // 2
 
     def plan(self, view: View, r: int) -> Assignment:
-        kept, source, slot = bipartite_match(view.mean_keys(), view.prefix, r)
+        kept, source, slot = view.match(view.mean_keys(), r)
         a, b = pick(view.x, source), pick(view.x, kept.gather(1, slot))
         middle, ends = self.branch(view, (a + b) / 2), (self.branch(view, a) + self.branch(view, b)) / 2
         self.errors[view.block] = ((middle - ends).norm(dim=-1) / ends.norm(dim=-1)).flatten().tolist()

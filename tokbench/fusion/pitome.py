@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch.nn.functional as F
+from torch import Tensor
 
-from tokbench.fusion.core import Assignment, Method, View, after_prefix, pick, register_method
+from tokbench.fusion.core import Assignment, Method, View, after_prefix, best_proposals, pick, register_method
 
 
 @register_method
@@ -25,22 +27,23 @@ class PiToMe(Method):
         return patches // 2  # what its sets allow: tokens go from A, every other one of the sorted list
 
     def plan(self, view: View, r: int) -> Assignment:
-        unit = F.normalize(view.mean_keys()[:, view.prefix :], dim=-1)
+        prefix, metric = view.prefix, view.mean_keys()[:, view.prefix :]
+        unit = (view.kernel("unit", metric) or partial(F.normalize, dim=-1))(metric)
         cosine = unit @ unit.mT
         margin = 0.75 - 0.75 * view.block / view.depth
-        energy = F.elu(cosine - margin, inplace=True).mean(-1)
+        energy = (view.kernel("energy", cosine) or mean_elu)(cosine, margin)
         ranked = energy.argsort(dim=-1, descending=True, stable=True)
 
-        everywhere = view.block < (view.depth + 1) // 2
-        matched = ranked if everywhere else ranked[:, : 2 * r]
-        a, b = matched[:, ::2], matched[:, 1::2]
-        columns = b.unsqueeze(1).expand(-1, a.shape[1], -1)
-        best, partner = pick(cosine, a).gather(2, columns).max(-1)
-        if everywhere:
-            order = best.argsort(dim=-1, descending=True, stable=True)
-            source, stay = a.gather(1, order[:, :r]), a.gather(1, order[:, r:])
-            partner = partner.gather(1, order[:, :r])
-        else:
-            source, stay = a, ranked[:, 2 * r :]
-        kept = after_prefix(view.prefix, stay + view.prefix, b + view.prefix)
-        return Assignment(kept, source + view.prefix, partner + view.prefix + stay.shape[1])
+        matched, isolated = ranked, ranked[:, :0]
+        if view.block >= (view.depth + 1) // 2:
+            matched, isolated = ranked[:, : 2 * r], ranked[:, 2 * r :]
+        ordered = pick(unit, matched)
+        propose = view.kernel("best_proposals", unit) or best_proposals
+        kept, source, slot = propose(ordered[:, ::2] @ ordered[:, 1::2].mT, 0, r, by_score=True)
+        kept = after_prefix(prefix, isolated + prefix, matched.gather(1, kept) + prefix)
+        return Assignment(kept, matched.gather(1, source) + prefix, slot + prefix + isolated.shape[1])
+
+
+def mean_elu(cosine: Tensor, margin: float) -> Tensor:
+    """Energies (B, T) from cosines (B, T, T)."""
+    return F.elu(cosine - margin, inplace=True).mean(-1)

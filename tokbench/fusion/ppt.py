@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tokbench.fusion.core import Assignment, Method, View, after_prefix, bipartite_match, register_method, score_dtype
+from tokbench.fusion.core import Assignment, Method, View, after_prefix, register_method, score_dtype
 
 
 @register_method
@@ -44,7 +44,7 @@ class PPT(Method):
         score = score / score.sum(1, keepdim=True)
         merges = (score.var(1) < self.tau).unsqueeze(1)
         ranked = score.argsort(dim=-1, descending=True, stable=True) + prefix
-        kept, source, slot = bipartite_match(view.mean_keys(), prefix, r)
+        kept, source, slot = view.match(view.mean_keys(), r)
         kept = torch.where(merges, kept, after_prefix(prefix, ranked[:, :-r]))
         source = torch.where(merges, source, ranked[:, -r:])
         size = torch.ones(view.x.shape[:2], dtype=score.dtype, device=score.device) if view.size is None else view.size

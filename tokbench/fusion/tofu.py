@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from tokbench.errors import UserError
-from tokbench.fusion.core import Assignment, Method, View, bipartite_match, register_method
+from tokbench.fusion.core import Assignment, Method, View, register_method
 from tokbench.fusion.nonlinearity import nonlinearity
 from tokbench.schedules import Schedule
 
@@ -74,7 +74,7 @@ class ToFu(Method):
         raise UserError(f"method 'tofu': prune_blocks='{AUTO}' has to be measured first; use tokbench.apply")
 
     def plan(self, view: View, r: int) -> Assignment:
-        kept, source, slot = bipartite_match(view.mean_keys(), view.prefix, r)
+        kept, source, slot = view.match(view.mean_keys(), r)
         if self.prunes(view.block, view.depth):
             return Assignment(kept)
         return Assignment(kept, source, slot, combine="mlerp")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokbench.fusion.core import Assignment, Method, View, bipartite_match, register_method
+from tokbench.fusion.core import Assignment, Method, View, register_method
 
 
 @register_method
@@ -28,5 +28,5 @@ class ToMe(Method):
         return patches // 2
 
     def plan(self, view: View, r: int) -> Assignment:
-        kept, source, slot = bipartite_match(view.mean_keys(), view.prefix, r)
+        kept, source, slot = view.match(view.mean_keys(), r)
         return Assignment(kept, source, slot)

@@ -17,6 +17,8 @@ from typing import Any
 import psutil
 import torch
 
+from tokbench.fusion.kernels import kernels_on
+
 PACKAGES = ("tokbench", "torch", "torchvision", "timm", "fvcore", "numpy", "scipy", "safetensors", "triton")
 
 _SDPA = ("flash", "mem_efficient", "cudnn", "math")
@@ -48,9 +50,10 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
 
     Always: platform, libc (None if unknown), cpu, cpu_capability (the instruction set that torch uses), governor (of
     the CPU clocks; None if unknown), cores (see `available_cores`), threads (torch's), memory_gib, sdpa (the enabled
-    fused attention kernels), device, python, torch, timm, torch_build (CUDA version and commit of the torch build). On
-    CUDA also: gpu, gpu_memory_gib, gpu_capability, cuda, cudnn, driver (None if NVML does not report it), matmul_fp32
-    and conv_fp32 ("tf32" if float32 matrix products and convolutions may use TF32), cudnn_benchmark.
+    fused attention kernels), kernels (what tokbench's own are written in, None without any), device, python, torch,
+    timm, torch_build (CUDA version and commit of the torch build). On CUDA also: gpu, gpu_memory_gib, gpu_capability,
+    cuda, cudnn, driver (None if NVML does not report it), matmul_fp32 and conv_fp32 ("tf32" if float32 matrix products
+    and convolutions may use TF32), cudnn_benchmark.
     """
     device = torch.device(device)
     versions = package_versions()
@@ -64,6 +67,7 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "sdpa": [name for name in _SDPA if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()],
+        "kernels": kernels_on(device),
         "device": str(device),
         **{name: versions.get(name) for name in ("python", "torch", "timm")},
         "torch_build": f"{torch.__version__} {(torch.version.git_version or '')[:12]}".strip(),

@@ -11,8 +11,8 @@ from typing import Any
 from tokbench.errors import UserError
 from tokbench.results.records import Conditions, Manifest, ModelConditions
 
-_MOVES_SPEED = ("device", "gpu", "cpu", "threads", "dtype", "batch_size", "runtime", "fused_attention")
-_HARDWARE = ("gpu", "cpu", "threads")
+_MOVES_SPEED = ("device", "gpu", "cpu", "threads", "kernels", "dtype", "batch_size", "runtime", "fused_attention")
+_HARDWARE = ("gpu", "cpu", "threads", "kernels")
 # What predictions and speed may depend on, so that one run has one version of each.
 _VERSIONS = ("tokbench", "torch", "torchvision", "timm", "onnx", "onnxruntime", "openvino")
 
@@ -23,8 +23,8 @@ class Differences:
 
     Attributes:
         told: one clause each, such as "torch 2.9.0 → 2.10.0".
-        settings: which of device, hardware, dtype, batch_size, runtime and fused attention differ; if any does,
-            speed-ups are not comparable.
+        settings: which of device, hardware, kernels, dtype, batch_size, runtime and fused attention differ; if any
+            does, speed-ups are not comparable.
         caveats: what can still be compared, what cannot, and what to do about it, a sentence each.
     """
 
@@ -57,7 +57,7 @@ def agreed(before: Manifest, now: Manifest, what: str, grown: Collection[str] = 
     if before.conditions is None or now.conditions is None:
         raise UserError(f"{what} was made by an older tokbench, and cannot be continued; --fresh begins a new run.")
     then, here = _described(before), _described(now)
-    hardware = ("gpu",) if here["device"] == "cuda" else ("cpu", "threads")
+    hardware = ("kernels", *(("gpu",) if here["device"] == "cuda" else ("cpu", "threads")))
     found = [
         f"{name.replace('_', ' ')} was {then.get(name)} and is {here.get(name)}"
         for name in ("dtype", "device", "batch_size", "runtime", "fused_attention", *hardware, *_VERSIONS)
@@ -112,7 +112,7 @@ def _described(manifest: Manifest, asked: bool = False) -> dict[str, Any]:
     return {
         **manifest.packages,
         "device": device.partition(":")[0] if device else None,
-        **{name: getattr(machine, name, None) for name in ("gpu", "cuda", "cpu", "threads")},
+        **{name: getattr(machine, name, None) for name in ("gpu", "cuda", "cpu", "threads", "kernels")},
         **{name: how.get(name) for name in ("dtype", "batch_size")},
         "fused_attention": how.get("fused", "on"),
         "runtime": ", ".join(how.get("runtimes") or ["compile" if how.get("compile") else "eager"]),
@@ -123,7 +123,7 @@ def _matters(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool
     """Whether a difference in this condition matters: in hardware only if both runs used that kind of it."""
     if name not in _HARDWARE:
         return True
-    return then["device"] == now["device"] and (then["device"] == "cuda") == (name == "gpu")
+    return then["device"] == now["device"] and (name == "kernels" or (then["device"] == "cuda") == (name == "gpu"))
 
 
 def _caveats(settings: list[str], then: Mapping[str, Any], baseline: Path, has_speed: bool) -> list[str]:

@@ -223,6 +223,7 @@ class Machine(_Stored):
     cpu: str | None = None
     gpu: str | None = None
     threads: Count | None = None
+    kernels: str | None = None
 
     def name(self, device: str | None) -> str | None:
         """The hardware of such a device."""

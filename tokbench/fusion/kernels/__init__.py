@@ -1,0 +1,26 @@
+"""Kernels for what merging methods do most. The definitions are in core.py; tests compare the two."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from tokbench.fusion.kernels import cpu
+
+
+def kernels_for(x: Tensor) -> ModuleType | None:
+    """The kernels on the device of tokens x. None where definitions have to do: for gradients, to compile, export or
+    trace a model, to see its operations, and where there are no kernels."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
+        return None
+    if is_in_torch_dispatch_mode() or type(x) is not Tensor:
+        return None
+    return cpu if x.device.type == "cpu" and cpu.library() is not None else None
+
+
+def kernels_on(device: torch.device) -> str | None:
+    """What the kernels for a device are written in, None where it has none."""
+    return "C" if device.type == "cpu" and cpu.library() is not None else None

@@ -1,0 +1,146 @@
+"""Kernels in C for float32 tensors on the CPU. They are compiled when they are first asked for, and kept for later."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from platformdirs import user_cache_path
+from torch import Tensor
+
+DTYPES = {torch.float32}
+SOURCE = Path(__file__).with_name("cpu.c")
+FLAGS = [
+    "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-strict-aliasing",
+    # Sums may be taken in any order, so that they go in vectors; NaN and infinities are kept.
+    "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno",
+]  # fmt: skip
+# Arguments. p: a pointer, n: a whole number of 64 bits, i: an int, f: a float.
+_SIGNATURES = {
+    "mean_heads": "pnnnnnnnp",
+    "unit": "pnnnnnp",
+    "best_proposals": "pnnnnnipppp",
+    "energy": "pnnfp",
+    "softmax": "pnnnfpp",
+    "join": "pnnnnnpnppnpipp",
+}
+_TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
+
+
+@lru_cache(maxsize=1)
+def library() -> Any:
+    """The compiled kernels, a ctypes.CDLL; None without a C compiler that knows torch's OpenMP, or a cache to write."""
+    try:
+        loaded = ctypes.CDLL(str(_compiled()))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    for name, letters in _SIGNATURES.items():
+        getattr(loaded, name).argtypes = [_TYPES[letter] for letter in letters]
+    return loaded
+
+
+def _compiled() -> Path:
+    """The library for this code on this kind of CPU, of which a shared home directory may see several."""
+    # With torch's own OpenMP: the threads of a second one would fight with it for the cores.
+    runtime = [str(one) for one in sorted(Path(torch.__file__).with_name("lib").glob("lib*omp*.so*"))]
+    about = Path("/proc/cpuinfo")
+    cpu = re.findall(r"^(?:model name|flags|Features)\s*:.*", about.read_text(), re.M) if about.exists() else []
+    what = [SOURCE.read_text(), *FLAGS, *runtime, platform.machine(), *sorted(set(cpu))]
+    path = user_cache_path("tokbench") / "kernels" / (hashlib.sha256("\n".join(what).encode()).hexdigest()[:20] + ".so")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            libraries = ["-Wl,--as-needed", *runtime, "-lm"]
+            command = [os.environ.get("CC", "cc"), *FLAGS, str(SOURCE), "-o", str(made), *libraries]
+            subprocess.run(command, check=True, capture_output=True, timeout=120)
+            made.replace(path)  # whole or not at all: other processes may be at it
+    return path
+
+
+def mean_heads(keys: Tensor) -> Tensor:
+    """Mean over the heads of keys (B, H, N, d): (B, N, d)."""
+    keys = _dense(keys)
+    out = keys.new_empty(keys.shape[0], *keys.shape[2:])
+    library().mean_heads(keys.data_ptr(), *keys.shape, *keys.stride()[:3], out.data_ptr())
+    return out
+
+
+def unit(x: Tensor) -> Tensor:
+    """Tokens (B, N, C) as vectors of length 1."""
+    x, out = _dense(x), x.new_empty(x.shape)
+    library().unit(x.data_ptr(), *x.shape, *x.stride()[:2], out.data_ptr())
+    return out
+
+
+def match(metric: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `core.bipartite_match`."""
+    x = unit(metric)[:, prefix:]
+    even, odd = x[:, ::2], x[:, 1::2]
+    a, b = (odd, even) if prefix % 2 else (even, odd)
+    return best_proposals(torch.bmm(a, b.mT), prefix, r)
+
+
+def best_proposals(
+    scores: Tensor, prefix: int, r: int, by_score: bool = False, back: int = 0, alone: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `core.best_proposals`; the scores (B, |A|, |B|) are overwritten.
+
+    back: how many of the r tokens go the other way, from B to A, as in MCTF. alone: (B, N), factors of the scores,
+    which are then (1 + cosine)/2.
+    """
+    batch, tokens = scores.shape[0], prefix + scores.shape[1] + scores.shape[2]
+    scores, alone = scores.contiguous(), None if alone is None else alone.contiguous()
+    kept, source, slot = (scores.new_empty(batch, one, dtype=torch.long) for one in (tokens - r, r, r))
+    library().best_proposals(
+        scores.data_ptr(), batch, tokens, prefix, r - back, back, by_score, None if alone is None else alone.data_ptr(),
+        kept.data_ptr(), source.data_ptr(), slot.data_ptr(),
+    )  # fmt: skip
+    return kept, source, slot
+
+
+def energy(cosine: Tensor, margin: float) -> Tensor:
+    """meanⱼ elu(cosineᵢⱼ − margin) of cosines (B, T, T): (B, T)."""
+    cosine, out = cosine.contiguous(), cosine.new_empty(cosine.shape[:2])
+    library().energy(cosine.data_ptr(), *out.shape, margin, out.data_ptr())
+    return out
+
+
+def softmax(logits: Tensor, scale: float, log_size: Tensor | None) -> tuple[Tensor, Tensor]:
+    """softmax(scale · logits + log s) of logits (B, H, N, N), which are overwritten, and its sum over queries,
+    (B, H, N)."""
+    logits, log_size = logits.contiguous(), None if log_size is None else log_size.contiguous()
+    received = logits.new_empty(logits.shape[:3])
+    bias = None if log_size is None else log_size.data_ptr()
+    library().softmax(logits.data_ptr(), *received.shape, scale, bias, received.data_ptr())
+    return logits, received
+
+
+def join(x: Tensor, kept: Tensor, source: Tensor, slot: Tensor, weight: Tensor, longest: bool) -> tuple[Tensor, Tensor]:
+    """Tokens x (B, N, C) merged by their weights (B, N): (B, M, C), and the sum of the weights in each, (B, M).
+
+    longest: merged tokens get the length of their longest member ("mlerp"). Raises IndexError for a token that is not
+    there.
+    """
+    x, kept, source, slot, weight = _dense(x), *(one.contiguous() for one in (kept, source, slot, weight))
+    out, total = x.new_empty(*kept.shape, x.shape[2]), x.new_empty(kept.shape)
+    if library().join(
+        x.data_ptr(), *x.shape, *x.stride()[:2], kept.data_ptr(), kept.shape[1], source.data_ptr(), slot.data_ptr(),
+        source.shape[1], weight.data_ptr(), longest, out.data_ptr(), total.data_ptr(),
+    ):  # fmt: skip
+        raise IndexError("the plan names a token that is not there")
+    return out, total
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Channels side by side; the other strides are free."""
+    return x if x.stride(-1) == 1 else x.contiguous()
