@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from forked import forked
+from tiny_vits import vit
 from torch import Tensor
 
+import tokbench
 from tokbench.fusion.core import Assignment, bipartite_match, merge
 
 pytest.importorskip("triton", reason="needs Triton")
@@ -43,15 +45,17 @@ def compare_means(kernels, device: torch.device) -> None:
             torch.testing.assert_close(kernels.mean_heads(keys), keys.mean(1, dtype=torch.float32))
 
 
+def matched(kernels, metric: Tensor, prefix: int, r: int, device: torch.device) -> list[Tensor]:
+    return [one.cpu() for one in kernels.match(metric.to(device), prefix, r)]
+
+
 def compare_matches(kernels, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(1)
     for (tokens, width, prefix, r), dtype in zip(MATCHES, cycle(DTYPES), strict=False):
-        metric = torch.randn(1 if tokens > 100 else 2, tokens, width, generator=generator).to(device, dtype)
+        metric = torch.randn(1 if tokens > 100 else 2, tokens, width, generator=generator).to(dtype)
         expected = bipartite_match(metric.double(), prefix, r)
-        for name, one, other in zip(
-            ("kept", "source", "slot"), kernels.match(metric, prefix, r), expected, strict=True
-        ):
-            assert torch.equal(one, other), (name, tokens, width, prefix, r, dtype)
+        ours = matched(kernels, metric, prefix, r, device)
+        assert all(map(torch.equal, ours, expected)), (tokens, width, prefix, r, dtype)
 
 
 def compare_ties(kernels, device: torch.device) -> None:
@@ -59,9 +63,9 @@ def compare_ties(kernels, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(2)
     axes = torch.cat([torch.eye(6), -2 * torch.eye(6), torch.zeros(1, 6)])
     for tokens, prefix, r in ((5, 0, 2), (24, 1, 5), (75, 2, 30)):
-        metric = axes[torch.randint(len(axes), (2, tokens), generator=generator)].to(device)
-        for one, other in zip(kernels.match(metric, prefix, r), bipartite_match(metric, prefix, r), strict=True):
-            assert torch.equal(one, other), (tokens, prefix, r)
+        metric = axes[torch.randint(len(axes), (2, tokens), generator=generator)]
+        ours = matched(kernels, metric, prefix, r, device)
+        assert all(map(torch.equal, ours, bipartite_match(metric, prefix, r))), (tokens, prefix, r)
 
 
 def match_what_is_no_number(kernels, device: torch.device) -> None:
@@ -78,8 +82,8 @@ def match_what_is_no_number(kernels, device: torch.device) -> None:
     ):
         metric = torch.randn(2, 31, 7, generator=generator)
         metric[torch.rand(metric.shape, generator=generator) < share] = value
-        kept, source, slot = kernels.match(metric.to(device), 1, 9)
-        assert torch.equal(torch.cat([kept, source], 1).sort(1).values.cpu(), torch.arange(31).expand(2, -1))
+        kept, source, slot = matched(kernels, metric, 1, 9, device)
+        assert torch.equal(torch.cat([kept, source], 1).sort(1).values, torch.arange(31).expand(2, -1))
         assert (slot >= 22 - 15).all() and (slot < 22).all()  # B comes last, and has 15 tokens
 
 
@@ -118,6 +122,20 @@ def merge_opposites(kernels, device: torch.device) -> None:
     assert torch.equal(merged[0, 0], torch.zeros_like(merged[0, 0])) and total.tolist() == [[2, 2]]
     assert torch.equal(kernels.join(x, kept, source, slot, None, False)[0][0, 1], x.new_tensor([6e4, 0]))
     assert merged[0, 1, 1] == 0 and (merged[0, 1, 0] == float("inf"))  # 8.5e4 is beyond float16
+
+
+def compare_models(kernels, device: torch.device) -> None:
+    from tokbench.fusion import blocks
+
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5)).to(device)
+    for method in ("tome", "tofu", "ppt"):
+        model = tokbench.apply(vit(depth=2).to(device), method, 5)
+        with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+            answers = []
+            for chosen in (None, kernels):
+                patch.setattr(blocks, "kernels_for", lambda x, chosen=chosen: chosen)
+                answers.append(model(images))
+        torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
 
 
 def compare_all(device: torch.device) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokbench.fusion.core import first_of_sets
 
+DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 # Of the scores that one program computes at a time, and channels: with more, its registers do not suffice.
 ROWS, COLUMNS, CHUNK = 16, 64, 32
 TILE = 2048  # channels, of one token or several, that one program merges
@@ -23,7 +24,8 @@ FUSED = {"enable_fp_fusion": True}  # multiply and add as one; Triton warns wher
 
 
 def mean_heads(keys: Tensor) -> Tensor:
-    """`View.mean_keys`: keys (B, H, N, d) averaged over heads in float32, (B, N, d). Their last stride must be 1."""
+    """`View.mean_keys`: keys (B, H, N, d) averaged over heads in float32, (B, N, d)."""
+    keys = _dense(keys)
     batch, heads, tokens, width = keys.shape
     out = torch.empty(batch, tokens, width, dtype=torch.float32, device=keys.device)
     padded = _power_of_two(width)
@@ -61,9 +63,10 @@ def join(
 ) -> tuple[Tensor, Tensor]:
     """`merge` by mean, or by "mlerp" if `longest`, (B, M, C), and `Assignment.total` of the weights, (B, M) float32.
 
-    x: (B, N, C) with a last stride of 1. kept (B, M), source and slot (B, R) are an `Assignment`'s, which says what
-    comes of each token that is named. weight: (B, N) float32, None where all are 1.
+    x: (B, N, C). kept (B, M), source and slot (B, R): see `Assignment`; what they name has to be there, for nothing
+    looks whether it is. weight: (B, N) float32, None where all are 1.
     """
+    x = _dense(x)
     kept, source, slot = kept.contiguous(), source.contiguous(), slot.contiguous()
     weight = None if weight is None else weight.contiguous()
     (batch, tokens, channels), outputs = x.shape, kept.shape[1]
@@ -76,6 +79,11 @@ def join(
         grid = batch, triton.cdiv(outputs, step)
         _join[grid](x, kept, source, slot, weight, merged, total, *sizes, longest, step, 128, padded, **FUSED)
     return merged, total
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Channels side by side; the other strides are free."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[Any]:
