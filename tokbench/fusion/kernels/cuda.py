@@ -118,8 +118,8 @@ def _mean_heads(
 
 @triton.jit
 def _in_order(score):
-    # Integers in the order of float32 scores. As for torch.max, −0 equals 0 and NaN is above all.
-    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
+    # Integers in the order of float32 scores. As for torch.max, NaN is above all.
+    bits = score.to(tl.int32, bitcast=True)
     return tl.where(score == score, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), 0x7FFFFFFF)
 
 
