@@ -10,7 +10,8 @@ original: the authors' ToMe (`--tome-repo DIR`, a checkout of it), or any code (
 They become cells of the same run, `METHOD-plain` and `METHOD-original`, so `tokbench table` and `plot` show them. Last
 comes the roofline: what each operation of a pass needs at least, the longest of its FLOPs at the speed of a large
 product, its bytes at the speed of a copy as large as a block's tokens, and the start of an empty operation. The ceiling
-is the efficiency if all that a method does beyond its `free` ran at that limit.
+is the efficiency if all that a method does beyond its `free` ran at that limit, and "plans known" what is measured
+where the method's choices are made beforehand: no way of choosing is more efficient.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ import runpy
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Self
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -38,6 +41,7 @@ from torch.utils.flop_counter import flop_registry
 from tokbench import apply, run
 from tokbench.config import Grid
 from tokbench.fusion.anatomy import grid_for, write_attention_out
+from tokbench.fusion.kernels import kernels_for
 from tokbench.fusion.patch import fork
 from tokbench.measure.environment import Watch
 from tokbench.measure.kernels import attention_kernels
@@ -54,6 +58,8 @@ Build = Callable[[Any, Record, list[int]], nn.Module]
 # The goals: methods that read all of the attention, other methods, and any on single images.
 GOALS = {"mctf": 0.85, "mstm": 0.85}
 USUAL_GOAL, SINGLE_GOAL = 0.95, 0.92
+# tokbench's kernels that do their work in one go.
+KERNELS = ("mean_heads", "unit", "best_proposals", "by_energy", "softmax", "criteria", "join")
 # What cells timed side by side have in common beside the fields of all records.
 COMMON = {*Record.model_fields, "runtime", "provider", "threads"} - {"kind", "caveats"}
 
@@ -182,14 +188,34 @@ class Machine:
         return min(seconds)
 
 
-@dataclass
 class Work(TorchDispatchMode):
-    """Every operation of a forward pass: (multiply-adds · 2, bytes)."""
+    """Every operation of a forward pass: (multiply-adds · 2, bytes). A kernel of tokbench's is one operation."""
 
-    operations: list[tuple[float, int]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
+        self.operations: list[tuple[float, int]] = []
+        self.patches = ExitStack()
+        self.kernels = kernels_for(torch.empty(0, device=device))
+
+    def __enter__(self) -> Self:
+        # Kernels go away where somebody looks at operations, unless they are asked to stay.
+        self.patches.enter_context(patch("tokbench.fusion.blocks.kernels_for", lambda _: self.kernels))
+        for name in KERNELS:
+            if kernel := getattr(self.kernels, name, None):
+                self.patches.enter_context(patch.object(self.kernels, name, self.counted(kernel)))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.patches.close()
+
+    def counted(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            out = kernel(*args)
+            self.operations.append((0.0, sum(map(_bytes, [*_tensors(args), *_tensors(out)]))))
+            return out
+
+        return call
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -197,6 +223,8 @@ class Work(TorchDispatchMode):
         aliases = [one.alias_info for one in func._schema.returns]
         if any(alias is not None and not alias.is_write for alias in aliases):
             return out  # a view
+        if func._schema.name.startswith("aten::") and "empty" in func._schema.name:
+            return out
         made, name = _tensors(out), func._overloadpacket
         taken = _tensors([*args, *kwargs.values()])
         if name in (torch.ops.aten.index_select, torch.ops.aten.gather, torch.ops.aten.index):
@@ -228,7 +256,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def work_of(model: nn.Module, images: Tensor) -> Work:
-    with torch.no_grad(), Work() as work:
+    with torch.no_grad(), Work(images.device) as work:
         model(images)
     return work
 
@@ -245,12 +273,30 @@ def roofline(base: Any, record: Any, images: Tensor, machine: Machine) -> dict[s
     row = {"cell": record.cell, "batch": record.batch_size, "ms": 1000 * took, "limit ms": 1000 * own}
     row["share"] = own / took
     if free := speed_limit(model, base) if record.free_seconds else None:
+        beside = {"free": free, "known": with_known_plans(model, images)}
+        known = measure_speed(beside, batch_size=len(images), images=images, seconds=6)[1]
+        row |= {f"plans known{end}": getattr(known, f"speedup{end}") for end in ("", "_low", "_high")}
         more, limit = own - work_of(free, images).seconds(machine, bandwidth), median(record.free_seconds)
         ends = {end: record.plain().get(f"efficiency_{end}") for end in ("low", "high")}
         row |= {"speed-up": record.speedup, "efficiency": record.efficiency, **ends}
         row["ceiling"] = limit / (limit + max(more, 0))
         row["goal"] = GOALS.get(record.method, SINGLE_GOAL if record.batch_size == 1 else USUAL_GOAL)
     return row
+
+
+def with_known_plans(model: Any, images: Tensor) -> Any:
+    """The model with the plans of these images: it merges and attends as the method does, and chooses nothing."""
+    fusion, plans = model.fusion, {}
+
+    def remembered(view: Any, r: int) -> Any:
+        if view.block not in plans:
+            plans[view.block] = type(fusion).plan(fusion, view, r)
+        return plans[view.block]
+
+    fusion.plan = remembered
+    with torch.inference_mode():
+        model(images)
+    return model
 
 
 def show(rows: list[dict[str, Any]], path: Path) -> None:
@@ -260,11 +306,12 @@ def show(rows: list[dict[str, Any]], path: Path) -> None:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
-    table = Table("Cell", "Batch", "ms", "At the limits", "Share", "Speed-up", "Efficiency", "Ceiling", "Goal")
+    compared = {"speed-up": "Speed-up", "efficiency": "Efficiency", "plans known": "Plans known", "ceiling": "Ceiling"}
+    table = Table("Cell", "Batch", "ms", "At the limits", "Share", *compared.values(), "Goal")
     for row in rows:
         figures = [f"{row['ms']:.1f}", f"{row['limit ms']:.1f}", f"{row['share']:.0%}"]
         if "efficiency" in row:
-            figures += [f"{row[name]:.2f}" for name in ("speed-up", "efficiency", "ceiling", "goal")]
+            figures += [f"{row[name]:.2f}" for name in [*compared, "goal"]]
         table.add_row(row["cell"], str(row["batch"]), *figures)
     Console(width=140).print(table)
 

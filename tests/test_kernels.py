@@ -16,12 +16,12 @@ from torch import Tensor
 import tokbench
 from tokbench.fusion.core import Assignment, View, best_proposals, bipartite_match, merge, two_sets
 from tokbench.fusion.kernels import cpu, kernels_for
-from tokbench.fusion.mctf import MCTF, _both_ways
-from tokbench.fusion.pitome import mean_elu
+from tokbench.fusion.mctf import MCTF, _both_ways, criteria
+from tokbench.fusion.pitome import by_energy
 
 needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="there is no C compiler that knows OpenMP")
 # (images, prefix, patches): odd and even counts, a set of one token, any prefix, and more than a vector holds.
-SHAPES = list(itertools.product([1, 3], [0, 1, 2, 5], [2, 3, 9, 24, 67]))
+SHAPES = [(1, 1, 24), *itertools.product([3], [0, 1, 2, 5], [2, 3, 9, 67])]
 
 
 @pytest.fixture(autouse=True)
@@ -49,9 +49,8 @@ def test_matching_is_that_of_the_definition(images, prefix, patches):
 @needs_compiler
 def test_of_equal_scores_the_lower_index_comes_first():
     scores = torch.randint(0, 3, (4, 8, 9)).float()
-    for by_score in (False, True):
-        ours, defined = (choose(scores.clone(), 1, 4, by_score) for choose in (cpu.best_proposals, best_proposals))
-        assert all(map(torch.equal, ours, defined))
+    ours, defined = (choose(scores.clone(), 1, 4) for choose in (cpu.best_proposals, best_proposals))
+    assert all(map(torch.equal, ours, defined))
 
 
 @needs_compiler
@@ -88,9 +87,20 @@ def test_attention_means_and_energies_are_those_of_the_definitions(images, prefi
         torch.testing.assert_close(ours.attention(), plain.attention(), rtol=2e-6, atol=1e-7)
         torch.testing.assert_close(ours.received(), plain.received(), rtol=2e-6, atol=1e-7)
         torch.testing.assert_close(ours.mean_keys(), plain.mean_keys())
-    cosine = torch.rand(images, patches, patches) * 2 - 1
-    torch.testing.assert_close(cpu.energy(cosine, 0.3), mean_elu(cosine, 0.3))
     torch.testing.assert_close(cpu.unit(plain.x), F.normalize(plain.x, dim=-1))
+    for size in (None, torch.rand(images, tokens) + 1):
+        ours, defined = (weigh(plain.received(), size, 20.0, 40.0) for weigh in (cpu.criteria, criteria))
+        torch.testing.assert_close(ours, defined)
+
+
+@needs_compiler
+@pytest.mark.parametrize("images, prefix, patches", SHAPES)
+def test_choosing_by_energy_is_that_of_pitome(images, prefix, patches):
+    cosine = torch.rand(images, patches, patches) * 2 - 1
+    for r in {1, patches // 4, patches // 2} - {0}:
+        for matched in (patches, 2 * r):
+            ours, defined = (choose(cosine, prefix, r, matched, 0.3) for choose in (cpu.by_energy, by_energy))
+            assert all(map(torch.equal, ours, defined))
 
 
 @needs_compiler
@@ -102,9 +112,10 @@ def test_merging_is_that_of_the_definition(images, prefix, patches, combine):
     for r in {1, tokens_a(prefix, patches)}:
         kept, source, slot = bipartite_match(torch.randn(images, tokens, 7), prefix, r)
         defined, ours = (Assignment(kept, source, slot, weight, combine) for _ in range(2))
-        expected, merged = merge(x, defined, None), merge(x, ours, None, cpu)
+        size = torch.rand(images, tokens) + 1
+        expected, merged = merge(x, defined, size), merge(x, ours, size, cpu)
         torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(ours.total(weight), defined.total(weight))
+        torch.testing.assert_close(ours.total(size), defined.total(size))
         alone = torch.ones(kept.shape, dtype=torch.bool).scatter(1, slot, False)
         assert torch.equal(merged[alone], x.gather(1, kept.unsqueeze(-1).expand_as(merged))[alone])
 
@@ -112,7 +123,7 @@ def test_merging_is_that_of_the_definition(images, prefix, patches, combine):
 @needs_compiler
 def test_merged_tokens_that_cancel_out_stay_nothing():
     x, kept = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [-3.0, -4.0]]]), torch.tensor([[0, 1]])
-    merged, _ = cpu.join(x, kept, torch.tensor([[2]]), torch.tensor([[1]]), torch.ones(1, 3), True)
+    merged, _ = cpu.join(x, kept, torch.tensor([[2]]), torch.tensor([[1]]), torch.ones(1, 3), torch.ones(1, 3), True)
     assert merged.tolist() == [[[1, 2], [0, 0]]]
 
 
@@ -121,7 +132,7 @@ def test_a_plan_that_names_no_token_raises_and_touches_nothing():
     x, kept, weight = torch.randn(1, 6, 4), torch.arange(4)[None], torch.ones(1, 6)
     for source, slot in ((6, 0), (-1, 0), (5, 4), (5, -1)):
         with pytest.raises(IndexError):
-            cpu.join(x, kept, torch.tensor([[source]]), torch.tensor([[slot]]), weight, False)
+            cpu.join(x, kept, torch.tensor([[source]]), torch.tensor([[slot]]), weight, weight, False)
 
 
 @needs_compiler

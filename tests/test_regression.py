@@ -21,6 +21,7 @@ from tokbench.check.verdicts import Check, require_writable, summary, tell_githu
 from tokbench.config import Grid, MethodSpec, RunOptions
 from tokbench.errors import UserError
 from tokbench.fusion.core import METHODS, bipartite_match
+from tokbench.fusion.kernels import kernels_on
 from tokbench.measure.stats import paired_drop, wilson
 from tokbench.results.folder import RunFolder
 from tokbench.results.predictions import Predictions
@@ -338,10 +339,12 @@ def test_images_that_cannot_be_decoded_must_be_the_same(make_run):
             check(one, run_)
 
 
-def conditions(device: str = "cpu", gpu: str | None = None, cpu: str = "A", **changed: Any) -> dict[str, Any]:
+def conditions(
+    device: str = "cpu", gpu: str | None = None, cpu: str = "A", kernels: str | None = None, **changed: Any
+) -> dict[str, Any]:
     """The part of a manifest that says what a run was measured under."""
     known = {"device": device, "dtype": "fp32", "batch_size": 16, "compile": False} | changed
-    machine = {"cpu": cpu, "device": f"{device}:0", "threads": 2} | ({"gpu": gpu} if gpu else {})
+    machine = {"cpu": cpu, "device": f"{device}:0", "threads": 2, "kernels": kernels} | ({"gpu": gpu} if gpu else {})
     return {"conditions": known, "machine": machine, "packages": {"torch": "1"}}
 
 
@@ -367,6 +370,7 @@ def test_conditions_that_changed_are_told(make_run):
          ["as GPU decides", "on a machine with G"], ["CPU decide"]),
         ({}, {"dtype": "bf16"}, ["dtype"], ["another dtype by itself changes answers"], ["near-ties"]),
         ({}, {"cpu": "B"}, ["cpu"], ["near-ties"], ["tokbench check --baseline"]),
+        ({}, {"kernels": "C"}, ["kernels"], ["kernels none → C", "as kernels decide", "near-ties"], ["--baseline"]),
         ({}, {"compile": True}, ["runtime"], ["runtime eager → compile", "not compared: speed-ups"], ["with care"]),
     ],
 )  # fmt: skip
@@ -703,7 +707,7 @@ def test_a_baseline_is_measured_again_where_and_as_it_was(again, monkeypatch):
 
 def test_speed_is_not_measured_again_on_other_hardware_to_be_compared(again):
     with pytest.raises(UserError, match=r"--max-slowdown: .* as CPU and threads decide them: cpu A → "):
-        again(limits=Limits(max_slowdown=5), only="speed", **conditions())
+        again(limits=Limits(max_slowdown=5), only="speed", **conditions(kernels=kernels_on(torch.device("cpu"))))
 
 
 # --- the command

@@ -162,8 +162,9 @@ def merge(x: Tensor, plan: Assignment, size: Tensor | None, kernels: ModuleType 
     if weight is None:
         weight = torch.ones(x.shape[:2], dtype=score_dtype(x), device=x.device)
     if kernels is not None and plan.combine != "sum" and x.dtype in kernels.DTYPES and weight.dtype == torch.float32:
-        merged, total = kernels.join(x, plan.kept, plan.source, plan.slot, weight, plan.combine == "mlerp")
-        plan.remember(weight, total)
+        counted = next((one for one in (plan.mass, size) if one is not None), weight)
+        merged, total = kernels.join(x, plan.kept, plan.source, plan.slot, weight, counted, plan.combine == "mlerp")
+        plan.remember(counted, total)
         return merged
     kept = x[:, : plan.kept.shape[1]] if plan.sliced else pick(x, plan.kept)
     others, total = weight.gather(1, plan.source), plan.total(weight)
@@ -324,7 +325,7 @@ class View:
     def received(self) -> Tensor:
         """Attention that each token receives, mean over heads and queries of A: (B, N)."""
         attention = self.attention()
-        return attention.mean((1, 2)) if self._received is None else self._received.mean(1) / attention.shape[2]
+        return attention.mean((1, 2)) if self._received is None else self._received
 
     def plain_attention(self) -> Tensor:
         """softmax(Q Kᵀ/√d), without log s even where the block uses it: (B, H, N, N)."""
@@ -617,18 +618,15 @@ def two_sets(x: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
     return x[:, a::2], x[:, b::2]
 
 
-def best_proposals(score: Tensor, prefix: int, r: int, by_score: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def best_proposals(score: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """Each token of A proposes to its best token of B, and the r best proposals go.
 
     score: (B, |A|, |B|), of the tokens in `two_sets`.
-    Returns kept: (B, N−r) in the order prefix, A ascending (by falling score if `by_score`), B ascending; source:
-    (B, r), by falling score; slot: (B, r).
+    Returns kept: (B, N−r) in the order prefix, A ascending, B ascending; source: (B, r); slot: (B, r).
     """
     best, partner = score.max(-1)
     ranked = best.argsort(dim=-1, descending=True, stable=True)
-    going, staying = ranked[:, :r], ranked[:, r:]
-    if not by_score:
-        staying = staying.sort(dim=-1).values
+    going, staying = ranked[:, :r], ranked[:, r:].sort(dim=-1).values
     a, b = first_of_sets(prefix)
     all_of_b = torch.arange(b, b + 2 * score.shape[2], 2, device=score.device)
     kept = after_prefix(prefix, a + 2 * staying, all_of_b.expand(staying.shape[0], -1))

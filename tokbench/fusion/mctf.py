@@ -73,23 +73,17 @@ class MCTF(Method):
         return min(patches // 2, patches + prefix - 10)
 
     def plan(self, view: View, r: int) -> Assignment:
-        # Softmax can underflow to 0, which no weighted mean or reciprocal survives.
-        received = view.received().clamp_min(1e-30)
-        weight = received if view.size is None else received * view.size / view.size.amax(1, keepdim=True)
-        return Assignment(*self.match(view, received, r), weight)
-
-    def match(self, view: View, received: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The best pairs by W: kept (B, N−r), source (B, r) and slot (B, r)."""
-        alone = _root(1 / received, self.tau_info)
-        if view.size is not None:
-            alone = alone * _root(1 / view.size, self.tau_size)
+        weigh = view.kernel("criteria", view.x) or criteria
+        alone, weight = weigh(view.received(), view.size, self.tau_info, self.tau_size)
         propose = view.kernel("best_proposals", view.x)
         if propose is not None and self.tau_sim == 1:
-            unit = view.kernel("unit", view.x)(view.x)  # type: ignore[misc]
-            a, b = two_sets(unit, view.prefix)
-            return propose(a @ b.mT, view.prefix, r, back=(r + 1) // 2 if self.bidirectional else 0, alone=alone)
-        match = _both_ways if self.bidirectional else best_proposals
-        return match(self.attraction(view, alone), view.prefix, r)
+            a, b = two_sets(view.kernel("unit", view.x)(view.x), view.prefix)  # type: ignore[misc]
+            back = r - r // 2 if self.bidirectional else 0
+            kept, source, slot = propose(a @ b.mT, view.prefix, r, back, alone)
+        else:
+            match = _both_ways if self.bidirectional else best_proposals
+            kept, source, slot = match(self.attraction(view, alone), view.prefix, r)
+        return Assignment(kept, source, slot, weight)
 
     def attraction(self, view: View, alone: Tensor) -> Tensor:
         """W between the tokens of A and B, (B, |A|, |B|), of which `alone` (B, N) is each token's own part."""
@@ -97,6 +91,16 @@ class MCTF(Method):
         similar = (a @ b.mT).add_(1).div_(2).clamp_min_(0) ** (1 / self.tau_sim)
         a, b = two_sets(alone, view.prefix)
         return similar.mul_(a.unsqueeze(-1)).mul_(b.unsqueeze(1))
+
+
+def criteria(received: Tensor, size: Tensor | None, tau_info: float, tau_size: float) -> tuple[Tensor, Tensor]:
+    """What a token brings into the scores of its pairs, and its weight in a merge, both (B, N), by the attention that
+    it received and its size, (B, N) each."""
+    received = received.clamp_min(1e-30)  # softmax can underflow to 0, which no weighted mean or reciprocal survives
+    alone = _root(1 / received, tau_info)
+    if size is None:
+        return alone, received
+    return alone * _root(1 / size, tau_size), received * size / size.amax(1, keepdim=True)
 
 
 def _root(score: Tensor, temperature: float) -> Tensor:

@@ -8,7 +8,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokbench.fusion.core import Assignment, Method, View, after_prefix, best_proposals, pick, register_method
+from tokbench.fusion.core import Assignment, Method, View, after_prefix, pick, register_method
 
 
 @register_method
@@ -27,23 +27,24 @@ class PiToMe(Method):
         return patches // 2  # what its sets allow: tokens go from A, every other one of the sorted list
 
     def plan(self, view: View, r: int) -> Assignment:
-        prefix, metric = view.prefix, view.mean_keys()[:, view.prefix :]
+        metric = view.mean_keys()[:, view.prefix :]
         unit = (view.kernel("unit", metric) or partial(F.normalize, dim=-1))(metric)
-        cosine = unit @ unit.mT
         margin = 0.75 - 0.75 * view.block / view.depth
-        energy = (view.kernel("energy", cosine) or mean_elu)(cosine, margin)
-        ranked = energy.argsort(dim=-1, descending=True, stable=True)
-
-        matched, isolated = ranked, ranked[:, :0]
-        if view.block >= (view.depth + 1) // 2:
-            matched, isolated = ranked[:, : 2 * r], ranked[:, 2 * r :]
-        ordered = pick(unit, matched)
-        propose = view.kernel("best_proposals", unit) or best_proposals
-        kept, source, slot = propose(ordered[:, ::2] @ ordered[:, 1::2].mT, 0, r, by_score=True)
-        kept = after_prefix(prefix, isolated + prefix, matched.gather(1, kept) + prefix)
-        return Assignment(kept, matched.gather(1, source) + prefix, slot + prefix + isolated.shape[1])
+        matched = view.patches if view.block < (view.depth + 1) // 2 else 2 * r
+        choose = view.kernel("by_energy", unit) or by_energy
+        return Assignment(*choose(unit @ unit.mT, view.prefix, r, matched, margin))
 
 
-def mean_elu(cosine: Tensor, margin: float) -> Tensor:
-    """Energies (B, T) from cosines (B, T, T)."""
-    return F.elu(cosine - margin, inplace=True).mean(-1)
+def by_energy(cosine: Tensor, prefix: int, r: int, matched: int, margin: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Which r of the `matched` tokens of highest energy go, by the cosines (B, T, T) of the T patch tokens.
+
+    Returns kept: (B, P + T − r); source: (B, r); slot: (B, r).
+    """
+    energy = F.elu(cosine - margin).mean(-1)
+    ranked = energy.argsort(dim=-1, descending=True, stable=True)
+    a, b, apart = ranked[:, :matched:2], ranked[:, 1:matched:2], ranked[:, matched:]
+    best, partner = pick(cosine, a).gather(2, b.unsqueeze(1).expand(-1, a.shape[1], -1)).max(-1)
+    order = best.argsort(dim=-1, descending=True, stable=True)
+    source, stay = a.gather(1, order[:, :r]), a.gather(1, order[:, r:])
+    kept = after_prefix(prefix, apart + prefix, stay + prefix, b + prefix)
+    return kept, source + prefix, partner.gather(1, order[:, :r]) + prefix + apart.shape[1] + stay.shape[1]

@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,11 @@ FLAGS = [
 _SIGNATURES = {
     "mean_heads": "pnnnnnnnp",
     "unit": "pnnnnnp",
-    "best_proposals": "pnnnnnipppp",
-    "energy": "pnnfp",
+    "best_proposals": "pnnnnnpppp",
+    "by_energy": "pnnnnnfpppp",
     "softmax": "pnnnfpp",
-    "join": "pnnnnnpnppnpipp",
+    "criteria": "ppnnffpp",
+    "join": "pnnnnnpnppnppipp",
 }
 _TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 
@@ -91,7 +93,7 @@ def match(metric: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def best_proposals(
-    scores: Tensor, prefix: int, r: int, by_score: bool = False, back: int = 0, alone: Tensor | None = None
+    scores: Tensor, prefix: int, r: int, back: int = 0, alone: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `core.best_proposals`; the scores (B, |A|, |B|) are overwritten.
 
@@ -100,42 +102,64 @@ def best_proposals(
     """
     batch, tokens = scores.shape[0], prefix + scores.shape[1] + scores.shape[2]
     scores, alone = scores.contiguous(), None if alone is None else alone.contiguous()
-    kept, source, slot = (scores.new_empty(batch, one, dtype=torch.long) for one in (tokens - r, r, r))
-    library().best_proposals(
-        scores.data_ptr(), batch, tokens, prefix, r - back, back, by_score, None if alone is None else alone.data_ptr(),
-        kept.data_ptr(), source.data_ptr(), slot.data_ptr(),
-    )  # fmt: skip
+    plan = _empty_plan(scores, tokens, r)
+    factors = None if alone is None else alone.data_ptr()
+    library().best_proposals(scores.data_ptr(), batch, tokens, prefix, r - back, back, factors, *_pointers(plan))
+    return plan
+
+
+def by_energy(cosine: Tensor, prefix: int, r: int, matched: int, margin: float) -> tuple[Tensor, Tensor, Tensor]:
+    """As `pitome.by_energy`."""
+    cosine = cosine.contiguous()
+    (batch, patches, _), plan = cosine.shape, _empty_plan(cosine, prefix + cosine.shape[1], r)
+    room = cosine.new_empty(batch, (matched + 1) // 2, matched // 2)
+    library().by_energy(cosine.data_ptr(), batch, patches, prefix, r, matched, margin, *_pointers([room, *plan]))
+    return plan
+
+
+def _empty_plan(like: Tensor, tokens: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    kept, source, slot = (like.new_empty(like.shape[0], one, dtype=torch.long) for one in (tokens - r, r, r))
     return kept, source, slot
 
 
-def energy(cosine: Tensor, margin: float) -> Tensor:
-    """meanⱼ elu(cosineᵢⱼ − margin) of cosines (B, T, T): (B, T)."""
-    cosine, out = cosine.contiguous(), cosine.new_empty(cosine.shape[:2])
-    library().energy(cosine.data_ptr(), *out.shape, margin, out.data_ptr())
-    return out
+def _pointers(tensors: Iterable[Tensor]) -> Iterable[int]:
+    return (one.data_ptr() for one in tensors)
 
 
 def softmax(logits: Tensor, scale: float, log_size: Tensor | None) -> tuple[Tensor, Tensor]:
-    """softmax(scale · logits + log s) of logits (B, H, N, N), which are overwritten, and its sum over queries,
-    (B, H, N)."""
+    """softmax(scale · logits + log s) of logits (B, H, N, N), which are overwritten, and its mean over heads and
+    queries, (B, N)."""
     logits, log_size = logits.contiguous(), None if log_size is None else log_size.contiguous()
-    received = logits.new_empty(logits.shape[:3])
+    received = logits.new_empty(logits.shape[:3])  # by each head
     bias = None if log_size is None else log_size.data_ptr()
     library().softmax(logits.data_ptr(), *received.shape, scale, bias, received.data_ptr())
-    return logits, received
+    return logits, received.sum(1)
 
 
-def join(x: Tensor, kept: Tensor, source: Tensor, slot: Tensor, weight: Tensor, longest: bool) -> tuple[Tensor, Tensor]:
-    """Tokens x (B, N, C) merged by their weights (B, N): (B, M, C), and the sum of the weights in each, (B, M).
+def criteria(received: Tensor, size: Tensor | None, tau_info: float, tau_size: float) -> tuple[Tensor, Tensor]:
+    """As `mctf.criteria`."""
+    received, size = received.contiguous(), None if size is None else size.contiguous()
+    alone, weight = torch.empty_like(received), torch.empty_like(received)
+    sizes = None if size is None else size.data_ptr()
+    library().criteria(received.data_ptr(), sizes, *received.shape, tau_info, tau_size, *_pointers([alone, weight]))
+    return alone, weight
+
+
+def join(
+    x: Tensor, kept: Tensor, source: Tensor, slot: Tensor, weight: Tensor, counted: Tensor, longest: bool
+) -> tuple[Tensor, Tensor]:
+    """Tokens x (B, N, C) merged by their weights (B, N), (B, M, C), and the sum of the numbers `counted` (B, N) in
+    each, (B, M).
 
     longest: merged tokens get the length of their longest member ("mlerp"). Raises IndexError for a token that is not
     there.
     """
-    x, kept, source, slot, weight = _dense(x), *(one.contiguous() for one in (kept, source, slot, weight))
+    x, *others = _dense(x), *(one.contiguous() for one in (kept, source, slot, weight, counted))
     out, total = x.new_empty(*kept.shape, x.shape[2]), x.new_empty(kept.shape)
+    at_kept, at_source, at_slot, *numbers = _pointers(others)
     if library().join(
-        x.data_ptr(), *x.shape, *x.stride()[:2], kept.data_ptr(), kept.shape[1], source.data_ptr(), slot.data_ptr(),
-        source.shape[1], weight.data_ptr(), longest, out.data_ptr(), total.data_ptr(),
+        x.data_ptr(), *x.shape, *x.stride()[:2], at_kept, kept.shape[1], at_source, at_slot, source.shape[1], *numbers,
+        longest, out.data_ptr(), total.data_ptr(),
     ):  # fmt: skip
         raise IndexError("the plan names a token that is not there")
     return out, total
