@@ -59,25 +59,22 @@ def match(metric: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def join(
-    x: Tensor, kept: Tensor, source: Tensor, slot: Tensor, weight: Tensor | None, longest: bool
+    x: Tensor, kept: Tensor, source: Tensor, slot: Tensor, weight: Tensor, counted: Tensor, longest: bool
 ) -> tuple[Tensor, Tensor]:
-    """`merge` by mean, or by "mlerp" if `longest`, (B, M, C), and `Assignment.total` of the weights, (B, M) float32.
+    """`merge` by mean, or by "mlerp" if `longest`, of tokens x (B, N, C) by their weights (B, N): (B, M, C), and
+    `Assignment.total` of the numbers `counted` (B, N): (B, M). Weights and numbers are float32, whatever x is.
 
-    x: (B, N, C). kept (B, M), source and slot (B, R): see `Assignment`; what they name has to be there, for nothing
-    looks whether it is. weight: (B, N) float32, None where all are 1.
+    What kept (B, M), source and slot (B, R) name has to be there: nothing looks whether it is.
     """
-    x = _dense(x)
-    kept, source, slot = kept.contiguous(), source.contiguous(), slot.contiguous()
-    weight = None if weight is None else weight.contiguous()
+    x, *others = _dense(x), *(one.contiguous() for one in (kept, source, slot, weight, counted))
     (batch, tokens, channels), outputs = x.shape, kept.shape[1]
-    merged = torch.empty(batch, outputs, channels, dtype=x.dtype, device=x.device)
-    total = torch.empty(batch, outputs, dtype=torch.float32, device=x.device)
+    merged, total = x.new_empty(batch, outputs, channels), weight.new_empty(batch, outputs)
     padded = _power_of_two(channels)
     step = max(1, TILE // padded)
     sizes = tokens, outputs, source.shape[1], channels, x.stride(0), x.stride(1)
     with _device_of(x):
         grid = batch, triton.cdiv(outputs, step)
-        _join[grid](x, kept, source, slot, weight, merged, total, *sizes, longest, step, 128, padded, **FUSED)
+        _join[grid](x, *others, merged, total, *sizes, longest, step, 128, padded, **FUSED)
     return merged, total
 
 
@@ -194,7 +191,7 @@ def _settle(
 
 @triton.jit(do_not_specialize=["tokens", "outputs", "sources"])
 def _join(
-    x, kept, source, slot, weight, merged, total, tokens, outputs, sources, channels, of_image, of_token,
+    x, kept, source, slot, weight, counted, merged, total, tokens, outputs, sources, channels, of_image, of_token,
     LONGEST: tl.constexpr, OUTPUTS: tl.constexpr, SOURCES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
@@ -210,10 +207,10 @@ def _join(
     before = own.to(tl.float32)
     moved = tl.zeros((OUTPUTS, CHANNELS), tl.float32)
     square = tl.sum(before * before, 1)
-    mass = tl.full((OUTPUTS,), 1, tl.float32)
-    if weight is not None:
-        weight += image * tokens
-        mass = tl.load(weight + token, mask=inside, other=1)
+    weight += image * tokens
+    counted += image * tokens
+    mass = tl.load(weight + token, mask=inside, other=1)
+    sum_of_counted = tl.load(counted + token, mask=inside, other=1)
     joined = tl.full((OUTPUTS,), 0, tl.int1)
     for start in range(0, sources, SOURCES):
         number = start + tl.arange(0, SOURCES)
@@ -227,11 +224,10 @@ def _join(
             token = tl.load(source + following, mask=comes, other=0)
             there = comes[:, None] & (channel < channels)
             row = tl.load(x + token[:, None] * of_token + channel, mask=there, other=0).to(tl.float32)
-            share = comes.to(tl.float32)
-            if weight is not None:
-                share = tl.load(weight + token, mask=comes, other=0)
+            share = tl.load(weight + token, mask=comes, other=0)
             moved += (row - before) * share[:, None]
             mass += share
+            sum_of_counted += tl.load(counted + token, mask=comes, other=0)
             joined = joined | comes
             if LONGEST:
                 square = tl.maximum(square, tl.sum(row * row, 1))
@@ -243,4 +239,4 @@ def _join(
     there = inside[:, None] & (channel < channels)
     at = merged + (image * outputs + output)[:, None] * channels + channel
     tl.store(at, tl.where(joined[:, None], after.to(own.dtype), own), mask=there)
-    tl.store(total + image * outputs + output, mass, mask=inside)
+    tl.store(total + image * outputs + output, sum_of_counted, mask=inside)
