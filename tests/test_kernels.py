@@ -96,10 +96,10 @@ def test_attention_means_and_energies_are_those_of_the_definitions(images, prefi
 @needs_compiler
 @pytest.mark.parametrize("images, prefix, patches", SHAPES)
 def test_choosing_by_energy_is_that_of_pitome(images, prefix, patches):
-    cosine = torch.rand(images, patches, patches) * 2 - 1
+    unit = F.normalize(torch.randn(images, patches, 9), dim=-1)
     for r in {1, patches // 4, patches // 2} - {0}:
         for matched in (patches, 2 * r):
-            ours, defined = (choose(cosine, prefix, r, matched, 0.3) for choose in (cpu.by_energy, by_energy))
+            ours, defined = (choose(unit @ unit.mT, prefix, r, matched, 0.3) for choose in (cpu.by_energy, by_energy))
             assert all(map(torch.equal, ours, defined))
 
 
