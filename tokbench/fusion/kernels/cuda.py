@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokbench.fusion.core import first_of_sets
 
+LANGUAGE = "Triton"
 DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 # Of the scores that one program computes at a time, and channels: with more, its registers do not suffice.
 ROWS, COLUMNS, CHUNK = 16, 64, 32
