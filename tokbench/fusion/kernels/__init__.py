@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -18,9 +20,23 @@ def kernels_for(x: Tensor) -> ModuleType | None:
         return None
     if is_in_torch_dispatch_mode() or type(x) is not Tensor:
         return None
-    return cpu if x.device.type == "cpu" and cpu.library() is not None else None
+    return _kernels_of(x.device)
 
 
 def kernels_on(device: torch.device) -> str | None:
-    """What the kernels for a device are written in, None where it has none."""
-    return "C" if device.type == "cpu" and cpu.library() is not None else None
+    """What the kernels for a device are written in, "C" or "Triton"; None where it has none."""
+    kernels = _kernels_of(device)
+    return None if kernels is None else kernels.LANGUAGE
+
+
+@cache
+def _kernels_of(device: torch.device) -> ModuleType | None:
+    if device.type == "cpu":
+        return cpu if cpu.library() is not None else None
+    if device.type != "cuda" or torch.version.hip or not find_spec("triton"):
+        return None
+    if torch.cuda.get_device_capability(device) < (8, 0):  # they were never compiled for older ones
+        return None
+    from tokbench.fusion.kernels import cuda
+
+    return cuda

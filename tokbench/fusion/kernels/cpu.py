@@ -18,6 +18,7 @@ import torch
 from platformdirs import user_cache_path
 from torch import Tensor
 
+LANGUAGE = "C"
 DTYPES = {torch.float32}
 SOURCE = Path(__file__).with_name("cpu.c")
 FLAGS = [
