@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,6 +135,23 @@ def test_a_plan_that_names_no_token_raises_and_touches_nothing():
     for source, slot in ((6, 0), (-1, 0), (5, 4), (5, -1)):
         with pytest.raises(IndexError):
             cpu.join(x, kept, torch.tensor([[source]]), torch.tensor([[slot]]), weight, weight, False)
+
+
+@needs_compiler
+def test_what_no_kernel_may_be_given_goes_by_the_definition():
+    """A plugin's plans need not have been looked at."""
+    x, kept, source, slot = torch.rand(2, 6, 4), *(torch.tensor([row, row]) for row in ([0, 1, 2, 3], [4], [1]))
+    precise = Assignment(kept, source, slot, torch.full((2, 6), 3.0, dtype=torch.float64))
+    longer = Assignment(kept, source, slot, torch.rand(2, 7))
+    for plan in (precise, longer, Assignment(kept[:1], source[:1], slot[:1], torch.rand(2, 6))):
+        looked_at = []
+        with contextlib.suppress(RuntimeError):
+            looked_at.append(merge(x, replace(plan), None))
+        with contextlib.suppress(RuntimeError):
+            looked_at.append(merge(x, replace(plan), None, cpu))
+        assert len(looked_at) != 1 and all(torch.equal(one, looked_at[0]) for one in looked_at)
+    view = view_of(torch.rand(2, 8, 4), 1, kernels=cpu)
+    assert [one.shape[1] for one in view.match(view.x, 99)] == [5, 3, 3]
 
 
 @needs_compiler

@@ -161,8 +161,8 @@ def merge(x: Tensor, plan: Assignment, size: Tensor | None, kernels: ModuleType 
     weight = next((one for one in (plan.weight, plan.mass, size) if one is not None), None)
     if weight is None:
         weight = torch.ones(x.shape[:2], dtype=score_dtype(x), device=x.device)
-    if kernels is not None and plan.combine != "sum" and x.dtype in kernels.DTYPES and weight.dtype == torch.float32:
-        counted = next((one for one in (plan.mass, size) if one is not None), weight)
+    counted = next((one for one in (plan.mass, size) if one is not None), weight)
+    if kernels is not None and plan.combine != "sum" and _fits(kernels, x, plan, weight, counted):
         merged, total = kernels.join(x, plan.kept, plan.source, plan.slot, weight, counted, plan.combine == "mlerp")
         plan.remember(counted, total)
         return merged
@@ -179,6 +179,18 @@ def merge(x: Tensor, plan: Assignment, size: Tensor | None, kernels: ModuleType 
     if plan.combine == "mlerp":
         return _lengthen(kept.scatter_add(1, wide(plan.slot, x), step), kept, sources, plan.slot)
     return (kept.clone() if plan.sliced else kept).scatter_add_(1, wide(plan.slot, x), step)
+
+
+def _fits(kernels: ModuleType, x: Tensor, plan: Assignment, *numbers: Tensor) -> bool:
+    """Whether `join` may be given these tensors. What it reads it takes for what it should be; PyTorch looks."""
+    index = plan.kept, plan.source, plan.slot
+    return (
+        x.dtype in kernels.DTYPES
+        and all(one.dtype == torch.float32 and one.shape == x.shape[:2] for one in numbers)
+        and all(one.dtype == torch.long and len(one) == len(x) for one in index)  # type: ignore[union-attr, arg-type]
+        and plan.source.shape == plan.slot.shape  # type: ignore[union-attr]
+        and all(one.device == x.device for one in (*index, *numbers))  # type: ignore[union-attr]
+    )
 
 
 def _mix(x: Tensor, plan: Assignment) -> Tensor:
@@ -307,7 +319,8 @@ class View:
         return self.keys.mean(1, dtype=score_dtype(self.keys))
 
     def match(self, metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-        """`bipartite_match` of these tokens by a metric (B, N, D)."""
+        """`bipartite_match` of these tokens by a metric (B, N, D). No more go than set A has."""
+        r = min(r, two_sets(metric, self.prefix)[0].shape[1])
         return (self.kernel("match", metric) or bipartite_match)(metric, self.prefix, r)
 
     def attention(self) -> Tensor:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Iterable
@@ -64,7 +65,7 @@ def _compiled() -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
             libraries = ["-Wl,--as-needed", *runtime, "-lm"]
-            command = [os.environ.get("CC", "cc"), *FLAGS, str(SOURCE), "-o", str(made), *libraries]
+            command = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS, str(SOURCE), "-o", str(made), *libraries]
             subprocess.run(command, check=True, capture_output=True, timeout=120)
             made.replace(path)  # whole or not at all: other processes may be at it
     return path
