@@ -18,17 +18,17 @@ settings.register_profile("long", max_examples=1000, **_CALM)
 settings.load_profile("short")
 
 
-# By how long they take: begun last, one of them would run for a minute with the other cores idle.
-_LONGEST = (
-    "cluster", "runner", "fusion", "fuzz", "modes", "plots", "coverage", "flops", "per_image", "runtimes", "resume",
-    "export", "regression", "families", "images", "search", "docs", "search_ray", "kill", "cli", "html", "pick",
+# First what sends signals to forked processes: late in a process that has loaded other runtimes, these once ended with
+# SIGSEGV. Then by how long they take: begun last, one of them would run for a minute with the other cores idle.
+_FIRST = (
+    "kill", "cluster", "runner", "fusion", "fuzz", "modes", "plots", "coverage", "flops", "per_image", "runtimes",
+    "resume", "export", "regression", "families", "images", "search", "docs", "search_ray", "cli", "html", "pick",
     "converted", "properties", "models", "plugins", "data", "accuracy", "golden", "speed",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest first."""
-    rank = {f"test_{name}": place for place, name in enumerate(_LONGEST)}
+    rank = {f"test_{name}": place for place, name in enumerate(_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
