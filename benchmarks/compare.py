@@ -102,8 +102,8 @@ def authors_tome(model: Any, record: Record, removals: list[int]) -> nn.Module:
 
 
 def from_file(path: Path) -> Build:
-    patch = runpy.run_path(str(path))["patch"]
-    return lambda model, record, removals: patch(model, removals)
+    build = runpy.run_path(str(path))["patch"]
+    return lambda model, record, removals: build(model, removals)
 
 
 def compare(grid: Grid, folder: RunFolder, others: dict[str, dict[str, Build]]) -> None:

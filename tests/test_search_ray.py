@@ -91,7 +91,7 @@ def test_workers_change_nothing_about_what_is_found(small, search, fake, monkeyp
     fake(FakeRay())
     shown, listener = of_workers(monkeypatch), Listener()
     assert search("tome", "evit", progress=listener) == alone
-    assert shown.count(0) > shown.count(4) > 2  # some candidates were dropped early, others were not
+    assert shown.count(0) > shown.count(2) > shown.count(4) > 2  # some candidates were dropped early, others were not
     assert ("phase", "evit at flops:0.5 on 2 workers (2 on node7)", 10_240) in listener.told
 
 
@@ -104,7 +104,6 @@ def test_a_worker_that_dies_amid_a_search_is_replaced(small, search, fake):
 
 
 def test_a_search_that_is_stopped_leaves_the_best_and_is_continued(small, search, fake, tmp_path):
-    # Of EViT: ToMe changes the tiny model's answers by rounding alone, which differs between machines.
     calls: list[str] = []
 
     def until(most: int, end: type[BaseException] = Died) -> None:
@@ -117,15 +116,15 @@ def test_a_search_that_is_stopped_leaves_the_best_and_is_continued(small, search
         fake(FakeRay(on_call))
 
     until(9999)
-    alone, whole = search("evit"), calls.count("show")
+    alone, whole = search("tome"), calls.count("show")
     for end, raised in ((KeyboardInterrupt, KeyboardInterrupt), (Died, RunStopped)):  # Ctrl-C; all workers die
         until(30, end)
         with pytest.raises(raised):
-            search("evit", kept="same")
+            search("tome", kept="same")
         (best,) = Grid.from_toml(tmp_path / "found.toml").searched
         assert best.cost is None and alone[0].distance <= best.distance <= best.usual_distance
     until(9999)
-    assert search("evit", kept="same") == alone
+    assert search("tome", kept="same") == alone
     assert whole - 60 <= calls.count("show") <= whole - 50  # each end may lose what was not in order
 
 

@@ -320,7 +320,7 @@ class View:
 
     def match(self, metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
         """`bipartite_match` of these tokens by a metric (B, N, D). No more go than set A has."""
-        r = min(r, two_sets(metric, self.prefix)[0].shape[1])
+        r = min(r, (self.patches + 1 - self.prefix % 2) // 2)
         return (self.kernel("match", metric) or bipartite_match)(metric, self.prefix, r)
 
     def attention(self) -> Tensor:

@@ -57,7 +57,7 @@ def agreed(before: Manifest, now: Manifest, what: str, grown: Collection[str] = 
     if before.conditions is None or now.conditions is None:
         raise UserError(f"{what} was made by an older tokbench, and cannot be continued; --fresh begins a new run.")
     then, here = _described(before), _described(now)
-    hardware = ("kernels", *(("gpu",) if here["device"] == "cuda" else ("cpu", "threads")))
+    hardware = (*(("gpu",) if here["device"] == "cuda" else ("cpu", "threads")), "kernels")
     found = [
         f"{name.replace('_', ' ')} was {then.get(name)} and is {here.get(name)}"
         for name in ("dtype", "device", "batch_size", "runtime", "fused_attention", *hardware, *_VERSIONS)

@@ -19,6 +19,8 @@ import torch
 from platformdirs import user_cache_path
 from torch import Tensor
 
+from tokbench.fusion.core import two_sets
+
 LANGUAGE = "C"
 DTYPES = {torch.float32}
 SOURCE = Path(__file__).with_name("cpu.c")
@@ -73,7 +75,7 @@ def _compiled() -> Path:
 
 def mean_heads(keys: Tensor) -> Tensor:
     """Mean over the heads of keys (B, H, N, d): (B, N, d)."""
-    keys = _dense(keys)
+    keys = dense(keys)
     out = keys.new_empty(keys.shape[0], *keys.shape[2:])
     library().mean_heads(keys.data_ptr(), *keys.shape, *keys.stride()[:3], out.data_ptr())
     return out
@@ -81,16 +83,14 @@ def mean_heads(keys: Tensor) -> Tensor:
 
 def unit(x: Tensor) -> Tensor:
     """Tokens (B, N, C) as vectors of length 1."""
-    x, out = _dense(x), x.new_empty(x.shape)
+    x, out = dense(x), x.new_empty(x.shape)
     library().unit(x.data_ptr(), *x.shape, *x.stride()[:2], out.data_ptr())
     return out
 
 
 def match(metric: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """As `core.bipartite_match`."""
-    x = unit(metric)[:, prefix:]
-    even, odd = x[:, ::2], x[:, 1::2]
-    a, b = (odd, even) if prefix % 2 else (even, odd)
+    a, b = two_sets(unit(metric), prefix)
     return best_proposals(torch.bmm(a, b.mT), prefix, r)
 
 
@@ -156,7 +156,7 @@ def join(
     longest: merged tokens get the length of their longest member ("mlerp"). Raises IndexError for a token that is not
     there.
     """
-    x, *others = _dense(x), *(one.contiguous() for one in (kept, source, slot, weight, counted))
+    x, *others = dense(x), *(one.contiguous() for one in (kept, source, slot, weight, counted))
     out, total = x.new_empty(*kept.shape, x.shape[2]), x.new_empty(kept.shape)
     at_kept, at_source, at_slot, *numbers = _pointers(others)
     if library().join(
@@ -167,6 +167,6 @@ def join(
     return out, total
 
 
-def _dense(x: Tensor) -> Tensor:
+def dense(x: Tensor) -> Tensor:
     """Channels side by side; the other strides are free."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokbench.fusion.core import first_of_sets
+from tokbench.fusion.kernels.cpu import dense
 
 LANGUAGE = "Triton"
 DTYPES = {torch.float32, torch.bfloat16, torch.float16}
@@ -26,7 +27,7 @@ FUSED = {"enable_fp_fusion": True}  # multiply and add as one; Triton warns wher
 
 def mean_heads(keys: Tensor) -> Tensor:
     """`View.mean_keys`: keys (B, H, N, d) averaged over heads in float32, (B, N, d)."""
-    keys = _dense(keys)
+    keys = dense(keys)
     batch, heads, tokens, width = keys.shape
     out = torch.empty(batch, tokens, width, dtype=torch.float32, device=keys.device)
     padded = _power_of_two(width)
@@ -67,7 +68,7 @@ def join(
 
     What kept (B, M), source and slot (B, R) name has to be there: nothing looks whether it is.
     """
-    x, *others = _dense(x), *(one.contiguous() for one in (kept, source, slot, weight, counted))
+    x, *others = dense(x), *(one.contiguous() for one in (kept, source, slot, weight, counted))
     (batch, tokens, channels), outputs = x.shape, kept.shape[1]
     merged, total = x.new_empty(batch, outputs, channels), weight.new_empty(batch, outputs)
     padded = _power_of_two(channels)
@@ -77,11 +78,6 @@ def join(
         grid = batch, triton.cdiv(outputs, step)
         _join[grid](x, *others, merged, total, *sizes, longest, step, 128, padded, **FUSED)
     return merged, total
-
-
-def _dense(x: Tensor) -> Tensor:
-    """Channels side by side; the other strides are free."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[Any]:
