@@ -175,7 +175,7 @@ def test_compiles_without_a_graph_break(method):
     with torch.inference_mode():
         expected = model(x)
         torch._dynamo.reset()
-        compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
         torch.testing.assert_close(compiled(x), expected)
         torch.testing.assert_close(compiled(x + 1), model(x + 1))
 

@@ -14,6 +14,7 @@ from test_cluster import dies
 
 from tokbench.config import Grid, MethodSpec, ModelSpec, RunOptions
 from tokbench.errors import RunStopped, UserError
+from tokbench.fusion import blocks
 from tokbench.running import cluster, runner
 from tokbench.running.fresh import Job
 from tokbench.searching import command, images, objective, searcher
@@ -27,6 +28,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(costs, "count_flops", count_by_tokens)
+    # ToMe changes the tiny model's answers by rounding alone, in which kernels differ.
+    monkeypatch.setattr(blocks, "kernels_for", lambda x: None)
     monkeypatch.setattr(Search, "is_over", lambda self: self.objective.passes >= 5)
 
 
